@@ -1,0 +1,53 @@
+"""What an implementation of block-sparse attention must know besides q, k and v."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Geometry(NamedTuple):
+    """Which keys each query may see, as plain tensors and numbers (it crosses the operator boundary flattened).
+
+    Attributes:
+        kv_num_blocks: int32 [B|1, H, MB] of the BlockMask, or None for dense attention.
+        kv_indices: int32 [B|1, H, MB, K], or None.
+        q_num_blocks: int32 [B|1, H, NB], the transposed lists; only the backward pass of a masked call has them.
+        q_indices: int32 [B|1, H, NB, MB], likewise.
+        block_q: Rows of a mask block (for dense attention any value the implementation likes).
+        block_kv: Columns of a mask block.
+        q_start: int32 [batch] first query row of each sequence, or None: see ``Sequences``.
+        q_end: int32 [batch] one past the last.
+        k_start: int32 [batch], keys.
+        k_end: int32 [batch], keys.
+        batch: Number of sequences.
+        max_q: Longest query length.
+        max_k: Longest key length.
+        packed: q, k, v are ``[total, H, D]`` instead of ``[B, S, H, D]``.
+        causal: Key j is visible to query i iff ``j <= i + Sk - Sq`` (lengths of the sequence itself).
+        window_left: Keys below ``i + Sk - Sq - window_left`` are hidden; -1 means unbounded.
+        window_right: Keys above ``i + Sk - Sq + window_right`` are hidden; -1 means unbounded.
+        scale: Factor on q . k.
+        softcap: ``cap * tanh(score / cap)`` on scaled scores; 0 means none.
+    """
+
+    kv_num_blocks: Tensor | None
+    kv_indices: Tensor | None
+    q_num_blocks: Tensor | None
+    q_indices: Tensor | None
+    block_q: int
+    block_kv: int
+    q_start: Tensor | None
+    q_end: Tensor | None
+    k_start: Tensor | None
+    k_end: Tensor | None
+    batch: int
+    max_q: int
+    max_k: int
+    packed: bool
+    causal: bool
+    window_left: int
+    window_right: int
+    scale: float
+    softcap: float
