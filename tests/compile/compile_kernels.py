@@ -1,0 +1,108 @@
+"""Compile every Triton kernel for GPUs this machine need not have, and print what ptxas says of each.
+
+    python tests/compile/compile_kernels.py [--jobs 2] [--target 80 90 100] [--only SUBSTRING]
+
+One JSON line a kernel and target: ``name``, ``target``, ``triton``, ``registers``, ``spills`` (bytes stored and loaded),
+``shared`` (bytes), ``warnings`` (ptxas's own), ``seconds``; or ``error`` where compilation failed. A script of its own
+because the test process imports Triton for its interpreter, which leaves nothing to compile, and because the oldest
+Triton allowed needs a process of its own, too. It must not run with ``TRITON_INTERPRET`` set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+MODULES = ("sparseattn.ops.block_sparse.triton", "sparseattn.ops.scores.triton")
+TARGETS = (80, 90, 100)
+
+
+def pointer_attributes(signature: dict[str, Any]) -> dict[tuple[int, ...], list[list[Any]]]:
+    """What a launch would find divisible by 16: every pointer and every stride of a tensor of ordinary width."""
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def visit(path: tuple[int, ...], name: str, kind: Any) -> None:
+        if isinstance(kind, (tuple, list)):
+            for i, item in enumerate(kind):
+                visit((*path, i), name, item)
+        elif kind.startswith("*") or ("stride" in name and kind != "constexpr"):
+            attributes[path] = [["tt.divisibility", 16]]
+
+    for i, (name, kind) in enumerate(signature.items()):
+        visit((i,), name, kind)
+    return attributes
+
+
+def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
+    """Compile case ``index`` of ``module`` for compute capability ``target``."""
+    module, index, target = job
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    name, kernel, given, constexprs, num_warps, num_stages = importlib.import_module(module).compile_cases()[index]
+    row: dict[str, Any] = {"name": name, "target": target, "triton": triton.__version__}
+    started = time.perf_counter()
+    signature = {n: "constexpr" if n in constexprs else given[n] for n in kernel.arg_names}
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(log):
+            compiled = triton.compile(
+                ASTSource(kernel, signature, constexprs, pointer_attributes(signature)),
+                target=GPUTarget("cuda", target, 32),
+                options={"num_warps": num_warps, "num_stages": num_stages},
+            )
+    except Exception as error:  # a kernel that does not compile is a result, too: the others are still wanted
+        return {**row, "error": f"{type(error).__name__}: {error}"[-2000:]}
+    text = log.getvalue()
+    return {
+        **row,
+        "registers": max((int(n) for n in re.findall(r"Used (\d+) registers", text)), default=0),
+        "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", text)),
+        "shared": int(compiled.metadata.shared),
+        "warnings": re.findall(r"[^\n]*\bC75\d\d\b[^\n]*", text),
+        "log": bool(re.search(r"Used \d+ registers", text)),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def compile_all(targets: tuple[int, ...], jobs: int, only: str = "") -> Iterator[dict[str, Any]]:
+    work = [
+        (module, index, target)
+        for module in MODULES
+        for index, case in enumerate(importlib.import_module(module).compile_cases())
+        for target in targets
+        if only in case[0]
+    ]
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap_unordered(compile_one, work)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile every kernel offline.")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--target", type=int, nargs="+", default=list(TARGETS))
+    parser.add_argument("--only", default="", help="compile only cases whose name contains this")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        sys.exit("compile_kernels.py: TRITON_INTERPRET is set, so there is nothing to compile. Unset it.")
+    with tempfile.TemporaryDirectory() as cache:  # a cached kernel would come without its ptxas log
+        os.environ["TRITON_CACHE_DIR"] = cache
+        os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+        for row in compile_all(tuple(arguments.target), arguments.jobs, arguments.only):
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Every kernel compiles for Ampere, Hopper and Blackwell under the newest and the oldest Triton, without spilling."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="compiling kernels needs Triton")
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+ROOT = SCRIPT.parents[2]
+OLDEST = Path(sys.prefix) / "triton-3.6"  # `make test` installs it there
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+
+
+@cache
+def rows(triton: str) -> tuple[dict[str, Any], ...]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = [str(ROOT)]
+    if triton == "oldest":
+        if not OLDEST.is_dir():
+            pytest.skip("Triton 3.6 is not installed beside this environment; `make test` does it")
+        path.insert(0, str(OLDEST))
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    jobs = 1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count() or 1
+    command = [sys.executable, str(SCRIPT), "--jobs", str(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return tuple(json.loads(line) for line in done.stdout.splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("triton", ["newest", "oldest"])
+def test_kernels_compile_everywhere(triton: str) -> None:
+    compiled = rows(triton)
+    assert {row["target"] for row in compiled} == set(SHARED_LIMIT)
+    if triton == "oldest":
+        assert {row["triton"] for row in compiled} == {"3.6.0"}
+    problems = []
+    for row in compiled:
+        where = f"{row['name']} for sm_{row['target']} (Triton {row['triton']})"
+        if "error" in row:
+            problems.append(f"{where}: {row['error']}")
+            continue
+        assert row["log"], f"{where}: ptxas said nothing"
+        if row["spills"]:
+            problems.append(f"{where}: {row['spills']} bytes of spills at {row['registers']} registers")
+        if row["warnings"]:
+            problems.append(f"{where}: {row['warnings']}")
+        if row["shared"] > SHARED_LIMIT[row["target"]]:
+            problems.append(f"{where}: {row['shared']} bytes of shared memory")
+    assert not problems, "\n".join(problems)
+
+
+def test_the_script_refuses_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET" in done.stderr
