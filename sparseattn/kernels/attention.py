@@ -1,0 +1,107 @@
+"""What every attention kernel does to one tile, written once.
+
+Scores live in base 2 (``exp2`` is the hardware's exponential): a *scaled score* below is ``score * scale * log2(e)``.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def sequence_span(start_ptr, end_ptr, b, length, RAGGED: tl.constexpr):
+    """First row and length of sequence ``b``; ``(0, length)`` when no sequence of the batch is cut short."""
+    if RAGGED:
+        start = tl.load(start_ptr + b)
+        return start, tl.load(end_ptr + b) - start
+    return tl.full((), 0, tl.int32), length
+
+
+@triton.jit
+def visible(rows, cols, offset, k_len, window_left, window_right, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether query ``rows`` may see key ``cols``; any shapes that broadcast.
+
+    ``offset`` is ``Sk - Sq``: the diagonal is bottom-right aligned. A negative window side is unbounded.
+    """
+    seen = cols < k_len
+    if CAUSAL:
+        seen = seen & (cols <= rows + offset)
+    if WINDOW:
+        seen = seen & ((window_left < 0) | (cols >= rows + offset - window_left))
+        seen = seen & ((window_right < 0) | (cols <= rows + offset + window_right))
+    return seen
+
+
+@triton.jit
+def full_range(
+    first, last, offset, k_len, window_left, window_right, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
+):
+    """Keys ``[lo, hi)`` that every query row in ``first..last`` sees: tiles inside need no element mask."""
+    lo = 0
+    hi = k_len
+    if CAUSAL:
+        hi = tl.minimum(hi, first + offset + 1)
+    if WINDOW:
+        lo = tl.where(window_left < 0, 0, last + offset - window_left)
+        hi = tl.where(window_right < 0, hi, tl.minimum(hi, first + offset + window_right + 1))
+    return lo, hi
+
+
+@triton.jit
+def key_range(first, last, offset, k_len, window_left, window_right, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Keys ``[lo, hi)`` that some query row in ``first..last`` sees."""
+    lo = 0
+    hi = k_len
+    if CAUSAL:
+        hi = tl.minimum(hi, last + offset + 1)
+    if WINDOW:
+        lo = tl.where(window_left < 0, 0, tl.maximum(first + offset - window_left, 0))
+        hi = tl.where(window_right < 0, hi, tl.minimum(hi, last + offset + window_right + 1))
+    return lo, tl.maximum(hi, 0)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent in float32: the odd series near zero, where the exponential form cancels."""
+    x2 = x * x
+    series = 62.0 / 2835 - x2 * (1382.0 / 155925)
+    series = 17.0 / 315 - x2 * series
+    series = 2.0 / 15 - x2 * series
+    series = 1.0 / 3 - x2 * series
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.35, x * (1.0 - x2 * series), tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def cap_scores(s, scale, softcap):
+    """``softcap * tanh(s * scale / softcap)``, unscaled again so that callers multiply by ``scale`` as usual."""
+    return tanh(s * (scale / softcap)) * (softcap / scale)
+
+
+@triton.jit
+def online_softmax(s, m_i, l_i, qk_scale):
+    """One step of the running softmax over key tiles.
+
+    Args:
+        s: [M, N] raw scores, -inf where hidden.
+        m_i: [M] running maximum of the scaled scores, -inf before the first visible key.
+        l_i: [M] running sum of ``exp2(scaled - m_i)``.
+        qk_scale: ``scale * log2(e)``, positive.
+
+    Returns:
+        ``p`` [M, N], the factor [M] by which older sums shrink, and the new ``m_i`` and ``l_i``.
+    """
+    m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet: exp2(-inf) = 0, not NaN
+    p = tl.exp2(s * qk_scale - m_safe[:, None])
+    alpha = tl.exp2(m_i - m_safe)
+    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def natural_lse(m_i, l_i):
+    """Natural-log LSE from the running maximum (base 2) and sum; -inf for a row that saw no key."""
+    return tl.where(l_i > 0, m_i * LN2 + tl.log(tl.where(l_i > 0, l_i, 1.0)), float("-inf"))
