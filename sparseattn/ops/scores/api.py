@@ -1,0 +1,324 @@
+"""Block scores and block selection: validation, dispatch and the registered operator."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from sparseattn.errors import argument_error
+from sparseattn.ops.scores.problem import RowBounds, ScoreProblem, row_bounds
+from sparseattn.ops.sequences import Sequences, resolve_sequences
+
+IMPLEMENTATIONS = ("triton", "reference")
+STRIDES = (4, 8, 16)
+BLOCK_SIZES = (64, 128)
+
+
+def antidiagonal_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    stride: int = 8,
+    block_size: int = 128,
+    causal: bool = True,
+    scale: float | None = None,
+    sequences: Sequences | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Estimate the attention mass of every block from strided antidiagonals (XAttention, arXiv:2503.16428).
+
+    Query cell i holds rows ``[iS, iS + S)``, key cell j keys ``[jS, jS + S)``. Their logit is the scaled mean of
+    ``q[iS + S - 1 - s] . k[jS + s]`` over the s in ``[0, S)`` for which both tokens exist; a pair of cells without such
+    an s carries no mass. A row of cells goes through a softmax over its visible cells (causal: those whose first key
+    the cell's last row sees, bottom-right aligned), and a block's score is the sum over its cells: a row of blocks sums
+    to the number of its cells, ``block_size / stride``.
+
+    Args:
+        q: ``[B, Sq, Hq, D]``, or packed ``[total_q, Hq, D]`` with ``sequences``; any float dtype.
+        k: ``[B, Sk, Hkv, D]`` or packed; Hq a multiple of Hkv.
+        stride: S; 4, 8 or 16. The estimate costs 1 / S of q @ k^T.
+        block_size: 64 or 128.
+        causal: Bottom-right aligned causality.
+        scale: Factor on q . k; default ``1 / sqrt(D)``.
+        sequences: The layout of a ragged batch, from ``resolve_sequences``; default: every row is valid.
+        impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
+
+    Returns:
+        float32 ``[B, Hq, MB, NB]`` (the reference keeps float64 for float64 inputs).
+
+    Raises:
+        ValueError: A shape, value or implementation that does not fit.
+        TypeError: dtypes that differ or are not floating point.
+    """
+    p = _problem(q, k, stride, block_size, causal, scale, sequences)
+    module = _implementation(impl, q, k)
+    return module.antidiagonal_scores(q.detach(), k.detach(), p)
+
+
+def top_p_blocks(
+    scores: Tensor,
+    threshold: float | Sequence[float],
+    *,
+    visible: Tensor | None = None,
+    recent: Tensor | None = None,
+    keep_sink: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Choose, for every row, the smallest set of blocks that holds a share of the row's score.
+
+    The forced blocks come first; then blocks by descending score (ties: lower index first) until forced and chosen ones
+    hold at least ``threshold`` of the total over the visible blocks. A threshold of 1 keeps every visible block, 0 the
+    forced ones alone. A row that sees a block keeps at least one.
+
+    Args:
+        scores: float32 (reference: any float) ``[B, H, MB, NB]``, nonnegative and finite.
+        threshold: A number in [0, 1], or one per head.
+        visible: int32 ``[B, MB]`` or ``[1, MB]``; row m may list blocks ``[0, visible[m])``. Default: all.
+        recent: int32, likewise; row m must list blocks ``[recent[m], visible[m])``. Default: none.
+        keep_sink: Block 0 must be listed wherever it is visible.
+        impl: As in :func:`antidiagonal_scores`.
+
+    Returns:
+        counts int32 ``[B, H, MB]`` and indices int32 ``[B, H, MB, NB]``: ascending, undefined past the count.
+
+    Raises:
+        ValueError: A shape, value or implementation that does not fit.
+        TypeError: Bounds that are not int32.
+
+    Example:
+        >>> top_p_blocks(torch.tensor([[[[5.0, 1.0, 3.0, 1.0]]]]), 0.85)
+        (counts [[[3]]], indices [[[[0, 1, 2, ...]]]])   # 5 + 3 = 0.8 of 10, the first 1 makes 0.9
+    """
+    if scores.dim() != 4:
+        raise argument_error("scores", "a 4-D tensor [B, H, MB, NB]", f"shape {tuple(scores.shape)}")
+    if not scores.is_floating_point():
+        raise argument_error("scores", "a floating-point tensor", scores.dtype, kind=TypeError)
+    batch, heads, rows, columns = scores.shape
+    thresholds = check_thresholds(threshold, heads)
+    for name, t in (("visible", visible), ("recent", recent)):
+        if t is None:
+            continue
+        if t.dtype != torch.int32:
+            raise argument_error(name, "int32", t.dtype, "Convert with .int().", kind=TypeError)
+        if t.dim() != 2 or t.shape[0] not in (1, batch) or t.shape[1] != rows:
+            raise argument_error(name, f"shape ({batch}, {rows}) or (1, {rows})", f"shape {tuple(t.shape)}")
+        if t.device != scores.device:
+            raise argument_error(name, f"device {scores.device} like scores", t.device)
+    if visible is None:
+        visible = torch.full((1, rows), columns, dtype=torch.int32, device=scores.device)
+    if recent is None:
+        recent = visible
+    module = _implementation(impl, scores, scores)
+    tensor = threshold_tensor(thresholds, scores.device)
+    return module.top_p_blocks(scores.detach(), tensor, RowBounds(visible, recent), keep_sink)
+
+
+def xattention_blocks(
+    q: Tensor,
+    k: Tensor,
+    threshold: float | Sequence[float],
+    *,
+    stride: int = 8,
+    block_size: int = 128,
+    causal: bool = True,
+    keep_sink: bool | None = None,
+    keep_recent: bool = True,
+    scale: float | None = None,
+    sequences: Sequences | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Antidiagonal scores and top-p selection in one registered operator (``torch.ops.sparseattn.xattention_blocks``).
+
+    Args:
+        q: As in :func:`antidiagonal_scores`, like ``k``, ``stride``, ``block_size``, ``causal``, ``scale``,
+            ``sequences`` and ``impl``.
+        k: Keys.
+        threshold: A number in [0, 1], or one per query head.
+        stride: Tokens of a cell.
+        block_size: Tokens of a block.
+        causal: Bottom-right aligned causality.
+        keep_sink: Every row lists block 0. None: causal problems do.
+        keep_recent: Every row lists the blocks its own diagonal touches (causal problems only).
+        scale: Factor on q . k.
+        sequences: The layout of a ragged batch.
+        impl: The implementation.
+
+    Returns:
+        counts int32 ``[B, Hq, MB]`` and indices int32 ``[B, Hq, MB, NB]``: ascending, undefined past the count. Rows
+        past the end of a sequence, and rows that see no key, have count 0.
+
+    Raises:
+        ValueError: A shape, value or implementation that does not fit.
+        TypeError: dtypes that differ or are not floating point.
+    """
+    p = _problem(q, k, stride, block_size, causal, scale, sequences)
+    thresholds = check_thresholds(threshold, q.shape[-2])
+    name = _choose(impl, q, k)
+    s = p.sequences
+    keep_sink = causal if keep_sink is None else keep_sink
+    return torch.ops.sparseattn.xattention_blocks(
+        q.detach(), k.detach(), s.q_start, s.q_end, s.k_start, s.k_end, s.batch, s.max_q, s.max_k,
+        list(thresholds), stride, block_size, p.scale, causal, keep_sink, keep_recent, name,
+    )  # fmt: skip
+
+
+def unsupported_reason(q: Tensor, k: Tensor, impl: str) -> str | None:
+    """Why ``impl`` cannot score these tensors, or None."""
+    if impl not in IMPLEMENTATIONS:
+        raise argument_error("impl", f"one of {IMPLEMENTATIONS}", repr(impl))
+    try:
+        module = _module(impl)
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.split(".")[0] != "triton":
+            raise
+        return "Triton is not installed"
+    return module.unsupported_reason(q, k)
+
+
+def check_thresholds(threshold: float | Sequence[float], heads: int) -> tuple[float, ...]:
+    """Validate a threshold or one per head.
+
+    Returns:
+        A tuple of one number, or of ``heads``.
+
+    Raises:
+        ValueError: A value that is not in [0, 1], or as many values as there are not heads.
+    """
+    values = tuple(threshold) if isinstance(threshold, Sequence) else (threshold,)
+    if isinstance(threshold, Sequence) and len(values) != heads:
+        raise argument_error("threshold", f"a number or {heads} numbers, one per query head", f"{len(values)} numbers")
+    for value in values:
+        check_threshold(value)
+    return tuple(float(value) for value in values)
+
+
+def check_threshold(value: object) -> None:
+    """Raise unless ``value`` is a number in [0, 1]; NaN is not."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0.0 <= value <= 1.0:  # type: ignore[operator]
+        raise argument_error("threshold", "a number in [0, 1]", repr(value))
+
+
+@functools.lru_cache(maxsize=1024)
+def threshold_tensor(thresholds: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 ``[1]`` or ``[H]`` on the device; made once, so that repeated calls copy nothing from the host."""
+    return torch.tensor(thresholds, dtype=torch.float32, device=device)
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    stride: int,
+    block_size: int,
+    causal: bool,
+    scale: float | None,
+    sequences: Sequences | None,
+) -> ScoreProblem:
+    s = resolve_sequences(q, k) if sequences is None else sequences
+    if not q.is_floating_point():
+        raise argument_error("q", "a floating-point tensor", q.dtype, kind=TypeError)
+    if k.dtype != q.dtype:
+        raise argument_error("k", f"dtype {q.dtype} like q", k.dtype, "Cast one of them.", kind=TypeError)
+    if k.device != q.device:
+        raise argument_error("k", f"device {q.device} like q", k.device)
+    if k.shape[-1] != q.shape[-1] or q.shape[-1] == 0:
+        raise argument_error("k", f"a positive head_dim equal to q's {q.shape[-1]}", k.shape[-1])
+    if k.shape[-2] == 0 or q.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise argument_error("q", f"heads that are a multiple of k's {k.shape[-2]}", q.shape[-2])
+    if stride not in STRIDES:
+        raise argument_error("stride", f"one of {STRIDES}", stride)
+    if block_size not in BLOCK_SIZES:
+        raise argument_error("block_size", f"one of {BLOCK_SIZES}", block_size)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise argument_error("scale", "a finite number", scale)
+    return ScoreProblem(s, stride, block_size, causal, scale)
+
+
+def _choose(impl: str, q: Tensor, k: Tensor) -> str:
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise argument_error("impl", f"'auto' or one of {IMPLEMENTATIONS}", repr(impl))
+    name = impl if impl != "auto" else "triton" if q.is_cuda else "reference"
+    reason = unsupported_reason(q, k, name)
+    if reason is not None:
+        hint = "Use impl='reference', which takes every float tensor." if name != "reference" else ""
+        raise argument_error("impl", f"an implementation for these tensors ({name!r}: {reason})", repr(impl), hint)
+    return name
+
+
+def _implementation(impl: str, q: Tensor, k: Tensor) -> ModuleType:
+    return _module(_choose(impl, q, k))
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"sparseattn.ops.scores.{name}")
+
+
+torch.library.define(
+    "sparseattn::xattention_blocks",
+    "(Tensor q, Tensor k, Tensor? q_start, Tensor? q_end, Tensor? k_start, Tensor? k_end, SymInt batch, SymInt max_q, "
+    "SymInt max_k, float[] threshold, int stride, int block_size, float scale, bool causal, bool keep_sink, "
+    "bool keep_recent, str impl) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("sparseattn::xattention_blocks", "CompositeExplicitAutograd")
+def _xattention_blocks(
+    q: Tensor,
+    k: Tensor,
+    q_start: Tensor | None,
+    q_end: Tensor | None,
+    k_start: Tensor | None,
+    k_end: Tensor | None,
+    batch: int,
+    max_q: int,
+    max_k: int,
+    threshold: list[float],
+    stride: int,
+    block_size: int,
+    scale: float,
+    causal: bool,
+    keep_sink: bool,
+    keep_recent: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    s = Sequences(batch, max_q, max_k, q_start, q_end, k_start, k_end, q.dim() == 3)
+    p = ScoreProblem(s, stride, block_size, causal, scale)
+    bounds = row_bounds(s, block_size, causal, keep_recent, q.device)
+    thresholds = threshold_tensor(tuple(threshold), q.device)
+    module = _module(impl)
+    if hasattr(module, "xattention_blocks"):  # scores and selection chunk by chunk, the scores never whole in memory
+        return module.xattention_blocks(q, k, p, thresholds, bounds, keep_sink)
+    return module.top_p_blocks(module.antidiagonal_scores(q, k, p), thresholds, bounds, keep_sink)
+
+
+@torch.library.register_fake("sparseattn::xattention_blocks")
+def _xattention_blocks_fake(
+    q: Tensor,
+    k: Tensor,
+    q_start: Tensor | None,
+    q_end: Tensor | None,
+    k_start: Tensor | None,
+    k_end: Tensor | None,
+    batch: int,
+    max_q: int,
+    max_k: int,
+    threshold: list[float],
+    stride: int,
+    block_size: int,
+    scale: float,
+    causal: bool,
+    keep_sink: bool,
+    keep_recent: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    rows = (max_q + block_size - 1) // block_size
+    columns = (max_k + block_size - 1) // block_size
+    shape = (batch, q.shape[-2], rows)
+    return q.new_empty(shape, dtype=torch.int32), q.new_empty((*shape, columns), dtype=torch.int32)

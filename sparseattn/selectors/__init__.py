@@ -1,0 +1,54 @@
+"""Selectors: from queries and keys to the blocks worth attending. One file a method, all with one signature.
+
+    mask = select(q, k, config, causal=True, ...)   # -> BlockMask
+
+``SELECTORS`` names them; ``get`` finds one and ``configure`` builds its config from loose options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparseattn.errors import argument_error
+from sparseattn.selectors.base import Selector, SelectorConfig
+from sparseattn.selectors.streaming import StreamingConfig, streaming
+from sparseattn.selectors.xattention import XAttentionConfig, xattention
+
+SELECTORS: dict[str, Selector] = {
+    "xattention": Selector(XAttentionConfig, xattention),
+    "streaming": Selector(StreamingConfig, streaming),
+}
+
+
+def get(name: str) -> Selector:
+    """The selector of that name.
+
+    Raises:
+        ValueError: No such method; the message lists the names.
+    """
+    if name not in SELECTORS:
+        raise argument_error("method", f"one of {', '.join(SELECTORS)}", repr(name))
+    return SELECTORS[name]
+
+
+def configure(name: str, options: Mapping[str, Any] | None = None) -> SelectorConfig:
+    """The config of a method from loose options (a JSON object, command-line arguments).
+
+    Raises:
+        ValueError: No such method, an option the method does not have (the message lists those it has), or a bad value.
+    """
+    return get(name).config.from_dict(options or {})
+
+
+__all__ = [
+    "SELECTORS",
+    "Selector",
+    "SelectorConfig",
+    "StreamingConfig",
+    "XAttentionConfig",
+    "configure",
+    "get",
+    "streaming",
+    "xattention",
+]

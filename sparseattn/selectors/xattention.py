@@ -1,0 +1,155 @@
+"""XAttention: block sparse attention with antidiagonal scoring (Xu et al. 2025, arXiv:2503.16428)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sparseattn.errors import argument_error
+from sparseattn.masks import BlockMask
+from sparseattn.ops.scores import xattention_blocks
+from sparseattn.ops.scores.api import BLOCK_SIZES, STRIDES, check_threshold
+from sparseattn.ops.sequences import resolve_sequences
+from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
+
+Threshold = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class XAttentionConfig(SelectorConfig):
+    """Options of :func:`xattention`.
+
+    Attributes:
+        threshold: Share of the estimated attention mass to keep, in [0, 1]: one number, one per query head, or one per
+            layer and query head (``[layers][heads]``; the call then needs ``layer``). Lists and tensors become tuples.
+        stride: Tokens of a scored cell, 4, 8 or 16. Scoring costs 1 / stride of q @ k^T; larger is coarser.
+        block_size: Tokens of a block, 64 or 128.
+        keep_sink: Every query block keeps the first key block. None: in causal calls.
+        keep_recent: Every query block keeps the blocks its own diagonal touches. Causal calls only.
+    """
+
+    threshold: Threshold = 0.9
+    stride: int = 8
+    block_size: int = 128
+    keep_sink: bool | None = None
+    keep_recent: bool = True
+
+    def __post_init__(self) -> None:
+        threshold: Any = self.threshold
+        if hasattr(threshold, "tolist"):  # a tensor or array; read once here, never in a call
+            threshold = threshold.tolist()
+        object.__setattr__(self, "threshold", _frozen(threshold))
+        self._check_choice("stride", STRIDES)
+        self._check_choice("block_size", BLOCK_SIZES)
+        self._check_bool("keep_recent")
+        if self.keep_sink is not None:
+            self._check_bool("keep_sink")
+
+    def thresholds(self, heads: int, layer: int | None = None) -> float | tuple[float, ...]:
+        """The threshold, or the thresholds of the query heads of a layer.
+
+        Raises:
+            ValueError: No ``layer``, or one out of range, where thresholds are per layer; another number of heads.
+        """
+        if not isinstance(self.threshold, tuple):
+            return self.threshold
+        values: Any = self.threshold
+        if isinstance(values[0], tuple):
+            if layer is None or not 0 <= layer < len(values):
+                raise argument_error(
+                    "layer", f"an int in [0, {len(values)})", layer, "The threshold is per layer and head."
+                )
+            values = values[layer]
+        if len(values) != heads:
+            raise argument_error("threshold", f"{heads} values, one per query head", f"{len(values)} values")
+        return values
+
+
+def _frozen(threshold: Any) -> Threshold:
+    """Validate a threshold of any depth up to two and make it hashable."""
+    if not isinstance(threshold, Sequence) or isinstance(threshold, str):
+        check_threshold(threshold)
+        return float(threshold)
+    rows = tuple(tuple(row) if isinstance(row, (list, tuple)) else row for row in threshold)
+    nested = [row for row in rows if isinstance(row, tuple)]
+    if not rows or (nested and (len(nested) < len(rows) or len({len(row) for row in nested}) > 1 or not nested[0])):
+        raise argument_error("threshold", "a number, numbers per head, or equally long rows per layer", threshold)
+    for value in (v for row in rows for v in (row if isinstance(row, tuple) else (row,))):
+        check_threshold(value)
+    return tuple(tuple(float(v) for v in row) if isinstance(row, tuple) else float(row) for row in rows)  # type: ignore[return-value]
+
+
+def xattention(
+    q: Tensor,
+    k: Tensor,
+    config: XAttentionConfig | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    layer: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    ranges_q: Tensor | None = None,
+    ranges_k: Tensor | None = None,
+    impl: str = "auto",
+) -> BlockMask:
+    """Keep, per head and query block, the fewest key blocks whose estimated attention mass reaches the threshold.
+
+    Scores: :func:`sparseattn.ops.scores.antidiagonal_scores`; selection: :func:`sparseattn.ops.scores.top_p_blocks`,
+    with the first block and the diagonal blocks forced in causal calls. The estimate replaces S pairs of a cell by
+    their mean *before* the exponential, so a lone key that one query wants is diluted by S.
+
+    Args:
+        q: ``[B, Sq, Hq, D]``, or packed ``[total_q, Hq, D]`` with ``cu_seqlens_q``.
+        k: ``[B, Sk, Hkv, D]`` or packed; Hq a multiple of Hkv.
+        config: Options; default ``XAttentionConfig()``.
+        causal: Key j is visible to query i iff ``j <= i + Sk - Sq``, at any alignment of Sq and Sk.
+        scale: Factor on q . k; default ``1 / sqrt(D)``.
+        layer: Index of the calling layer, for thresholds per layer.
+        cu_seqlens_q: int32 [B + 1] of packed tensors; see ``resolve_sequences``, likewise for the next five.
+        cu_seqlens_k: int32 [B + 1].
+        max_seqlen_q: Longest query length of a packed batch.
+        max_seqlen_k: Longest key length.
+        ranges_q: int32 [B, 2], valid rows of a padded batch.
+        ranges_k: int32 [B, 2].
+        impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
+
+    Returns:
+        A BlockMask with Hq heads and ``causal`` as given; ragged batches carry their lengths. Blocks wholly above the
+        diagonal and rows past the end of a sequence are never listed. Carries no gradient.
+
+    Raises:
+        ValueError: A shape, value or implementation that does not fit.
+        TypeError: A config of another method; dtypes that do not fit.
+    """
+    config = XAttentionConfig() if config is None else config
+    check_config(config, XAttentionConfig)
+    sequences = resolve_sequences(
+        q,
+        k,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        ranges_q=ranges_q,
+        ranges_k=ranges_k,
+    )
+    counts, indices = xattention_blocks(
+        q,
+        k,
+        config.thresholds(q.shape[-2], layer),
+        stride=config.stride,
+        block_size=config.block_size,
+        causal=causal,
+        keep_sink=config.keep_sink,
+        keep_recent=config.keep_recent,
+        scale=scale,
+        sequences=sequences,
+        impl=impl,
+    )
+    return build_mask(counts, indices, sequences, config.block_size, causal)
