@@ -1,0 +1,3 @@
+"""Sparse attention for long contexts."""
+
+__version__ = "0.1.0"
