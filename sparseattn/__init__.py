@@ -1,3 +1,59 @@
-"""Sparse attention for long contexts."""
+"""Sparse attention for long contexts: ``mask = xattention(q, k)``, then ``block_sparse_attention(q, k, v, mask)``.
+
+Importing the package needs torch alone, touches no device and changes nothing outside it. What adapts it to other
+libraries loads when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sparseattn.masks import BlockMask
+from sparseattn.ops.block_sparse import block_sparse_attention
+from sparseattn.selectors import SELECTORS, StreamingConfig, XAttentionConfig, streaming, xattention
+
+if TYPE_CHECKING:
+    from sparseattn.integrations.options import options
+    from sparseattn.integrations.records import record
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "SELECTORS",
+    "BlockMask",
+    "StreamingConfig",
+    "XAttentionConfig",
+    "__version__",
+    "block_sparse_attention",
+    "options",
+    "record",
+    "register",
+    "streaming",
+    "xattention",
+]
+
+_LAZY = {"options": "sparseattn.integrations.options", "record": "sparseattn.integrations.records"}
+
+
+def register() -> None:
+    """Register ``sparseattn`` and ``sparseattn_<method>`` as attention implementations of Transformers.
+
+    Importing ``sparseattn.hf`` does the same.
+
+    Raises:
+        ModuleNotFoundError: Transformers is not installed: ``pip install sparseattn[hf]``.
+    """
+    from sparseattn.integrations import transformers
+
+    transformers.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -28,20 +28,10 @@ MODULES = ("sparseattn.ops.block_sparse.triton", "sparseattn.ops.scores.triton")
 TARGETS = (80, 90, 100)
 
 
-def pointer_attributes(signature: dict[str, Any]) -> dict[tuple[int, ...], list[list[Any]]]:
-    """What a launch would find divisible by 16: every pointer and every stride of a tensor of ordinary width."""
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-
-    def visit(path: tuple[int, ...], name: str, kind: Any) -> None:
-        if isinstance(kind, (tuple, list)):
-            for i, item in enumerate(kind):
-                visit((*path, i), name, item)
-        elif kind.startswith("*") or ("stride" in name and kind != "constexpr"):
-            attributes[path] = [["tt.divisibility", 16]]
-
-    for i, (name, kind) in enumerate(signature.items()):
-        visit((i,), name, kind)
-    return attributes
+def belongs(name: str, target: int) -> bool:
+    """Whether a case is meant for a target: ``...-sm80`` for Ampere, ``...-sm90`` for Hopper and newer, others for all."""
+    suffix = name.rpartition("-")[2]
+    return {"sm80": target < 90, "sm90": target >= 90}.get(suffix, True)
 
 
 def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
@@ -51,15 +41,14 @@ def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    name, kernel, given, constexprs, num_warps, num_stages = importlib.import_module(module).compile_cases()[index]
+    name, kernel, signature, constexprs, attributes, num_warps, num_stages = importlib.import_module(module).compile_cases()[index]
     row: dict[str, Any] = {"name": name, "target": target, "triton": triton.__version__}
     started = time.perf_counter()
-    signature = {n: "constexpr" if n in constexprs else given[n] for n in kernel.arg_names}
     log = io.StringIO()
     try:
         with contextlib.redirect_stdout(log):
             compiled = triton.compile(
-                ASTSource(kernel, signature, constexprs, pointer_attributes(signature)),
+                ASTSource(kernel, signature, constexprs, attributes),
                 target=GPUTarget("cuda", target, 32),
                 options={"num_warps": num_warps, "num_stages": num_stages},
             )
@@ -83,7 +72,7 @@ def compile_all(targets: tuple[int, ...], jobs: int, only: str = "") -> Iterator
         for module in MODULES
         for index, case in enumerate(importlib.import_module(module).compile_cases())
         for target in targets
-        if only in case[0]
+        if only in case[0] and belongs(case[0], target)
     ]
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         yield from pool.imap_unordered(compile_one, work)
@@ -100,6 +89,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:  # a cached kernel would come without its ptxas log
         os.environ["TRITON_CACHE_DIR"] = cache
         os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as released so far; unset, 3.9 warns
         for row in compile_all(tuple(arguments.target), arguments.jobs, arguments.only):
             print(json.dumps(row), flush=True)
 
