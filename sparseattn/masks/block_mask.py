@@ -10,12 +10,15 @@ from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.masks.checks import check_contents, check_fields
-from sparseattn.masks.constructors import Constructors
+from sparseattn.masks.converters import Converters
 from sparseattn.masks.lists import compact, listed_entries, scatter_blocks
 from sparseattn.masks.visibility import Frame, visible_range, visible_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from matplotlib.figure import Figure
+    from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
     class _Causal:
         """For type checkers: ``mask.causal`` is the flag, ``BlockMask.causal(...)`` the constructor."""
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class BlockMask(Constructors):
+class BlockMask(Converters):
     """Which KV blocks every query block attends, and what is hidden inside those blocks.
 
     The lists are FlexAttention's ``kv_num_blocks``/``kv_indices``, compact (as wide as the longest list needs, at most
@@ -144,22 +147,23 @@ class BlockMask(Constructors):
             float32 ``[batch, H]`` on the mask's device, without waiting for it.
         """
         kept, visible = self._kept_and_visible()
-        return kept / visible.clamp(min=1)
+        return (kept.double() / visible.clamp(min=1)).float()
 
     @property
     def density(self) -> float:
         """Share of all visible blocks that is listed. Waits for the device; :meth:`densities` does not."""
         kept, visible = self._kept_and_visible()
-        return (kept.double().sum() / (visible.double().sum() * self.heads).clamp(min=1)).item()
+        return (kept.double().sum() / visible.sum().clamp(min=1)).item()
 
     def _kept_and_visible(self) -> tuple[Tensor, Tensor]:
-        """How many visible blocks are listed (int64 ``[batch, H]``) and how many there are (int64 ``[B|1, 1]``)."""
+        """How many visible blocks are listed, and how many there are: int64 ``[batch, H]`` twice."""
         first, last = visible_range(self.frame)
         visible = (last + 1 - first).sum(-1).unsqueeze(-1)
         first, last = first[:, None, :, None], last[:, None, :, None]
         kept = listed_entries(self.kv_num_blocks, self.kv_indices)
         kept = kept & (self.kv_indices >= first) & (self.kv_indices <= last)
-        return kept.sum((-1, -2)), visible
+        kept = kept.sum((-1, -2))
+        return kept, visible.expand_as(kept)
 
     def to_blocks(self) -> Tensor:
         """bool ``[B|1, H, MB, NB]``: which blocks are listed, visible or not."""
@@ -234,27 +238,36 @@ class BlockMask(Constructors):
         )
 
     def __or__(self, other: BlockMask) -> BlockMask:
-        """Blocks listed in either mask; see docs/masks.md for what both must share."""
+        """Blocks listed in either mask. One head or batch row broadcasts to many.
+
+        Raises:
+            ValueError: Blocks, lengths, causality or window differ: a union hides the same tokens in all its blocks.
+        """
         if not isinstance(other, BlockMask):
             return NotImplemented
-        self._check_same(other)
+        self._check_same(other, ("block_size", "seq_lens", "causal", "window", "device"))
         blocks = self.to_blocks() | other.to_blocks()
         return self._with_blocks(blocks, self.kv_indices.shape[-1] + other.kv_indices.shape[-1])
 
     def __and__(self, other: BlockMask) -> BlockMask:
-        """Blocks listed in both masks; see docs/masks.md for what both must share."""
+        """Blocks listed in both masks, hiding what either hides. One head or batch row broadcasts to many.
+
+        Raises:
+            ValueError: Blocks or lengths differ. Causality and window may: those of the result are the stricter ones.
+        """
         if not isinstance(other, BlockMask):
             return NotImplemented
-        self._check_same(other)
+        self._check_same(other, ("block_size", "seq_lens", "device"))
         blocks = self.to_blocks() & other.to_blocks()
-        return self._with_blocks(blocks, min(self.kv_indices.shape[-1], other.kv_indices.shape[-1]))
+        both = self._with_blocks(blocks, min(self.kv_indices.shape[-1], other.kv_indices.shape[-1]))
+        return replace(both, causal=self.causal or other.causal, window=_stricter(self.window, other.window))
 
     def _with_blocks(self, blocks: Tensor, width: int) -> BlockMask:
         counts, indices = compact(blocks, min(width, self.num_kv_blocks))
         return replace(self, kv_num_blocks=counts, kv_indices=indices)
 
-    def _check_same(self, other: BlockMask) -> None:
-        for name in ("block_size", "seq_lens", "causal", "window", "device"):
+    def _check_same(self, other: BlockMask, names: tuple[str, ...]) -> None:
+        for name in names:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 raise argument_error(name, f"the same in both masks ({mine})", theirs)
@@ -262,10 +275,79 @@ class BlockMask(Constructors):
             mine, theirs = getattr(self, name), getattr(other, name)
             # The same tensor needs no look at the device; another one with equal contents is as good.
             if mine is not theirs and (mine is None or theirs is None or not torch.equal(mine, theirs)):
-                raise argument_error(name, "the same lengths in both masks", "others")
+                raise argument_error(name, "the same lengths in both masks", "different ones")
         for name, mine, theirs, hint in (
             ("heads", self.heads, other.heads, "Use expand_heads() to go from KV heads to query heads."),
             ("batch", self.kv_num_blocks.shape[0], other.kv_num_blocks.shape[0], ""),
         ):
             if mine != theirs and 1 not in (mine, theirs):
                 raise argument_error(name, f"1 or the same in both masks ({mine})", theirs, hint)
+
+    def trimmed(self) -> BlockMask:
+        """This mask with lists no wider than its longest row. Waits for the device to learn how wide that is."""
+        width = int(self.kv_num_blocks.max().item()) if self.kv_num_blocks.numel() else 0
+        return replace(self, kv_indices=self.kv_indices[..., :width].contiguous())
+
+    def to_bsr(self) -> tuple[Tensor, Tensor]:
+        """This mask as block-sparse rows. Waits for the device (the result's size depends on the contents).
+
+        Returns:
+            ``indptr`` int32 ``[B|1, H, MB + 1]``, offsets into ``indices`` int32 ``[nnz]``, which holds the lists of
+            all rows, heads and batch rows one after another. The matrix of one head is
+            ``indptr[b, h] - indptr[b, h, 0]`` with ``indices[indptr[b, h, 0]:indptr[b, h, -1]]``.
+        """
+        counts = self.kv_num_blocks
+        ends = counts.flatten().cumsum(0, dtype=torch.int32).view(counts.shape)
+        # The last end of one head is the first start of the next.
+        indptr = torch.cat([ends[..., :1] - counts[..., :1], ends], dim=-1)
+        return indptr, self.kv_indices[listed_entries(counts, self.kv_indices)]
+
+    def to_flex(self, num_heads: int | None = None, *, self_contained: bool = True) -> FlexBlockMask:
+        """This mask as FlexAttention's ``BlockMask``: full and partial blocks, and the transposed lists of both.
+
+        Blocks of which every token is visible are full. Those cut by the diagonal, the window or a sequence's end are
+        partial, and ``mask_mod`` says what is visible in them. FlexAttention wants lists of full width, so memory is
+        four int32 tensors of MB * NB entries per head.
+
+        Args:
+            num_heads: Query heads. The mask's heads are repeated to it as by :meth:`expand_heads`, except that lists
+                shared by all heads stay shared. None keeps the mask's heads.
+            self_contained: Let ``mask_mod`` also test whether a block is listed, so that what ignores the lists
+                (uncompiled ``flex_attention``, ``create_mask``, context parallelism) is right as well. False leaves
+                that lookup out, for compiled kernels only.
+
+        Returns:
+            ``torch.nn.attention.flex_attention.BlockMask``.
+        """
+        from sparseattn.masks.flex import to_flex
+
+        return to_flex(self, num_heads, self_contained=self_contained)
+
+    def plot(self, heads: Sequence[int] | None = None, *, batch: int = 0, path: str | None = None) -> Figure:
+        """Draw the block maps of a few heads.
+
+        Args:
+            heads: Which heads; by default up to four, spread evenly.
+            batch: Which batch row.
+            path: Also save the picture here.
+
+        Returns:
+            The ``matplotlib.figure.Figure``. It belongs to no global plotting state.
+
+        Raises:
+            ImportError: matplotlib is missing (``pip install "sparseattn[viz]"``).
+            ValueError: A head or batch row that the mask does not have.
+        """
+        from sparseattn.masks.plot import plot_mask
+
+        return plot_mask(self, heads, batch=batch, path=path)
+
+
+def _stricter(
+    a: tuple[int | None, int | None] | None, b: tuple[int | None, int | None] | None
+) -> tuple[int | None, int | None] | None:
+    """Window that is visible through both."""
+    if a is None or b is None:
+        return b if a is None else a
+    left, right = (y if x is None else x if y is None else min(x, y) for x, y in zip(a, b, strict=True))
+    return left, right

@@ -1,4 +1,4 @@
-"""The ways to make a BlockMask. BlockMask inherits them as classmethods."""
+"""Masks that follow from the lengths alone. BlockMask inherits these constructors as classmethods."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sparseattn.masks.visibility import Frame, in_range, visible_range
 if TYPE_CHECKING:
     from sparseattn.masks.block_mask import BlockMask
 
-_Pair = int | tuple[int, int]
-_Window = tuple[int | None, int | None]
+Pair = int | tuple[int, int]
+Window = tuple[int | None, int | None]
 
 
 def make_frame(
-    seq_lens: _Pair,
-    block_size: _Pair,
+    seq_lens: Pair,
+    block_size: Pair,
     causal: bool,
-    window: _Window | None,
+    window: Window | None,
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
     device: torch.device | str | None,
@@ -53,7 +53,7 @@ def _span_width(frame: Frame) -> int:
     return min(nb, (tokens - 2) // frame.block_size[1] + 2)
 
 
-def _at_least_zero(name: str, value: int) -> int:
+def at_least_zero(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise argument_error(name, "an int", repr(value), kind=TypeError)
     if value < 0:
@@ -61,18 +61,8 @@ def _at_least_zero(name: str, value: int) -> int:
     return value
 
 
-def _bool_mask(name: str, mask: Tensor, layout: str) -> Tensor:
-    if not isinstance(mask, Tensor):
-        raise argument_error(name, "a torch.Tensor", type(mask).__name__, kind=TypeError)
-    if mask.dtype != torch.bool:
-        raise argument_error(name, "bool", mask.dtype, "Compare first, e.g. mask != 0.", kind=TypeError)
-    if not 2 <= mask.dim() <= 4:
-        raise argument_error(name, layout, f"shape {tuple(mask.shape)}")
-    return mask[(None,) * (4 - mask.dim())]
-
-
 class Constructors:
-    """Classmethods that make a BlockMask.
+    """Patterns that need no queries or keys.
 
     Shared arguments: ``seq_lens`` is ``(Sq, Sk)`` or one length for both; ``block_size`` is ``(block_q, block_kv)`` or
     one size for both; ``seqused_q``/``seqused_k`` (int32 [B]) are the true lengths of a ragged batch, by which each
@@ -96,9 +86,9 @@ class Constructors:
     @classmethod
     def causal(
         cls,
-        seq_lens: _Pair,
+        seq_lens: Pair,
         *,
-        block_size: _Pair = 128,
+        block_size: Pair = 128,
         seqused_q: Tensor | None = None,
         seqused_k: Tensor | None = None,
         device: torch.device | str | None = None,
@@ -113,11 +103,11 @@ class Constructors:
     @classmethod
     def sliding_window(
         cls,
-        seq_lens: _Pair,
-        window: _Window,
+        seq_lens: Pair,
+        window: Window,
         *,
         causal: bool = True,
-        block_size: _Pair = 128,
+        block_size: Pair = 128,
         seqused_q: Tensor | None = None,
         seqused_k: Tensor | None = None,
         device: torch.device | str | None = None,
@@ -147,12 +137,12 @@ class Constructors:
     @classmethod
     def streaming(
         cls,
-        seq_lens: _Pair,
+        seq_lens: Pair,
         *,
         num_sink_tokens: int,
         num_local_tokens: int,
         causal: bool = True,
-        block_size: _Pair = 128,
+        block_size: Pair = 128,
         seqused_q: Tensor | None = None,
         seqused_k: Tensor | None = None,
         device: torch.device | str | None = None,
@@ -173,7 +163,7 @@ class Constructors:
             device: Where the lists go.
         """
         frame = make_frame(seq_lens, block_size, causal, None, seqused_q, seqused_k, device)
-        sinks = -(-_at_least_zero("num_sink_tokens", num_sink_tokens) // frame.block_size[1])
+        sinks = -(-at_least_zero("num_sink_tokens", num_sink_tokens) // frame.block_size[1])
         lead = (visible_range(frame)[1] + 1).clamp(max=sinks)
         first, last, width = _local_range(frame, num_local_tokens)
         return cls._build(*interval_lists(lead, first, last, min(frame.blocks[1], sinks + width)), frame)
@@ -181,12 +171,12 @@ class Constructors:
     @classmethod
     def strided(
         cls,
-        seq_lens: _Pair,
+        seq_lens: Pair,
         *,
         stride: int,
         num_local_tokens: int = 0,
         causal: bool = True,
-        block_size: _Pair = 128,
+        block_size: Pair = 128,
         seqused_q: Tensor | None = None,
         seqused_k: Tensor | None = None,
         device: torch.device | str | None = None,
@@ -203,7 +193,7 @@ class Constructors:
             seqused_k: int32 [B] true key lengths.
             device: Where the lists go.
         """
-        if _at_least_zero("stride", stride) == 0:
+        if at_least_zero("stride", stride) == 0:
             raise argument_error("stride", "at least 1", stride)
         frame = make_frame(seq_lens, block_size, causal, None, seqused_q, seqused_k, device)
         nb = frame.blocks[1]
@@ -214,48 +204,10 @@ class Constructors:
         kept = (kept | in_range((first, last), nb)) & in_range(visible_range(frame), nb)
         return cls._build(*compact(kept, min(nb, -(-nb // stride) + width)), frame)
 
-    @classmethod
-    def from_blocks(
-        cls,
-        blocks: Tensor,
-        *,
-        seq_lens: _Pair,
-        block_size: _Pair = 128,
-        causal: bool = False,
-        window: _Window | None = None,
-        seqused_q: Tensor | None = None,
-        seqused_k: Tensor | None = None,
-        max_blocks: int | None = None,
-    ) -> BlockMask:
-        """From one boolean a block.
-
-        Args:
-            blocks: bool ``[B|1, H, MB, NB]``, or without the leading dimensions.
-            seq_lens: ``(Sq, Sk)`` or one length for both.
-            block_size: ``(block_q, block_kv)`` or one size for both.
-            causal: Hide keys past the diagonal inside the listed blocks.
-            window: Hide keys outside ``(left, right)`` of the diagonal inside the listed blocks.
-            seqused_q: int32 [B] true query lengths.
-            seqused_k: int32 [B] true key lengths.
-            max_blocks: Width of the lists when an upper bound on a row's blocks is known; NB otherwise, since finding
-                the longest row would have to wait for the device. Blocks past it are dropped.
-        """
-        blocks = _bool_mask("blocks", blocks, "[B|1, H, MB, NB], [H, MB, NB] or [MB, NB]")
-        frame = make_frame(seq_lens, block_size, causal, window, seqused_q, seqused_k, blocks.device)
-        if blocks.shape[2:] != frame.blocks:
-            raise argument_error(
-                "blocks",
-                f"{frame.blocks[0]} x {frame.blocks[1]} blocks for seq_lens={frame.seq_lens} "
-                f"and block_size={frame.block_size}",
-                f"shape {tuple(blocks.shape)}",
-            )
-        width = None if max_blocks is None else min(_at_least_zero("max_blocks", max_blocks), frame.blocks[1])
-        return cls._build(*compact(blocks, width), frame)
-
 
 def _local_range(frame: Frame, num_local_tokens: int) -> tuple[Tensor, Tensor, int]:
     """Blocks that hold one of the local keys of some query of each row of blocks, and the most there can be."""
-    left = _at_least_zero("num_local_tokens", num_local_tokens) - 1
+    left = at_least_zero("num_local_tokens", num_local_tokens) - 1
     if left < 0:
         _, last = visible_range(frame)
         return torch.zeros_like(last), torch.full_like(last, -1), 0
