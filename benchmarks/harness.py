@@ -63,8 +63,9 @@ def _version(package: str) -> str | None:
 
 
 def _run(*command: str) -> str | None:
+    here = Path(__file__).parent
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None

@@ -57,12 +57,12 @@ def structured_qkv(
         return math.sqrt(logit * math.sqrt(head_dim))
 
     pairs = head_dim // 8
-    frequencies = torch.logspace(-1.5, -3.0, pairs, device=device)  # a bump some hundreds of tokens wide
+    frequencies = torch.logspace(-1.5, -3.5, pairs, device=device)  # a bump some hundreds of tokens wide
     basis = torch.linalg.qr(torch.randn((head_dim, 2 * pairs), device=device, generator=generator))[0].T
     angles = position[:, None] * frequencies[None, :]
     band = torch.cat((angles.cos(), angles.sin()), dim=1) / math.sqrt(pairs) @ basis  # [N, D], unit rows
     sink, column = direction(1), direction(1)
-    num_topics = max(2, n // 4096)
+    num_topics = 6
     topics = direction(num_topics)
     segments = -(-n // 256)
     spans = torch.randint(0, max(1, n - 16), (12,), device=device, generator=generator)

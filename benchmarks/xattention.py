@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import oracle
-from benchmarks.block_sparse import DTYPES
+from benchmarks.block_sparse import DTYPES, attend_blocks
 from benchmarks.harness import Row, Writer, arguments, finish, quietly, sdpa_cudnn, time_ms
 from benchmarks.inputs import structured_qkv
-from sparseattn import BlockMask, XAttentionConfig, block_sparse_attention, xattention
+from sparseattn import XAttentionConfig, xattention
 from sparseattn.ops.scores import antidiagonal_scores
 
 
@@ -61,8 +61,8 @@ def gate_selection(q: Tensor, k: Tensor, config: XAttentionConfig, slack: float 
     """Hold a selection against the float64 reference with a threshold ``slack`` lower and higher.
 
     Rounding scores to low precision may change which of two nearly equal blocks is kept, so blocks are not compared
-    one by one: every row must keep at least ``threshold - slack`` of the exact score mass, in a number of blocks between
-    those that the exact selection needs at the threshold minus and plus ``slack``.
+    one by one: every row must keep at least ``threshold - slack`` of the exact score mass, in a number of blocks
+    between those that the exact selection needs at the threshold minus and plus ``slack``.
 
     Raises:
         ArithmeticError: A row keeps too little or too much.
@@ -98,9 +98,9 @@ def measure(problem: Problem, phase: str, config: XAttentionConfig, budget_ms: f
         return row | time_ms(partial(xattention, q, k, config), problem.device, budget_ms=budget_ms)
 
     def both() -> Tensor:
-        return block_sparse_attention(q, k, v, xattention(q, k, config))
+        return attend_blocks(q, k, v, xattention(q, k, config))
 
-    run = both if phase == "both" else partial(block_sparse_attention, q, k, v, mask)
+    run = both if phase == "both" else partial(attend_blocks, q, k, v, mask)
     gate, lse = problem.gate(run(), oracle.Selected(blocks, mask.block_size))
     recall = (lse - problem.dense_lse).exp()
     row |= gate | {"recall": round(recall.mean().item(), 4), "recall_min": round(recall.min().item(), 4)}
@@ -110,7 +110,7 @@ def measure(problem: Problem, phase: str, config: XAttentionConfig, budget_ms: f
 
 def measure_dense(problem: Problem, impl: str, block: int, budget_ms: float) -> Row:
     """Gate and time dense causal attention: the rival's, or ours without a mask."""
-    run = partial(sdpa_cudnn if impl == "cudnn_dense" else block_sparse_attention, *problem.qkv)
+    run = partial(sdpa_cudnn if impl == "cudnn_dense" else attend_blocks, *problem.qkv)
     gate, _ = problem.gate(run(), oracle.Selected(None, (1, 1)))
     timing = time_ms(run, problem.device, budget_ms=budget_ms)
     num_blocks = -(-problem.n // block)

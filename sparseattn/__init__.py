@@ -36,17 +36,20 @@ __all__ = [
 _LAZY = {"options": "sparseattn.integrations.options", "record": "sparseattn.integrations.records"}
 
 
-def register() -> None:
-    """Register ``sparseattn`` and ``sparseattn_<method>`` as attention implementations of Transformers.
+def register() -> list[str]:
+    """Register ``sparseattn`` and ``sparseattn_<method>`` with Transformers as attention implementations.
 
     Importing ``sparseattn.hf`` does the same.
+
+    Returns:
+        The names registered.
 
     Raises:
         ModuleNotFoundError: Transformers is not installed: ``pip install sparseattn[hf]``.
     """
     from sparseattn.integrations import transformers
 
-    transformers.register()
+    return transformers.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -2,10 +2,10 @@
 
     python tests/compile/compile_kernels.py [--jobs 2] [--target 80 90 100] [--only SUBSTRING]
 
-One JSON line a kernel and target: ``name``, ``target``, ``triton``, ``registers``, ``spills`` (bytes stored and loaded),
-``shared`` (bytes), ``warnings`` (ptxas's own), ``seconds``; or ``error`` where compilation failed. A script of its own
-because the test process imports Triton for its interpreter, which leaves nothing to compile, and because the oldest
-Triton allowed needs a process of its own, too. It must not run with ``TRITON_INTERPRET`` set.
+One JSON line a kernel and target: ``name``, ``target``, ``triton``, ``registers``, ``spills`` (bytes stored and
+loaded), ``shared`` (bytes), ``warnings`` (ptxas's own), ``seconds``; or ``error`` where compilation failed. A script of
+its own because the test process imports Triton for its interpreter, which leaves nothing to compile, and because the
+oldest Triton allowed needs a process of its own, too. It must not run with ``TRITON_INTERPRET`` set.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TARGETS = (80, 90, 100)
 
 
 def belongs(name: str, target: int) -> bool:
-    """Whether a case is meant for a target: ``...-sm80`` for Ampere, ``...-sm90`` for Hopper and newer, others for all."""
+    """Whether a case is for a target: ``...-sm80`` for Ampere, ``...-sm90`` for Hopper and newer, others for all."""
     suffix = name.rpartition("-")[2]
     return {"sm80": target < 90, "sm90": target >= 90}.get(suffix, True)
 
@@ -41,7 +41,8 @@ def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    name, kernel, signature, constexprs, attributes, num_warps, num_stages = importlib.import_module(module).compile_cases()[index]
+    case = importlib.import_module(module).compile_cases()[index]
+    name, kernel, signature, constexprs, attributes, num_warps, num_stages = case
     row: dict[str, Any] = {"name": name, "target": target, "triton": triton.__version__}
     started = time.perf_counter()
     log = io.StringIO()
