@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import oracle
-from benchmarks.harness import Row, Unsupported, Writer, arguments, finish, quietly, sdpa_cudnn, time_ms
+from benchmarks.harness import Row, Unsupported, Writer, arguments, cudnn_dense, finish, quietly, time_ms
 from benchmarks.inputs import random_blocks, random_qkv
 from sparseattn import BlockMask, block_sparse_attention
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Prepared = tuple[Callable[[], Tensor], Row]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -91,13 +91,16 @@ class Problem:
         return [oracle.gradients(q, k, v, self.do, selected, rows, cols, d) for d in dtypes]
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Problem], Attend]] = {}
+IMPLEMENTATIONS: dict[str, Callable[[Problem], Prepared]] = {}
 
 
-def implementation(name: str) -> Callable[[Callable[[Problem], Attend]], Callable[[Problem], Attend]]:
-    """Register a function that prepares an implementation for a problem, or raises ``Unsupported``."""
+def implementation(name: str) -> Callable[[Callable[[Problem], Prepared]], Callable[[Problem], Prepared]]:
+    """Register a function that prepares the forward call of a problem, with what its row should say, if anything.
 
-    def add(prepare: Callable[[Problem], Attend]) -> Callable[[Problem], Attend]:
+    It raises ``Unsupported`` where the implementation cannot run here or does not do this.
+    """
+
+    def add(prepare: Callable[[Problem], Prepared]) -> Callable[[Problem], Prepared]:
         IMPLEMENTATIONS[name] = prepare
         return prepare
 
@@ -105,43 +108,37 @@ def implementation(name: str) -> Callable[[Callable[[Problem], Attend]], Callabl
 
 
 @implementation("sparseattn")
-def _sparseattn(problem: Problem) -> Attend:
-    return partial(attend_blocks, mask=problem.mask)
+def _sparseattn(problem: Problem) -> Prepared:
+    return partial(attend_blocks, *problem.qkv, problem.mask), {}
 
 
 @implementation("flex_attention")
-def _flex_attention(problem: Problem) -> Attend:
+def _flex_attention(problem: Problem) -> Prepared:
     if problem.device.type != "cuda":
         raise Unsupported("FlexAttention is compared on a GPU, where it is compiled")
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
     flex_mask = problem.mask.to_flex(problem.heads)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return compiled(q, k, v, block_mask=flex_mask, enable_gqa=True).transpose(1, 2)
-
-    return attend
+    q, k, v = (t.transpose(1, 2) for t in problem.qkv)
+    return lambda: compiled(q, k, v, block_mask=flex_mask, enable_gqa=True).transpose(1, 2), {}
 
 
 @implementation("cudnn_dense")
-def _cudnn_dense(problem: Problem) -> Attend:
+def _cudnn_dense(problem: Problem) -> Prepared:
     if problem.density < 1:
         raise Unsupported("dense attention has no density")
-    if problem.device.type != "cuda":
-        raise Unsupported("cuDNN attention needs a CUDA GPU")
-    return sdpa_cudnn
+    return cudnn_dense(*problem.qkv)
 
 
 def measure(problem: Problem, name: str, budget_ms: float) -> Row:
     """Gate and time one implementation."""
-    attend = IMPLEMENTATIONS[name](problem)
+    attend, said = IMPLEMENTATIONS[name](problem)
     q, k, v = problem.qkv
     rows, cols = problem.sampled
-    o = attend(q, k, v)
+    o = attend()
     if problem.op == "forward":
-        run: Callable[[], Any] = partial(attend, q, k, v)
+        run: Callable[[], Any] = attend
         gate = oracle.gate(("o",), (o[0, rows],), *problem.expected)
     else:
         run = partial(torch.autograd.grad, o, (q, k, v), problem.do, retain_graph=True)
@@ -151,7 +148,7 @@ def measure(problem: Problem, name: str, budget_ms: float) -> Row:
     timing = time_ms(run, problem.device, budget_ms=budget_ms)
     density = problem.mask.density if name != "cudnn_dense" else 1.0
     tflops = round(problem.flops / timing["ms"] * 1e-9, 1)
-    return {"selected": round(density, 4), **timing, "tflops": tflops, "flops": problem.flops, **gate}
+    return {"selected": round(density, 4), **said, **timing, "tflops": tflops, "flops": problem.flops, **gate}
 
 
 def main(argv: list[str] | None = None) -> list[Row]:

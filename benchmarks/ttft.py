@@ -93,7 +93,12 @@ def measure(model: Any, ids: Tensor, impl: str, options: dict[str, Any], gated: 
     model.set_attn_implementation("sdpa" if impl == "sdpa_cudnn" else impl)
     with cudnn() if impl == "sdpa_cudnn" else nullcontext(), sparseattn.options(**options):
         run = partial(prefill, model, ids)
-        run()
+        try:
+            run()
+        except RuntimeError as error:
+            if impl == "sdpa_cudnn" and "No available kernel" in str(error):
+                raise Unsupported("this torch's cuDNN attention does not run what the model asks for") from error
+            raise
         row = time_ms(run, ids.device, budget_ms=budget_ms, runs=(2, 10))
         if not impl.startswith("sparseattn"):
             return row

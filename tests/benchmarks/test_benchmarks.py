@@ -65,8 +65,8 @@ def test_block_sparse_rows(tmp_path: Path) -> None:
 
 
 def test_a_failed_gate_leaves_an_error_and_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(problem: block_sparse.Problem) -> block_sparse.Attend:
-        return lambda q, k, v: torch.zeros_like(q)
+    def wrong(problem: block_sparse.Problem) -> block_sparse.Prepared:
+        return lambda: torch.zeros_like(problem.qkv[0]), {}
 
     monkeypatch.setitem(block_sparse.IMPLEMENTATIONS, "sparseattn", wrong)
     small = [*SMALL, "--n", "64", "--block", "32", "--density", "1", "--impl", "sparseattn", "--op", "forward"]

@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs this machine need not have, and print what ptxas says of each.
 
-    python tests/compile/compile_kernels.py [--jobs 2] [--target 80 90 100] [--only SUBSTRING]
+    python tests/compile/compile_kernels.py [--jobs 2] [--target 80 90 100] [--only REGEX] [--skip REGEX]
 
 One JSON line a kernel and target: ``name``, ``target``, ``triton``, ``registers``, ``spills`` (bytes stored and
 loaded), ``shared`` (bytes), ``warnings`` (ptxas's own), ``seconds``; or ``error`` where compilation failed. A script of
@@ -67,13 +67,15 @@ def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
     }
 
 
-def compile_all(targets: tuple[int, ...], jobs: int, only: str = "") -> Iterator[dict[str, Any]]:
+def compile_all(targets: tuple[int, ...], jobs: int, only: str, skip: str) -> Iterator[dict[str, Any]]:
     work = [
         (module, index, target)
         for module in MODULES
         for index, case in enumerate(importlib.import_module(module).compile_cases())
         for target in targets
-        if only in case[0] and belongs(case[0], target)
+        if belongs(case[0], target)
+        and re.search(only, f"{case[0]}/{target}")
+        and not (skip and re.search(skip, f"{case[0]}/{target}"))
     ]
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         yield from pool.imap_unordered(compile_one, work)
@@ -83,7 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every kernel offline.")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--target", type=int, nargs="+", default=list(TARGETS))
-    parser.add_argument("--only", default="", help="compile only cases whose name contains this")
+    parser.add_argument("--only", default="", help="pattern of name/target, such as 'forward.*/90'")
+    parser.add_argument("--skip", default="", help="likewise, of what to leave out")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         sys.exit("compile_kernels.py: TRITON_INTERPRET is set, so there is nothing to compile. Unset it.")
@@ -91,7 +94,7 @@ def main() -> None:
         os.environ["TRITON_CACHE_DIR"] = cache
         os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
         os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as released so far; unset, 3.9 warns
-        for row in compile_all(tuple(arguments.target), arguments.jobs, arguments.only):
+        for row in compile_all(tuple(arguments.target), arguments.jobs, arguments.only, arguments.skip):
             print(json.dumps(row), flush=True)
 
 
