@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -57,8 +57,7 @@ def antidiagonal_scores(
         TypeError: dtypes that differ or are not floating point.
     """
     p = _problem(q, k, stride, block_size, causal, scale, sequences)
-    module = _implementation(impl, q, k)
-    return module.antidiagonal_scores(q.detach(), k.detach(), p)
+    return _module(_choose(impl, q, k)).antidiagonal_scores(q.detach(), k.detach(), p)
 
 
 def top_p_blocks(
@@ -114,9 +113,9 @@ def top_p_blocks(
         visible = torch.full((1, rows), columns, dtype=torch.int32, device=scores.device)
     if recent is None:
         recent = visible
-    module = _implementation(impl, scores, scores)
-    tensor = threshold_tensor(thresholds, scores.device)
-    return module.top_p_blocks(scores.detach(), tensor, RowBounds(visible, recent), keep_sink)
+    module = _module(_choose(impl, scores))
+    shares = torch.tensor(thresholds, dtype=torch.float32, device=scores.device)
+    return module.top_p_blocks(scores.detach(), shares, RowBounds(visible, recent), keep_sink)
 
 
 def xattention_blocks(
@@ -168,17 +167,16 @@ def xattention_blocks(
     )  # fmt: skip
 
 
-def unsupported_reason(q: Tensor, k: Tensor, impl: str) -> str | None:
-    """Why ``impl`` cannot score these tensors, or None."""
+def unsupported_reason(*tensors: Tensor, impl: str) -> str | None:
+    """Why ``impl`` cannot take ``q, k`` (scoring) or ``scores`` (selection alone), or None."""
     if impl not in IMPLEMENTATIONS:
         raise argument_error("impl", f"one of {IMPLEMENTATIONS}", repr(impl))
-    try:
-        module = _module(impl)
-    except ModuleNotFoundError as e:
-        if e.name is None or e.name.split(".")[0] != "triton":
-            raise
+    if impl == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    return module.unsupported_reason(q, k)
+    module = _module(impl)
+    if len(tensors) == 1:
+        return module.unsupported_scores_reason(tensors[0])
+    return module.unsupported_reason(*tensors)
 
 
 def check_thresholds(threshold: float | Sequence[float], heads: int) -> tuple[float, ...]:
@@ -206,8 +204,8 @@ def check_threshold(value: object) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def threshold_tensor(thresholds: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 ``[1]`` or ``[H]`` on the device; made once, so that repeated calls copy nothing from the host."""
+def _thresholds_on(device: torch.device, thresholds: tuple[float, ...]) -> Tensor:
+    """float32 ``[1]`` or ``[H]``; copied from the host once, so that repeated calls and CUDA graphs do not wait for it."""
     return torch.tensor(thresholds, dtype=torch.float32, device=device)
 
 
@@ -241,19 +239,16 @@ def _problem(
     return ScoreProblem(s, stride, block_size, causal, scale)
 
 
-def _choose(impl: str, q: Tensor, k: Tensor) -> str:
+def _choose(impl: str, *tensors: Tensor) -> str:
+    """The implementation for q and k, or for scores: the one asked for, or the device's; raises if it refuses."""
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise argument_error("impl", f"'auto' or one of {IMPLEMENTATIONS}", repr(impl))
-    name = impl if impl != "auto" else "triton" if q.is_cuda else "reference"
-    reason = unsupported_reason(q, k, name)
+    name = impl if impl != "auto" else "triton" if tensors[0].is_cuda else "reference"
+    reason = unsupported_reason(*tensors, impl=name)
     if reason is not None:
         hint = "Use impl='reference', which takes every float tensor." if name != "reference" else ""
         raise argument_error("impl", f"an implementation for these tensors ({name!r}: {reason})", repr(impl), hint)
     return name
-
-
-def _implementation(impl: str, q: Tensor, k: Tensor) -> ModuleType:
-    return _module(_choose(impl, q, k))
 
 
 def _module(name: str) -> ModuleType:
@@ -291,11 +286,9 @@ def _xattention_blocks(
     s = Sequences(batch, max_q, max_k, q_start, q_end, k_start, k_end, q.dim() == 3)
     p = ScoreProblem(s, stride, block_size, causal, scale)
     bounds = row_bounds(s, block_size, causal, keep_recent, q.device)
-    thresholds = threshold_tensor(tuple(threshold), q.device)
+    thresholds = _thresholds_on(q.device, tuple(threshold))
     module = _module(impl)
-    if hasattr(module, "xattention_blocks"):  # scores and selection chunk by chunk, the scores never whole in memory
-        return module.xattention_blocks(q, k, p, thresholds, bounds, keep_sink)
-    return module.top_p_blocks(module.antidiagonal_scores(q, k, p), thresholds, bounds, keep_sink)
+    return module.xattention_blocks(q, k, p, thresholds, bounds, keep_sink)
 
 
 @torch.library.register_fake("sparseattn::xattention_blocks")

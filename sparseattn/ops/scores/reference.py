@@ -19,6 +19,18 @@ def unsupported_reason(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
+def unsupported_scores_reason(scores: Tensor) -> str | None:
+    """Likewise."""
+    return None
+
+
+def xattention_blocks(
+    q: Tensor, k: Tensor, p: ScoreProblem, threshold: Tensor, bounds: RowBounds, keep_sink: bool
+) -> tuple[Tensor, Tensor]:
+    """Score, then select. See ``api.xattention_blocks``."""
+    return top_p_blocks(antidiagonal_scores(q, k, p), threshold, bounds, keep_sink)
+
+
 def antidiagonal_scores(q: Tensor, k: Tensor, p: ScoreProblem, chunk_blocks: int | None = None) -> Tensor:
     """Softmax mass of each block, estimated from strided antidiagonals. See ``api.antidiagonal_scores``.
 
