@@ -175,10 +175,9 @@ class BlockMask(Converters):
         For tests and pictures: this is the one method whose memory grows with Sq * Sk tokens.
         """
         blocks = scatter_blocks(self.kv_num_blocks, self.kv_indices, self.num_kv_blocks)
-        rows, cols = (
-            torch.arange(n, device=self.device) // size for n, size in zip(self.seq_lens, self.block_size, strict=True)
-        )
-        return blocks.index_select(2, rows).index_select(3, cols) & visible_tokens(self.frame)
+        tokens = blocks[:, :, :, None, :, None].expand(-1, -1, -1, self.block_size[0], -1, self.block_size[1])
+        tokens = tokens.flatten(4).flatten(2, 3)[:, :, : self.seq_lens[0], : self.seq_lens[1]]
+        return tokens & visible_tokens(self.frame)
 
     def transposed(self) -> tuple[Tensor, Tensor]:
         """Which query blocks attend each KV block: the lists of the backward pass.
@@ -296,10 +295,12 @@ class BlockMask(Converters):
             all rows, heads and batch rows one after another. The matrix of one head is
             ``indptr[b, h] - indptr[b, h, 0]`` with ``indices[indptr[b, h, 0]:indptr[b, h, -1]]``.
         """
-        counts = self.kv_num_blocks
-        ends = counts.flatten().cumsum(0, dtype=torch.int32).view(counts.shape)
-        # The last end of one head is the first start of the next.
-        indptr = torch.cat([ends[..., :1] - counts[..., :1], ends], dim=-1)
+        counts, rows = self.kv_num_blocks, self.num_q_blocks
+        offsets = torch.nn.functional.pad(counts.flatten().cumsum(0, dtype=torch.int32), (1, 0))
+        # The end of one head's rows is the start of the next's.
+        first = torch.arange(counts.shape[0] * counts.shape[1], device=self.device) * rows
+        indptr = offsets[first[:, None] + torch.arange(rows + 1, device=self.device)]
+        indptr = indptr.view(*counts.shape[:2], rows + 1)
         return indptr, self.kv_indices[listed_entries(counts, self.kv_indices)]
 
     def to_flex(self, num_heads: int | None = None, *, self_contained: bool = True) -> FlexBlockMask:

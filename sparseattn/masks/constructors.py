@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -72,7 +72,10 @@ class Constructors:
 
     @classmethod
     def _build(cls, counts: Tensor, indices: Tensor, frame: Frame) -> BlockMask:
-        return cast("type[BlockMask]", cls)(
+        # By its global name: torch.compile cannot construct a class it only knows as an argument.
+        from sparseattn.masks.block_mask import BlockMask
+
+        return BlockMask(
             counts,
             indices,
             block_size=frame.block_size,

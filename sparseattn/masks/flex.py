@@ -192,15 +192,25 @@ def _distances(mask_mod: MaskMod, partial_blocks: Tensor, frame: Frame) -> tuple
     at = partial_blocks.expand(batch, -1, -1, -1).nonzero()
     row = torch.arange(block_q, device=frame.device)[:, None].expand(block_q, block_kv)
     col = torch.arange(block_kv, device=frame.device).expand(block_q, block_kv)
-    for b, h, m, n in (x.unbind(1) for x in at.split(max(1, _TOKENS_AT_ONCE // (block_q * block_kv)))):
+    step = max(1, _TOKENS_AT_ONCE // (block_q * block_kv))
+    for i in range(0, at.shape[0], step):
+        b, h, m, n = at[i : i + step].unbind(1)
         q_idx = (m[:, None, None] * block_q + row).flatten()
         kv_idx = (n[:, None, None] * block_kv + col).flatten()
         b, h = b.repeat_interleave(row.numel()), h.repeat_interleave(row.numel())
         sq, sk = (n[b] if n.shape[0] > 1 else n for n in (lengths_q, lengths_k))
         exists = (q_idx < sq) & (kv_idx < sk)
         # A mask_mod may index tensors by token, so ask only about tokens that exist.
-        seen = torch.vmap(mask_mod)(b, h, torch.where(exists, q_idx, 0), torch.where(exists, kv_idx, 0))
+        seen = _evaluate(mask_mod, b, h, torch.where(exists, q_idx, 0), torch.where(exists, kv_idx, 0))
         slot = kv_idx - q_idx - (sk - sq) + max_k
         shown[slot[seen & exists]] = True
         hidden[slot[~seen & exists]] = True
     return shown, hidden
+
+
+def _evaluate(mask_mod: MaskMod, *where: Tensor) -> Tensor:
+    try:
+        return torch.vmap(mask_mod)(*where)
+    except RuntimeError as error:  # how torch refuses the mask_mod of a sliced BlockMask
+        hint = "Set the mask_mod of a sliced BlockMask again."
+        raise argument_error("block_mask", "a mask_mod that can be called on token indices", error, hint) from error
