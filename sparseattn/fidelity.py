@@ -43,6 +43,7 @@ class MassStatistics(NamedTuple):
 def recall(
     q: Tensor,
     k: Tensor,
+    v: Tensor | None,
     mask: BlockMask,
     *,
     causal: bool | None = None,
@@ -57,6 +58,7 @@ def recall(
     Args:
         q: Queries ``[B, Sq, Hq, D]``, or packed ``[total, Hq, D]``.
         k: Keys ``[B, Sk, Hkv, D]``, or packed.
+        v: Not read, None will do: no value moves attention mass. It is here so that the call reads like the operator's.
         mask: The selection. What it masks inside its blocks (causality, window) bounds dense attention too, so recall
             speaks of what was left out, not of what must not be seen.
         causal: As in ``block_sparse_attention``; None: as the mask says.
@@ -147,7 +149,7 @@ def relative_error(o: Tensor, o_ref: Tensor) -> Tensor:
     """``output_error`` as a scalar float32 tensor on the device, without waiting for it."""
     if o.shape != o_ref.shape:
         raise argument_error("o", f"shape {tuple(o_ref.shape)} like o_ref", f"shape {tuple(o.shape)}")
-    difference = torch.linalg.vector_norm((o - o_ref).float())
+    difference = torch.linalg.vector_norm(o.float() - o_ref.float())
     # 0 / 0 is no error at all.
     return torch.where(difference == 0, 0.0, difference / torch.linalg.vector_norm(o_ref.float()))
 

@@ -215,7 +215,7 @@ def _config_fields(method: str) -> list[str]:
 def _unknown_options(got: Flat, known: Sequence[str], method: str) -> Exception:
     unknown = sorted(set(got) - set(known))
     return argument_error(
-        "options", f"for method {method!r}: {', '.join([*_GENERAL, *known])}", ", ".join(map(str, unknown))
+        "options", f"options of method {method!r} ({', '.join([*_GENERAL, *known])})", ", ".join(map(str, unknown))
     )
 
 
