@@ -14,6 +14,13 @@ if not torch.cuda.is_available():
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # The interpreter computes both sides of a where with NumPy, which warns about the side that is dropped.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

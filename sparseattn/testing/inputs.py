@@ -157,9 +157,9 @@ def dense_attention(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention by the book, with an explicit boolean mask, in the dtype of its inputs.
 
-    In float64 it is the oracle; in a low dtype it is *eager*: products in that dtype, softmax in float32, weights rounded
-    back, as in models' eager attention. Memory grows with Sq * Sk. Differentiable; rows that may see nothing get output
-    0, LSE -inf and gradient 0.
+    In float64 it is the oracle; in a low dtype it is *eager*: products in that dtype, softmax in float32, weights
+    rounded back, as in models' eager attention. Memory grows with Sq * Sk. Differentiable; rows that may see nothing
+    get output 0, LSE -inf and gradient 0.
 
     Args:
         q: ``[B, Sq, Hq, D]``.

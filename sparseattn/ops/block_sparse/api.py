@@ -91,7 +91,7 @@ def block_sparse_attention(
         q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     ):
         if mask is not None and _wants_transposed(q, impl):
-            g = g._replace(**dict(zip(("q_num_blocks", "q_indices"), mask.transposed(), strict=True)))
+            g = _with_transposed(g, mask)
         o, lse = _BlockSparse.apply(q, k, v, sinks, impl, *g)
     else:
         o, lse = _forward_op(q, k, v, sinks, impl, *_without_transposed(g))
@@ -401,6 +401,8 @@ def _backward(
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv, dsinks = _empty_gradients(q, k, v, sinks)
         return dq.zero_(), dk.zero_(), dv.zero_(), dsinks.zero_()
+    # lse.sum() sends back one number with zero strides; the kernels index it like the LSE itself.
+    dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv, dsinks = module.backward(do, dlse, q, k, v, o, lse, sinks, g)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
@@ -431,6 +433,11 @@ _forward_op = torch.ops.sparseattn.block_sparse_fwd.default
 _backward_op = torch.ops.sparseattn.block_sparse_bwd.default
 
 
+def _with_transposed(g: Geometry, mask: BlockMask) -> Geometry:
+    q_num_blocks, q_indices = mask.transposed()
+    return g._replace(q_num_blocks=q_num_blocks, q_indices=q_indices)
+
+
 def _without_transposed(g: Geometry) -> Geometry:
     return g._replace(q_num_blocks=None, q_indices=None)
 
@@ -439,7 +446,7 @@ class _BlockSparse(torch.autograd.Function):
     """Ties the two operators together; arguments after ``impl`` are a Geometry, flattened."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, impl: str, *geometry: Any
     ) -> tuple[Tensor, Tensor]:
         g = Geometry(*geometry)
@@ -451,7 +458,7 @@ class _BlockSparse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, o, lse, sinks, *tensors = ctx.saved_tensors
         impl, blocks, rest = ctx.numbers
         if do is None:

@@ -173,12 +173,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) 
     sink = None if sinks is None else sinks.to(work)[:, None]
     for seq in _sequences(q, k, g):
         keys = _Keys(k[seq.k_rows], v[seq.k_rows], seq, work, lists is None)
-        qs = _heads_first(q[seq.q_rows], work) * g.scale
+        qs = _heads_first(q[seq.q_rows], work)
         os = qs.new_zeros((*qs.shape[:-1], v.shape[-1]))
         ls = qs.new_full(qs.shape[:-1], -math.inf)
         for tile in seq.tiles(lists, _TILE_SCORES.get(q.device.type, 1 << 26)):
             kt, vt = keys.gather(tile)
-            s = _scores(qs, kt, keys, tile, g.softcap)  # [n, rows of the tile's heads, keys]
+            s = _scores(qs, kt, keys, tile, g)  # [n, rows of the tile's heads, keys]
             # A row without keys has maximum -inf; the finite floor turns its weights into exact zeros.
             m_i = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(work).min)
             p = s.sub_(m_i).exp_()
@@ -221,7 +221,7 @@ def backward(
     dsink = None if sinks is None else torch.zeros_like(sinks, dtype=work)
     for seq in _sequences(q, k, g):
         keys = _Keys(k[seq.k_rows], v[seq.k_rows], seq, work, lists is None)
-        qs = _heads_first(q[seq.q_rows], work) * g.scale
+        qs = _heads_first(q[seq.q_rows], work)
         dos = _heads_first(do[seq.q_rows], work)
         ls = lse[seq.lse_rows]
         delta = (_heads_first(o[seq.q_rows], work) * dos).sum(-1)
@@ -237,7 +237,7 @@ def backward(
             kt, vt = keys.gather(tile)
             n = kt.shape[0]
             at = (tile.q_heads, tile.rows)
-            s = _scores(qs, kt, keys, tile, g.softcap)
+            s = _scores(qs, kt, keys, tile, g)
             cap = (s / g.softcap).square_().neg_().add_(1) if g.softcap else None
             p = s.sub_(ls[at].reshape(n, -1, 1)).exp_()
             do_t = dos[at].reshape(n, -1, dos.shape[-1])
@@ -250,7 +250,7 @@ def backward(
             keys.add(dks, tile, torch.bmm(ds.transpose(1, 2), qs[at].reshape(n, -1, qs.shape[-1])))
         dq[seq.q_rows] = (dqs * g.scale).transpose(0, 1).to(dq.dtype)
         # Padded rows of different sequences never overlap, so each is written once.
-        dk[seq.k_rows] = dks[:, : seq.len_k].transpose(0, 1).to(dk.dtype)
+        dk[seq.k_rows] = (dks[:, : seq.len_k] * g.scale).transpose(0, 1).to(dk.dtype)
         dv[seq.k_rows] = dvs[:, : seq.len_k].transpose(0, 1).to(dv.dtype)
     return dq, dk, dv, None if sinks is None or dsink is None else dsink.to(sinks.dtype)
 
@@ -299,12 +299,14 @@ class _Keys:
         return self.positions.view(-1, self.size).index_select(0, blocks).view(-1)
 
 
-def _scores(qs: Tensor, kt: Tensor, keys: _Keys, tile: _Tile, softcap: float) -> Tensor:
+def _scores(qs: Tensor, kt: Tensor, keys: _Keys, tile: _Tile, g: Geometry) -> Tensor:
     """Scaled, soft-capped scores ``[KV heads, rows of their query heads, keys]``; -inf where hidden."""
     n, columns, dim = kt.shape
-    s = torch.bmm(qs[tile.q_heads, tile.rows].reshape(n, -1, dim), kt.transpose(1, 2))
-    if softcap:
-        s.div_(softcap).tanh_().mul_(softcap)
+    qt = qs[tile.q_heads, tile.rows].reshape(n, -1, dim)
+    # beta=0 ignores what is in the buffer; alpha scales the product without a pass of its own.
+    s = qt.new_empty((n, qt.shape[1], columns)).baddbmm_(qt, kt.transpose(1, 2), beta=0, alpha=g.scale)
+    if g.softcap:
+        s.div_(g.softcap).tanh_().mul_(g.softcap)
     if tile.right is not None or tile.left is not None:
         by_row = s.view(-1, tile.rows.stop - tile.rows.start, columns)
         if tile.right is not None:
