@@ -364,11 +364,12 @@ def _read_pattern(
 def _leaves(function: Callable[..., Any]) -> Iterator[tuple[str, Callable[..., Any]]]:
     """The patterns that Transformers' ``and_masks`` joined, each with the name of the function that built it."""
     name = getattr(function, "__qualname__", type(function).__name__).split(".")[0]
-    if name in ("and_masks", "remap_positions_for_packed_sequence", "add_offsets_to_mask_function"):
+    joined = ("and_masks", "or_masks", "remap_positions_for_packed_sequence", "add_offsets_to_mask_function")
+    if name in joined:
         inner = _captured(function)
         for part in inner.get("mask_functions", (inner.get("mask_function"),)):
             yield from _leaves(part)
-    else:
+    if name not in joined or name == "or_masks":  # a union is a pattern of its own; its parts tell what for
         yield name, function
 
 

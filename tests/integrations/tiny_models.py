@@ -108,8 +108,8 @@ def padding(lengths: list[int], side: str, width: int = SEQ, device: str = "cpu"
 
 
 def alone(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits of the valid tokens of a padded batch, every sequence run by itself."""
-    return torch.cat([model(row[keep][None]).logits[0] for row, keep in zip(ids, mask.bool(), strict=True)])
+    """Logits (or hidden states) of the valid tokens of a padded batch, every sequence run by itself."""
+    return torch.cat([model(row[keep][None])[0][0] for row, keep in zip(ids, mask.bool(), strict=True)])
 
 
 def assert_like_eager(
