@@ -13,19 +13,41 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 @triton.jit
 def sequence_span(start_ptr, end_ptr, b, length, RAGGED: tl.constexpr):
     """First row and length of sequence ``b``; ``(0, length)`` when no sequence of the batch is cut short."""
+    start = tl.full((), 0, tl.int32)
     if RAGGED:
         start = tl.load(start_ptr + b)
-        return start, tl.load(end_ptr + b) - start
-    return tl.full((), 0, tl.int32), length
+        length = tl.load(end_ptr + b) - start
+    return start, length
 
 
 @triton.jit
-def visible(rows, cols, offset, k_len, window_left, window_right, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+def schedule(pid, tiles, CHUNK: tl.constexpr):
+    """(tile, head) of a program: ``CHUNK`` heads at a time (those that share KV run together), tiles in order."""
+    per_chunk = tiles * CHUNK
+    within = pid % per_chunk
+    return within // CHUNK, pid // per_chunk * CHUNK + within % CHUNK
+
+
+@triton.jit
+def reversed_schedule(pid, tiles, CHUNK: tl.constexpr):
+    """As ``schedule``, last tile first: under a causal mask it has the most keys, and short tiles end a launch."""
+    tile, head = schedule(pid, tiles, CHUNK)
+    return tiles - 1 - tile, head
+
+
+@triton.jit
+def visible(
+    rows, cols, offset, k_len, window_left, window_right,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
     """Whether query ``rows`` may see key ``cols``; any shapes that broadcast.
 
-    ``offset`` is ``Sk - Sq``: the diagonal is bottom-right aligned. A negative window side is unbounded.
+    ``offset`` is ``Sk - Sq``: the diagonal is bottom-right aligned. A negative window side is unbounded. Without
+    ``BOUNDED`` the caller knows that ``cols`` lie below ``k_len``.
     """
-    seen = cols < k_len
+    seen = (rows >= 0) | (cols >= 0)
+    if BOUNDED:
+        seen = seen & (cols < k_len)
     if CAUSAL:
         seen = seen & (cols <= rows + offset)
     if WINDOW:

@@ -7,6 +7,7 @@ density reuses the compiled kernel.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from sparseattn.kernels.attention import (
     key_range,
     natural_lse,
     online_softmax,
+    reversed_schedule,
+    schedule,
     sequence_span,
     visible,
 )
@@ -33,27 +36,90 @@ _SPLITS = ["num_splits", "split_stride_o", "split_stride_lse"]
 
 
 @triton.jit
-def _list_entry(idx_ptr, i, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """First row of the i-th tile of a block list whose blocks hold ``BLOCK // TILE`` tiles each."""
-    PER: tl.constexpr = BLOCK // TILE
-    if PER == 1:
-        return tl.load(idx_ptr + i) * BLOCK
-    return tl.load(idx_ptr + i // PER) * BLOCK + (i % PER) * TILE
+def _list_length(count_ptr, list_ptr):
+    """Entries of a block list.
+
+    The first entry is asked for together with the count, so that the list travels from memory before its length is
+    known; its sign, which only an empty list's undefined entry can set, keeps the load alive and the length at 0.
+    """
+    return tl.minimum(tl.load(count_ptr), tl.load(list_ptr) | 0x7FFFFFFF)
 
 
 @triton.jit
-def _rows(base, first, count, stride_s, stride_d, TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load rows ``first .. first + TILE`` of a [rows, D] matrix, zero past ``count`` rows and ``D`` columns."""
+def _tile_start(list_ptr, i, BLOCK: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
+    """First row of the i-th tile: of a block list whose blocks hold ``BLOCK // TILE`` tiles each, or of all rows."""
+    if MASKED:
+        first = tl.load(list_ptr + i // (BLOCK // TILE)) * BLOCK + (i % (BLOCK // TILE)) * TILE
+    else:
+        first = i * TILE
+    return first
+
+
+@triton.jit
+def _rows(
+    base, first, count, stride_s, stride_d,
+    TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Load rows ``first .. first + TILE`` of a [rows, D] matrix, zero past ``D`` columns and, if asked, ``count`` rows."""
     offs = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = base + first.to(tl.int64) * stride_s + offs[:, None] * stride_s + offs_d[None, :] * stride_d
-    inside = (first + offs < count)[:, None]
-    if D != BLOCK_D:
-        inside = inside & (offs_d < D)[None, :]
-    return tl.load(ptrs, mask=inside, other=0.0)
+    if BOUNDED:
+        rows = tl.load(ptrs, mask=(first + offs < count)[:, None] & (offs_d < D)[None, :], other=0.0)
+    elif D != BLOCK_D:
+        rows = tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+    else:
+        rows = tl.load(ptrs)
+    return rows
+
+
+@triton.jit
+def _whole_tiles(
+    list_ptr, begin, end, length, BLOCK: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr
+):
+    """Where in ``begin .. end`` the tiles begin that may reach past row ``length`` and need bounded loads.
+
+    Lists ascend, so only the last block of an even batch can be cut short; a ragged batch bounds every load.
+    """
+    if RAGGED:
+        whole = begin
+    elif MASKED:
+        whole = end
+        if (length % TILE != 0) & (end > begin):
+            entry = (end - 1) // (BLOCK // TILE)
+            first = tl.load(list_ptr + entry) * BLOCK
+            whole = entry * (BLOCK // TILE) + tl.maximum(length - first, 0) // TILE
+            whole = tl.maximum(tl.minimum(whole, end), begin)
+    else:
+        whole = tl.maximum(tl.minimum(length // TILE, end), begin)
+    return whole
 
 
 # ----------------------------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def _attend(
+    acc, m_i, l_i, q, k_base, v_base, n0, token, offset, k_len, full_lo, full_hi, stride_k, stride_v,
+    scale, softcap, window_left, window_right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold the keys ``n0 .. n0 + BLOCK_N`` into the running softmax of a tile of query rows."""
+    k = _rows(k_base, n0, k_len, stride_k[1], stride_k[3], BLOCK_N, D, BLOCK_D, BOUNDED)
+    s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if SOFTCAP:
+        s = cap_scores(s, scale, softcap)
+    if CAUSAL or WINDOW or BOUNDED:
+        if (n0 < full_lo) | (n0 + BLOCK_N > full_hi):
+            cols = n0 + tl.arange(0, BLOCK_N)
+            seen = visible(token[:, None], cols[None, :], offset, k_len, window_left, window_right, CAUSAL, WINDOW, BOUNDED)
+            s = tl.where(seen, s, float("-inf"))
+    p, alpha, m_i, l_i = online_softmax(s, m_i, l_i, scale * LOG2E)
+    acc = acc * alpha[:, None]
+    v = _rows(v_base, n0, k_len, stride_v[1], stride_v[3], BLOCK_N, DV, BLOCK_DV, BOUNDED)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, m_i, l_i
 
 
 @triton.jit(do_not_specialize=[*_LENGTHS, *_WINDOW, *_SPLITS])
@@ -65,21 +131,20 @@ def _forward_kernel(
     scale, softcap, window_left, window_right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-    GROUP: tl.constexpr, PACK: tl.constexpr, MASK_GROUP: tl.constexpr,
+    GROUP: tl.constexpr, PACK: tl.constexpr, MASK_GROUP: tl.constexpr, CHUNK: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: ``BLOCK_M`` query rows of one head against their key blocks.
 
-    Grid (row tiles, heads, batch * splits). ``PACK`` > 1 packs a GQA group's heads into the rows of a tile (row =
+    Grid (row tiles * heads, batch * splits). ``PACK`` > 1 packs a GQA group's heads into the rows of a tile (row =
     token * PACK + head within the group) and the head axis counts KV heads; ``SPLIT`` gives each program a share of
     the key tiles and writes float32 partial results for ``_combine_kernel``.
     """
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # long rows of a causal mask start first
-    b = tl.program_id(2) // num_splits
-    split = tl.program_id(2) % num_splits
+    tile, head = reversed_schedule(tl.program_id(0), tl.cdiv(max_q * PACK, BLOCK_M), CHUNK)
+    b = tl.program_id(1) // num_splits
+    split = tl.program_id(1) % num_splits
     b64 = b.to(tl.int64)
-    head = tl.program_id(1)
     head_q = head * PACK
     head_k = head_q // GROUP
     q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
@@ -88,6 +153,26 @@ def _forward_kernel(
     m0 = tile * BLOCK_M
     if m0 >= q_len * PACK:
         return
+
+    # The list is asked for before q is: both then travel from memory at the same time.
+    first = m0 // PACK
+    last = tl.minimum((m0 + BLOCK_M - 1) // PACK, q_len - 1)
+    full_lo, full_hi = full_range(first, last, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
+    if MASKED:
+        list_row = b64 * mask_stride_b + (head // MASK_GROUP) * mask_stride_h + m0 // BLOCK_Q
+        list_ptr = index_ptr + list_row * idx_width
+        begin = tl.full((), 0, tl.int32)
+        end = _list_length(count_ptr + list_row, list_ptr) * (BLOCK_KV // BLOCK_N)
+    else:
+        key_lo, key_hi = key_range(first, last, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
+        begin = key_lo // BLOCK_N
+        end = tl.cdiv(key_hi, BLOCK_N)
+        list_ptr = index_ptr
+    if SPLIT:
+        share = tl.cdiv(tl.maximum(end - begin, 0), num_splits)
+        begin = begin + split * share
+        end = tl.minimum(begin + share, end)
+
 
     row = m0 + tl.arange(0, BLOCK_M)
     token = row // PACK
@@ -102,51 +187,30 @@ def _forward_kernel(
     k_base = k_ptr + b64 * stride_k[0] + head_k.to(tl.int64) * stride_k[2] + k_start.to(tl.int64) * stride_k[1]
     v_base = v_ptr + b64 * stride_v[0] + head_k.to(tl.int64) * stride_v[2] + k_start.to(tl.int64) * stride_v[1]
 
-    first = m0 // PACK
-    last = tl.minimum((m0 + BLOCK_M - 1) // PACK, q_len - 1)
-    full_lo, full_hi = full_range(first, last, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
-    if MASKED:
-        list_row = b64 * mask_stride_b + (head // MASK_GROUP) * mask_stride_h + m0 // BLOCK_Q
-        begin = tl.full((), 0, tl.int32)
-        end = tl.load(count_ptr + list_row) * (BLOCK_KV // BLOCK_N)
-        list_ptr = index_ptr + list_row * idx_width
-    else:
-        key_lo, key_hi = key_range(first, last, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
-        begin = key_lo // BLOCK_N
-        end = tl.cdiv(key_hi, BLOCK_N)
-        list_ptr = index_ptr
-    if SPLIT:
-        share = tl.cdiv(tl.maximum(end - begin, 0), num_splits)
-        begin = begin + split * share
-        end = tl.minimum(begin + share, end)
-
-    qk_scale = scale * LOG2E
+    whole = _whole_tiles(list_ptr, begin, end, k_len, BLOCK_KV, BLOCK_N, MASKED, RAGGED_K)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for i in range(begin, end):
-        if MASKED:
-            n0 = _list_entry(list_ptr, i, BLOCK_KV, BLOCK_N)
-        else:
-            n0 = i * BLOCK_N
-        k = _rows(k_base, n0, k_len, stride_k[1], stride_k[3], BLOCK_N, D, BLOCK_D)
-        s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if SOFTCAP:
-            s = cap_scores(s, scale, softcap)
-        if (n0 < full_lo) | (n0 + BLOCK_N > full_hi):
-            cols = n0 + tl.arange(0, BLOCK_N)
-            seen = visible(token[:, None], cols[None, :], offset, k_len, window_left, window_right, CAUSAL, WINDOW)
-            s = tl.where(seen, s, float("-inf"))
-        p, alpha, m_i, l_i = online_softmax(s, m_i, l_i, qk_scale)
-        acc = acc * alpha[:, None]
-        v = _rows(v_base, n0, k_len, stride_v[1], stride_v[3], BLOCK_N, DV, BLOCK_DV)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    for i in range(begin, whole):
+        n0 = _tile_start(list_ptr, i, BLOCK_KV, BLOCK_N, MASKED)
+        acc, m_i, l_i = _attend(
+            acc, m_i, l_i, q, k_base, v_base, n0, token, offset, k_len, full_lo, full_hi, stride_k, stride_v,
+            scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+            CAUSAL, WINDOW, SOFTCAP, False, PRECISION,
+        )  # fmt: skip
+    for i in range(whole, end):
+        n0 = _tile_start(list_ptr, i, BLOCK_KV, BLOCK_N, MASKED)
+        acc, m_i, l_i = _attend(
+            acc, m_i, l_i, q, k_base, v_base, n0, token, offset, k_len, full_lo, full_hi, stride_k, stride_v,
+            scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+            CAUSAL, WINDOW, SOFTCAP, True, PRECISION,
+        )  # fmt: skip
 
     lse = natural_lse(m_i, l_i)
     if SINKS:
         sink = tl.load(sinks_ptr + head_q + sub_head).to(tl.float32)
         l_i += tl.where(l_i > 0, tl.exp2(sink * LOG2E - m_i), 0.0)
-    acc = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
+    acc = acc * (1.0 / tl.where(l_i > 0, l_i, 1.0))[:, None]
     o_row = (q_start + token).to(tl.int64) * stride_o[1] + sub_head * stride_o[2]
     o_base = o_ptr + b64 * stride_o[0] + head_q * stride_o[2] + split.to(tl.int64) * split_stride_o
     o_in = row_in[:, None] & (offs_dv < DV)[None, :]
@@ -241,13 +305,13 @@ def _preprocess_kernel(
 
 @triton.jit
 def _probabilities(
-    s, norm, rows, cols, offset, k_len, full_lo, full_hi, c0, c1, scale, softcap, window_left, window_right,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    s, norm, rows, cols, m0, m1, n0, n1, offset, k_len, scale, softcap, window_left, window_right,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of one tile from raw scores and the rows' ``norm``, and the soft cap's derivative.
 
-    ``rows``, ``cols`` and ``norm`` broadcast against ``s``, so both orientations use it; ``c0 .. c1`` are the tile's
-    keys, ``full_lo .. full_hi`` the keys that all of its rows see.
+    ``rows``, ``cols`` and ``norm`` broadcast against ``s``, so both orientations use it; the tile spans query rows
+    ``m0 .. m1`` inclusive and keys ``n0 .. n1`` exclusive.
     """
     slope = 1.0
     if SOFTCAP:
@@ -255,9 +319,62 @@ def _probabilities(
         capped = s * (scale / softcap)
         slope = 1.0 - capped * capped
     p = tl.exp2(s * (scale * LOG2E) - norm)
-    if (c0 < full_lo) | (c1 > full_hi):
-        p = tl.where(visible(rows, cols, offset, k_len, window_left, window_right, CAUSAL, WINDOW), p, 0.0)
+    if CAUSAL or WINDOW or BOUNDED:
+        lo, hi = full_range(m0, m1, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
+        if (n0 < lo) | (n1 > hi):
+            seen = visible(rows, cols, offset, k_len, window_left, window_right, CAUSAL, WINDOW, BOUNDED)
+            p = tl.where(seen, p, 0.0)
     return p, slope
+
+
+@triton.jit
+def _row_numbers(norm_ptr, delta_ptr, rows, q_len, BLOCK_M: tl.constexpr, BOUNDED: tl.constexpr):
+    """``norm`` and ``delta`` of a tile's rows, for use along a score tile's columns.
+
+    Loaded as one [BLOCK_M, 4] tile (two columns stay empty): loads of fewer elements than threads are repeated by every
+    thread that needs a value, 16 times each here, which made a quarter of the loop's instructions.
+    """
+    pick = tl.arange(0, 4)
+    ptrs = tl.where(pick < 1, norm_ptr, delta_ptr)[None, :] + rows[:, None]
+    inside = (pick < 2)[None, :]
+    if BOUNDED:
+        inside = inside & (rows < q_len)[:, None]
+    numbers = tl.load(ptrs, mask=inside, other=0.0)
+    pair, _ = tl.split(tl.permute(tl.reshape(numbers, [BLOCK_M, 2, 2]), (0, 2, 1)))
+    norm, delta = tl.split(pair)
+    if BOUNDED:
+        norm = tl.where(rows < q_len, norm, float("inf"))
+    return norm, delta
+
+
+@triton.jit
+def _dkdv_step(
+    dk, dv, k, v, q_base, do_base, norm_ptr, delta_ptr, m0, n0, q_len, k_len, offset,
+    stride_q, stride_do, scale, softcap, window_left, window_right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what the query rows ``m0 .. m0 + BLOCK_M`` of one head contribute to a key tile's dK and dV.
+
+    Keys past the end get garbage that is never stored; query rows past the end have norm = +inf, so probability 0.
+    """
+    rows = m0 + tl.arange(0, BLOCK_M)
+    q = _rows(q_base, m0, q_len, stride_q[1], stride_q[3], BLOCK_M, D, BLOCK_D, BOUNDED)
+    do = _rows(do_base, m0, q_len, stride_do[1], stride_do[3], BLOCK_M, DV, BLOCK_DV, BOUNDED)
+    norm, delta = _row_numbers(norm_ptr, delta_ptr, rows, q_len, BLOCK_M, BOUNDED)
+    s = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    p, slope = _probabilities(
+        s, norm[None, :], rows[None, :], (n0 + tl.arange(0, BLOCK_N))[:, None], m0, m0 + BLOCK_M - 1, n0, n0 + BLOCK_N,
+        offset, k_len, scale, softcap, window_left, window_right, CAUSAL, WINDOW, SOFTCAP, False,
+    )  # fmt: skip
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    dp = tl.dot(v, do.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    ds = p * (dp - delta[None, :])
+    if SOFTCAP:
+        ds = ds * slope
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
 
 
 @triton.jit(do_not_specialize=[*_LENGTHS, *_WINDOW])
@@ -268,30 +385,29 @@ def _dkdv_kernel(
     mask_stride_b, mask_stride_h, idx_width, max_q, max_k, scale, softcap, window_left, window_right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-    GROUP: tl.constexpr, MASK_GROUP: tl.constexpr,
+    GROUP: tl.constexpr, MASK_GROUP: tl.constexpr, CHUNK: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of ``BLOCK_N`` keys of one KV head, over every query head of its group.
 
-    Grid (key tiles, KV heads, batch). Walks the transposed lists (which query blocks attend this key block); nothing
+    Grid (key tiles * KV heads, batch). Walks the transposed lists (which query blocks attend this key block); nothing
     is accumulated across programs, so the result is deterministic.
     """
-    b = tl.program_id(2)
+    tile, head_k = schedule(tl.program_id(0), tl.cdiv(max_k, BLOCK_N), CHUNK)
+    b = tl.program_id(1)
     b64 = b.to(tl.int64)
-    head_k = tl.program_id(1)
     q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
     k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, RAGGED_K)
     offset = k_len - q_len
-    n0 = tl.program_id(0) * BLOCK_N
+    n0 = tile * BLOCK_N
     if n0 >= k_len:
         return
 
     k_base = k_ptr + b64 * stride_k[0] + head_k.to(tl.int64) * stride_k[2] + k_start.to(tl.int64) * stride_k[1]
     v_base = v_ptr + b64 * stride_v[0] + head_k.to(tl.int64) * stride_v[2] + k_start.to(tl.int64) * stride_v[1]
-    k = _rows(k_base, n0, k_len, stride_k[1], stride_k[3], BLOCK_N, D, BLOCK_D)
-    v = _rows(v_base, n0, k_len, stride_v[1], stride_v[3], BLOCK_N, DV, BLOCK_DV)
-    cols = n0 + tl.arange(0, BLOCK_N)
+    k = _rows(k_base, n0, k_len, stride_k[1], stride_k[3], BLOCK_N, D, BLOCK_D, True)
+    v = _rows(v_base, n0, k_len, stride_v[1], stride_v[3], BLOCK_N, DV, BLOCK_DV, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
@@ -300,9 +416,9 @@ def _dkdv_kernel(
         head64 = head_q.to(tl.int64)
         if MASKED:
             list_row = b64 * mask_stride_b + (head_q // MASK_GROUP) * mask_stride_h + n0 // BLOCK_KV
-            begin = tl.full((), 0, tl.int32)
-            end = tl.load(count_ptr + list_row) * (BLOCK_Q // BLOCK_M)
             list_ptr = index_ptr + list_row * idx_width
+            begin = tl.full((), 0, tl.int32)
+            end = _list_length(count_ptr + list_row, list_ptr) * (BLOCK_Q // BLOCK_M)
         else:
             row_lo = tl.full((), 0, tl.int32)
             row_hi = q_len
@@ -318,32 +434,23 @@ def _dkdv_kernel(
         q_base = q_ptr + b64 * stride_q[0] + head64 * stride_q[2] + q_start.to(tl.int64) * stride_q[1]
         do_base = do_ptr + b64 * stride_do[0] + head64 * stride_do[2] + q_start.to(tl.int64) * stride_do[1]
         row_base = b64 * lse_stride_b + head64 * lse_stride_h + q_start
-        for i in range(begin, end):
-            if MASKED:
-                m0 = _list_entry(list_ptr, i, BLOCK_Q, BLOCK_M)
-            else:
-                m0 = i * BLOCK_M
-            rows = m0 + tl.arange(0, BLOCK_M)
-            row_in = rows < q_len
-            q = _rows(q_base, m0, q_len, stride_q[1], stride_q[3], BLOCK_M, D, BLOCK_D)
-            norm = tl.load(norm_ptr + row_base + rows, mask=row_in, other=float("inf"))
-            s = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-            full_lo, full_hi = full_range(
-                m0, m0 + BLOCK_M - 1, offset, k_len, window_left, window_right, CAUSAL, WINDOW
-            )
-            p, slope = _probabilities(
-                s, norm[None, :], rows[None, :], cols[:, None], offset, k_len, full_lo, full_hi, n0, n0 + BLOCK_N,
-                scale, softcap, window_left, window_right, CAUSAL, WINDOW, SOFTCAP,
+        whole = _whole_tiles(list_ptr, begin, end, q_len, BLOCK_Q, BLOCK_M, MASKED, RAGGED_Q)
+        for i in range(begin, whole):
+            m0 = _tile_start(list_ptr, i, BLOCK_Q, BLOCK_M, MASKED)
+            dk, dv = _dkdv_step(
+                dk, dv, k, v, q_base, do_base, norm_ptr + row_base, delta_ptr + row_base, m0, n0, q_len, k_len, offset,
+                stride_q, stride_do, scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV,
+                BLOCK_M, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, False, PRECISION,
             )  # fmt: skip
-            do = _rows(do_base, m0, q_len, stride_do[1], stride_do[3], BLOCK_M, DV, BLOCK_DV)
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-            delta = tl.load(delta_ptr + row_base + rows, mask=row_in, other=0.0)
-            dp = tl.dot(v, do.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-            ds = p * (dp - delta[None, :])
-            if SOFTCAP:
-                ds = ds * slope
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        for i in range(whole, end):
+            m0 = _tile_start(list_ptr, i, BLOCK_Q, BLOCK_M, MASKED)
+            dk, dv = _dkdv_step(
+                dk, dv, k, v, q_base, do_base, norm_ptr + row_base, delta_ptr + row_base, m0, n0, q_len, k_len, offset,
+                stride_q, stride_do, scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV,
+                BLOCK_M, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, PRECISION,
+            )  # fmt: skip
 
+    cols = n0 + tl.arange(0, BLOCK_N)
     offs = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -358,6 +465,29 @@ def _dkdv_kernel(
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=in_v)
 
 
+@triton.jit
+def _dq_step(
+    dq, q, do, norm, delta, rows, m0, last, k_base, v_base, n0, k_len, offset, stride_k, stride_v,
+    scale, softcap, window_left, window_right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what the keys ``n0 .. n0 + BLOCK_N`` contribute to a row tile's dQ."""
+    k = _rows(k_base, n0, k_len, stride_k[1], stride_k[3], BLOCK_N, D, BLOCK_D, BOUNDED)
+    v = _rows(v_base, n0, k_len, stride_v[1], stride_v[3], BLOCK_N, DV, BLOCK_DV, BOUNDED)
+    s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    cols = n0 + tl.arange(0, BLOCK_N)
+    p, slope = _probabilities(
+        s, norm[:, None], rows[:, None], cols[None, :], m0, last, n0, n0 + BLOCK_N,
+        offset, k_len, scale, softcap, window_left, window_right, CAUSAL, WINDOW, SOFTCAP, BOUNDED,
+    )  # fmt: skip
+    dp = tl.dot(do, v.T, input_precision=PRECISION)
+    ds = p * (dp - delta[:, None])
+    if SOFTCAP:
+        ds = ds * slope
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
 @triton.jit(do_not_specialize=[*_LENGTHS, *_WINDOW])
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, norm_ptr, delta_ptr, dq_ptr, count_ptr, index_ptr,
@@ -366,18 +496,17 @@ def _dq_kernel(
     mask_stride_b, mask_stride_h, idx_width, max_q, max_k, scale, softcap, window_left, window_right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-    GROUP: tl.constexpr, MASK_GROUP: tl.constexpr,
+    GROUP: tl.constexpr, MASK_GROUP: tl.constexpr, CHUNK: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ of ``BLOCK_M`` query rows of one head, over the key blocks they attend.
 
-    Grid (row tiles, query heads, batch).
+    Grid (row tiles * query heads, batch).
     """
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = tl.program_id(2)
+    tile, head = reversed_schedule(tl.program_id(0), tl.cdiv(max_q, BLOCK_M), CHUNK)
+    b = tl.program_id(1)
     b64 = b.to(tl.int64)
-    head = tl.program_id(1)
     head_k = (head // GROUP).to(tl.int64)
     q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
     k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, RAGGED_K)
@@ -391,8 +520,8 @@ def _dq_kernel(
     do_base = do_ptr + b64 * stride_do[0] + head64 * stride_do[2] + q_start.to(tl.int64) * stride_do[1]
     k_base = k_ptr + b64 * stride_k[0] + head_k * stride_k[2] + k_start.to(tl.int64) * stride_k[1]
     v_base = v_ptr + b64 * stride_v[0] + head_k * stride_v[2] + k_start.to(tl.int64) * stride_v[1]
-    q = _rows(q_base, m0, q_len, stride_q[1], stride_q[3], BLOCK_M, D, BLOCK_D)
-    do = _rows(do_base, m0, q_len, stride_do[1], stride_do[3], BLOCK_M, DV, BLOCK_DV)
+    q = _rows(q_base, m0, q_len, stride_q[1], stride_q[3], BLOCK_M, D, BLOCK_D, True)
+    do = _rows(do_base, m0, q_len, stride_do[1], stride_do[3], BLOCK_M, DV, BLOCK_DV, True)
     rows = m0 + tl.arange(0, BLOCK_M)
     row_in = rows < q_len
     row_base = b64 * lse_stride_b + head64 * lse_stride_h + q_start
@@ -400,36 +529,32 @@ def _dq_kernel(
     delta = tl.load(delta_ptr + row_base + rows, mask=row_in, other=0.0)
 
     last = tl.minimum(m0 + BLOCK_M, q_len) - 1
-    full_lo, full_hi = full_range(m0, last, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
     if MASKED:
         list_row = b64 * mask_stride_b + (head // MASK_GROUP) * mask_stride_h + m0 // BLOCK_Q
-        begin = tl.full((), 0, tl.int32)
-        end = tl.load(count_ptr + list_row) * (BLOCK_KV // BLOCK_N)
         list_ptr = index_ptr + list_row * idx_width
+        begin = tl.full((), 0, tl.int32)
+        end = _list_length(count_ptr + list_row, list_ptr) * (BLOCK_KV // BLOCK_N)
     else:
         key_lo, key_hi = key_range(m0, last, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
         begin = key_lo // BLOCK_N
         end = tl.cdiv(key_hi, BLOCK_N)
         list_ptr = index_ptr
+    whole = _whole_tiles(list_ptr, begin, end, k_len, BLOCK_KV, BLOCK_N, MASKED, RAGGED_K)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for i in range(begin, end):
-        if MASKED:
-            n0 = _list_entry(list_ptr, i, BLOCK_KV, BLOCK_N)
-        else:
-            n0 = i * BLOCK_N
-        k = _rows(k_base, n0, k_len, stride_k[1], stride_k[3], BLOCK_N, D, BLOCK_D)
-        v = _rows(v_base, n0, k_len, stride_v[1], stride_v[3], BLOCK_N, DV, BLOCK_DV)
-        s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        cols = n0 + tl.arange(0, BLOCK_N)
-        p, slope = _probabilities(
-            s, norm[:, None], rows[:, None], cols[None, :], offset, k_len, full_lo, full_hi, n0, n0 + BLOCK_N,
-            scale, softcap, window_left, window_right, CAUSAL, WINDOW, SOFTCAP,
+    for i in range(begin, whole):
+        n0 = _tile_start(list_ptr, i, BLOCK_KV, BLOCK_N, MASKED)
+        dq = _dq_step(
+            dq, q, do, norm, delta, rows, m0, last, k_base, v_base, n0, k_len, offset, stride_k, stride_v,
+            scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+            CAUSAL, WINDOW, SOFTCAP, False, PRECISION,
         )  # fmt: skip
-        dp = tl.dot(do, v.T, input_precision=PRECISION)
-        ds = p * (dp - delta[:, None])
-        if SOFTCAP:
-            ds = ds * slope
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    for i in range(whole, end):
+        n0 = _tile_start(list_ptr, i, BLOCK_KV, BLOCK_N, MASKED)
+        dq = _dq_step(
+            dq, q, do, norm, delta, rows, m0, last, k_base, v_base, n0, k_len, offset, stride_k, stride_v,
+            scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+            CAUSAL, WINDOW, SOFTCAP, True, PRECISION,
+        )  # fmt: skip
 
     offs_d = tl.arange(0, BLOCK_D)
     at = (q_start + rows).to(tl.int64)
@@ -466,7 +591,7 @@ def config_for(kernel: str, head_dim: int, itemsize: int, major: int) -> Tiles:
             return Tiles(64, 128, 8, 2) if big else Tiles(32, 128, 8, 1)
         return Tiles(64, 64, 8, 1) if big else Tiles(32, 64, 8, 1)
     if head_dim <= 128:
-        return Tiles(128, 64, 8, 2) if big else Tiles(128, 32, 8, 1)
+        return Tiles(128, 64, 8, 3) if big else Tiles(128, 32, 8, 1)
     return Tiles(64, 64, 8, 1) if big else Tiles(64, 32, 8, 1)
 
 
@@ -517,6 +642,8 @@ def _list_arguments(counts: Tensor | None, indices: Tensor | None, stand_in: Ten
     if counts is None or indices is None:
         return stand_in, stand_in, 0, 0, 0
     batch, heads, rows = counts.shape
+    if indices.shape[-1] == 0:  # no list has an entry; kernels still look at the first
+        indices = counts[..., None]
     return counts.contiguous(), indices.contiguous(), 0 if batch == 1 else heads * rows, rows, indices.shape[-1]
 
 
@@ -572,7 +699,7 @@ def forward(
         o_out = torch.zeros((splits, *o.shape), dtype=torch.float32, device=q.device)
         lse_out = torch.full((splits, *lse.shape), float("-inf"), device=q.device)
     counts, indices, mask_b, mask_h, width = _list_arguments(g.kv_num_blocks, g.kv_indices, lse)
-    grid = (triton.cdiv(g.max_q * pack, config.block_m), heads // pack, g.batch * splits)
+    grid = (triton.cdiv(g.max_q * pack, config.block_m) * (heads // pack), g.batch * splits)
     _forward_kernel[grid](
         q, k, v, o_out, lse_out, lse if sinks is None else sinks, counts, indices, *_spans(g, lse),
         _strides(q, g.packed), _strides(k, g.packed), _strides(v, g.packed), _strides(o, g.packed),
@@ -583,7 +710,7 @@ def forward(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_Q=g.block_q if g.kv_num_blocks is not None else config.block_m,
         BLOCK_KV=g.block_kv if g.kv_num_blocks is not None else config.block_n,
-        PACK=pack, MASK_GROUP=1 if g.kv_num_blocks is None else heads // g.kv_num_blocks.shape[1],
+        PACK=pack, CHUNK=1 if pack > 1 else heads // k.shape[-2], MASK_GROUP=1 if g.kv_num_blocks is None else heads // g.kv_num_blocks.shape[1],
         MASKED=g.kv_num_blocks is not None, SINKS=sinks is not None and splits == 1, SPLIT=splits > 1,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -635,21 +762,21 @@ def backward(
     inputs = tuple(_strides(t, g.packed) for t in (q, k, v, do))
     config = _tiles("dkdv", q, v, g, tiles[0])
     counts, indices, mask_b, mask_h, width = _list_arguments(g.q_num_blocks, g.q_indices, lse)
-    _dkdv_kernel[(triton.cdiv(g.max_k, config.block_n), heads_k, g.batch)](
+    _dkdv_kernel[(triton.cdiv(g.max_k, config.block_n) * heads_k, g.batch)](
         q, k, v, do, norm, delta, dk, dv, counts, indices, *spans,
         *inputs, _strides(dk, g.packed), _strides(dv, g.packed), lse_b, lse_h, mask_b, mask_h, width, *numbers,
         **common, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_Q=g.block_q if masked else config.block_m, BLOCK_KV=g.block_kv if masked else config.block_n,
-        MASK_GROUP=mask_group, MASKED=masked, num_warps=config.num_warps, num_stages=config.num_stages,
+        MASK_GROUP=mask_group, CHUNK=math.gcd(heads_k, 2), MASKED=masked, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     config = _tiles("dq", q, v, g, tiles[1])
     counts, indices, mask_b, mask_h, width = _list_arguments(g.kv_num_blocks, g.kv_indices, lse)
-    _dq_kernel[(triton.cdiv(g.max_q, config.block_m), heads, g.batch)](
+    _dq_kernel[(triton.cdiv(g.max_q, config.block_m) * heads, g.batch)](
         q, k, v, do, norm, delta, dq, counts, indices, *spans,
         *inputs, _strides(dq, g.packed), lse_b, lse_h, mask_b, mask_h, width, *numbers,
         **common, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_Q=g.block_q if masked else config.block_m, BLOCK_KV=g.block_kv if masked else config.block_n,
-        MASK_GROUP=mask_group, MASKED=masked, num_warps=config.num_warps, num_stages=config.num_stages,
+        MASK_GROUP=mask_group, CHUNK=heads // heads_k, MASKED=masked, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if sinks is None:
         return dq, dk, dv, None
@@ -678,7 +805,7 @@ def compile_cases() -> list[tuple[str, object, dict[str, object], dict[object, o
                     constants |= {
                         "D": dim, "DV": dim_v, "BLOCK_D": _padded(dim), "BLOCK_DV": _padded(dim_v),
                         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_Q": 128, "BLOCK_KV": 128,
-                        "GROUP": 4, "PACK": 1, "MASK_GROUP": 1, "PRECISION": "tf32",
+                        "GROUP": 4, "PACK": 1, "MASK_GROUP": 1, "CHUNK": 4, "PRECISION": "tf32",
                     }  # fmt: skip
                     name = f"{kernel}-{variant}-{dim}x{dim_v}-sm{major}0"
                     cases.append((name, *_offline(function, constants), tiles.num_warps, tiles.num_stages))
