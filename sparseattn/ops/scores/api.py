@@ -205,7 +205,7 @@ def check_threshold(value: object) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _thresholds_on(device: torch.device, thresholds: tuple[float, ...]) -> Tensor:
-    """float32 ``[1]`` or ``[H]``; copied from the host once, so that repeated calls and CUDA graphs do not wait for it."""
+    """float32 ``[1]`` or ``[H]``; copied from the host once: later calls and CUDA graphs find it there."""
     return torch.tensor(thresholds, dtype=torch.float32, device=device)
 
 

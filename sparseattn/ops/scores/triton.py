@@ -106,7 +106,8 @@ def _cells_kernel(
         inside = inside & (col_0 + (BLOCK_N - 1) * STRIDE <= row_0 + STRIDE - 1 + offset)
     if not inside:
         # Only the last cell of a side is short, so means over fewer pairs differ by a factor of a row, one of a column
-        # and, where both meet, a correction. (A matrix of divisors would not fit the registers beside acc.)
+        # and, where both meet, a correction. (A matrix of divisors would not fit the registers beside acc; nor would
+        # comparing tokens instead of cells, whose column numbers are constants but for the lane's share.)
         q_lack = (STRIDE - q_len % STRIDE) % STRIDE
         k_lack = (STRIDE - k_len % STRIDE) % STRIDE
         fix_q = STRIDE / (STRIDE - q_lack).to(tl.float32)
@@ -114,7 +115,7 @@ def _cells_kernel(
         fix_both = STRIDE / tl.maximum(STRIDE - q_lack - k_lack, 1).to(tl.float32)
         missing = tl.maximum(rows + STRIDE - q_len, 0)  # rows the query cell lacks
         short_q = missing > 0
-        short_k = cols + STRIDE > k_len
+        short_k = offs_n == (k_len - col_0) // STRIDE
         fix = tl.where(short_q, fix_q, 1.0)[:, None] * tl.where(short_k, fix_k, 1.0)[None, :]
         fix += tl.where(short_q, 1.0, 0.0)[:, None] * tl.where(short_k, fix_both - fix_q * fix_k, 0.0)[None, :]
         # A pair exists up to the key k_len - 1 - missing; a cell wholly past the end has none.
@@ -122,7 +123,8 @@ def _cells_kernel(
         if CAUSAL:
             limit = tl.minimum(limit, rows + (STRIDE - 1) + offset)
         limit = tl.where(missing < STRIDE, limit - missing, -1)
-        acc = tl.where(cols[None, :] <= limit[:, None], acc * fix, float("-inf"))
+        last = (tl.maximum(limit - col_0, -STRIDE) + STRIDE) // STRIDE - 1  # in cells of this tile
+        acc = tl.where(offs_n[None, :] <= last[:, None], acc * fix, float("-inf"))
 
     m = tl.max(acc, 1)
     m_safe = tl.where(m == float("-inf"), 0.0, m)
@@ -245,7 +247,7 @@ def _top_p_kernel(
     if threshold >= 1.0:
         least = 0
     elif need > 0.0:
-        cut = 0
+        cut = tl.full((), 0, tl.int32)
         for i in range(0, 31):
             candidate = cut | (1 << (30 - i))
             if _free_mass(row_ptr, first_free, recent, candidate, BLOCK) >= need:
@@ -277,25 +279,24 @@ def _top_p_kernel(
     tl.store(counts_ptr + list_row, count)
 
 
-def config_for(dtype: torch.dtype, head_dim: int, major: int, shared_bytes: int) -> Tiles:
+def config_for(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> Tiles:
     """Tiles of the product by GPU generation; float32 goes through three TF32 products, which take more registers."""
     block_d = next((d for d in (64, 32, 16) if head_dim % d == 0), 16)
     if dtype == torch.float32:
         return Tiles(64, 64, min(block_d, 32), 4, 2)
-    if major == 9:
+    if capability[0] in (9, 10):
         # Two warp groups of 64 x 256, the largest tile whose accumulator fits their registers: a quarter less traffic
         # from L2 per product than 128 x 128, which would need more than L2 gives at full speed.
         return Tiles(128, 256, block_d, 8, 4)
-    if shared_bytes >= 160 << 10:
-        return Tiles(128, 128, block_d, 8, 4)
-    return Tiles(128, 128, min(block_d, 32), 8, 3)
+    if capability in ((8, 0), (8, 7)):
+        return Tiles(128, 128, block_d, 8, 4)  # 128 KB of shared memory
+    return Tiles(128, 128, min(block_d, 32), 8, 3)  # consumer parts: 99 KB
 
 
 def _tiles(q: Tensor) -> Tiles:
     if not q.is_cuda:
         return Tiles(32, 64, 16, 1, 1)  # the interpreter: small tiles reach every branch at small shapes
-    properties = torch.cuda.get_device_properties(q.device)
-    return config_for(q.dtype, q.shape[-1], properties.major, properties.shared_memory_per_block_optin)
+    return config_for(q.dtype, q.shape[-1], torch.cuda.get_device_capability(q.device))
 
 
 def unsupported_reason(q: Tensor, k: Tensor) -> str | None:
@@ -400,9 +401,9 @@ class _Plan:
         cells = -(-q_tiles // chunks) * block_m
         self.chunk_blocks = min(cells // self.per_block, p.num_q_blocks)
         self.cells = cells
-        options = {"dtype": torch.float32, "device": q.device}
-        self.sums = torch.empty(self.heads * cells * k_tiles * self.tile_blocks, **options)
-        self.tile_max = torch.empty(self.heads * k_tiles * cells, **options)
+        size = self.heads * k_tiles * cells
+        self.sums = torch.empty(size * self.tile_blocks, dtype=torch.float32, device=q.device)
+        self.tile_max = torch.empty(size, dtype=torch.float32, device=q.device)
         self.tile_sum = torch.empty_like(self.tile_max)
 
     def chunks(self) -> list[tuple[int, int]]:
@@ -453,10 +454,10 @@ def compile_cases() -> list[
 ]:
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
     cases = []
-    for major, shared in ((8, 163 << 10), (9, 227 << 10)):
+    for major in (8, 9):
         for head_dim, stride, block_size in ((128, 16, 128), (128, 8, 128), (64, 16, 64), (96, 4, 128)):
             for ragged in (False, True):
-                tiles = config_for(torch.bfloat16, head_dim, major, shared)
+                tiles = config_for(torch.bfloat16, head_dim, (major, 0))
                 constants = {
                     "STRIDE": stride, "PER_BLOCK": block_size // stride, "GROUP": 4, "D": head_dim, "CAUSAL": True,
                     "RAGGED_Q": ragged, "RAGGED_K": ragged, "PRECISION": "tf32", "BLOCK_M": tiles.block_m,
