@@ -159,7 +159,9 @@ class Converters(Constructors):
         if not 2 <= indices.dim() <= 4:
             raise argument_error("indices", "[B|1, H, MB, K], [H, MB, K] or [MB, K]", f"shape {tuple(indices.shape)}")
         frame = make_frame(seq_lens, block_size, causal, window, seqused_q, seqused_k, indices.device)
-        nb, least = frame.blocks[1], -1 if counts is None else 0
+        nb = frame.blocks[1]
+        # Without counts, sorting drops the padding; lists taken as they are must not hold any before their end.
+        least = -1 if counts is None and sort else 0
         indices = indices[(None,) * (4 - indices.dim())]
         if counts is None:
             listed = indices >= 0 if not sort else torch.ones_like(indices, dtype=torch.bool)
@@ -175,7 +177,7 @@ class Converters(Constructors):
                 f"{tuple(indices.shape)} on {indices.device} and {tuple(counts.shape)} on {counts.device}",
             )
         if validate:
-            _check_range(indices, counts, least if sort else 0, nb)
+            _check_range(indices, counts, least, nb)
         counts, indices = counts.to(torch.int32), indices.to(torch.int32)
         if sort:
             width = min(nb, indices.shape[-1])
@@ -220,7 +222,7 @@ class Converters(Constructors):
             ValueError: Shapes that do not fit; with ``validate`` also contents that do not.
         """
         indptr, indices = _integers("indptr", indptr), _integers("indices", indices)
-        rows = make_frame(seq_lens, block_size, causal, window, None, None, indptr.device).blocks[0]
+        rows, nb = make_frame(seq_lens, block_size, causal, window, None, None, indptr.device).blocks
         if not 1 <= indptr.dim() <= 3 or indptr.shape[-1] != rows + 1:
             raise argument_error(
                 "indptr", f"[MB + 1], [H, MB + 1] or [B|1, H, MB + 1] with MB = {rows}", f"shape {tuple(indptr.shape)}"
@@ -230,7 +232,6 @@ class Converters(Constructors):
                 "indices", f"[nnz] on {indptr.device}", f"shape {tuple(indices.shape)} on {indices.device}"
             )
         counts = indptr.diff()
-        nb = make_frame(seq_lens, block_size, causal, window, None, None, indptr.device).blocks[1]
         width = nb if max_blocks is None else min(at_least_zero("max_blocks", max_blocks), nb)
         if validate:
             _check_indptr(indptr, counts, indices.shape[0], width)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mask_strategies import all_block, any_block, blocks_for, frames, masks, quick, settings, visible_tokens
 
 from sparseattn.masks import BlockMask
+from sparseattn.masks.lists import scatter_blocks
 
 
 def dense_attention(q, k, v, visible):
@@ -41,7 +42,7 @@ def test_lists_split_into_full_and_partial(case):
             assert indices.is_contiguous()
             assert indices.shape == (*rows.shape[:3], nb if side == "kv" else mb), "torch wants full width"
             assert torch.equal(counts, rows.sum(-1).int())
-            assert torch.equal(flex._ordered_to_dense(counts, indices, rows.shape[-1]).bool(), rows)
+            assert torch.equal(scatter_blocks(counts, indices, rows.shape[-1]), rows)
             assert ((indices >= 0) & (indices < max(rows.shape[-1], 1))).all(), "torch's kernels read ahead"
 
 
