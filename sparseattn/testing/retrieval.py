@@ -34,7 +34,7 @@ import glob
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
+from importlib import import_module, resources
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -154,6 +154,16 @@ class RetrievalBatch(NamedTuple):
     question_starts: Tensor
     question_length: int
 
+    def to(self, device: torch.device | str) -> RetrievalBatch:
+        """The same prompts on a device."""
+        tokens, roles, starts = (t.to(device) for t in (self.tokens, self.roles, self.question_starts))
+        return RetrievalBatch(tokens, roles, starts, self.question_length)
+
+    def rows(self, first: int, end: int) -> RetrievalBatch:
+        """Some of the prompts."""
+        tokens, roles, starts = (t[first:end] for t in (self.tokens, self.roles, self.question_starts))
+        return RetrievalBatch(tokens, roles, starts, self.question_length)
+
 
 class ExactMatch(NamedTuple):
     """How many questions were answered with every byte right."""
@@ -219,8 +229,12 @@ def make_batch(
         _draw(task, length, 1, split, form, torch.Generator().manual_seed(seed * 1_000_003 + row))
         for row in range(batch_size)
     ]
-    fields = (torch.cat([row[i] for row in rows]) for i in range(3))
-    return RetrievalBatch(*fields, rows[0].question_length)
+    return RetrievalBatch(
+        torch.cat([row.tokens for row in rows]),
+        torch.cat([row.roles for row in rows]),
+        torch.cat([row.question_starts for row in rows]),
+        rows[0].question_length,
+    )
 
 
 def questions_right(predictions: Tensor, batch: RetrievalBatch) -> Tensor:
@@ -267,7 +281,7 @@ def exact_match(
     correct = 0
     step = max(1, batch_tokens // length)
     for first in range(0, num_samples, step):
-        part = RetrievalBatch(*(t[first : first + step].to(device) for t in batch[:3]), batch.question_length)
+        part = batch.rows(first, first + step).to(device)
         output = model(part.tokens)
         logits: Tensor = getattr(output, "logits", output)
         correct += int(questions_right(logits.argmax(-1), part).sum())
@@ -432,7 +446,7 @@ def _held_out_text() -> bytes:
 def _training_text() -> bytes:
     """Help topics that are not held out, and the longer docstrings of the standard library, of the running Python."""
     try:
-        from pydoc_data.topics import topics
+        topics: dict[str, str] = import_module("pydoc_data.topics").topics
     except ImportError:  # some distributions leave it out
         topics = {}
     parts = [topics[name] for name in sorted(topics) if name not in HELD_OUT_TOPICS]

@@ -1,0 +1,5 @@
+"""``python -m sparseattn.cli``."""
+
+from sparseattn.cli import main
+
+main()
