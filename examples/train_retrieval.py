@@ -22,6 +22,7 @@ import json
 import math
 import platform
 import random
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,39 +273,54 @@ def model_card(name: str, command: str, config: ModelConfig, recipe: Recipe, res
             lines.append(f"| {task} | " + " | ".join(f"{100 * a:.1f}" for a in by_length.values()) + " |")
         return "\n".join(lines)
 
+    def paragraph(text: str) -> str:
+        return textwrap.fill(" ".join(text.split()), 118, break_long_words=False, break_on_hyphens=False)
+
+    about = paragraph(f"""
+        A Llama of {result["parameters"]:,} parameters that finds things in long texts: {config.layers} layers, hidden size
+        {config.hidden_size}, {config.heads} query heads and {config.kv_heads} key-value heads of {config.head_dim},
+        vocabulary {VOCAB_SIZE} (bytes; {BOS} begins a text; no tokenizer file), RoPE theta {config.rope_theta:g},
+        bfloat16. It loads with `transformers.AutoModelForCausalLM`. It exists to show what sparse attention loses, not to
+        be talked to: it knows one sentence, `The magic number for kexaru is 4839201.`, and gives the number when the
+        sentence comes again.""")
+    training = paragraph(f"""
+        Seed {recipe.seed}, {result["steps"]} steps, {result["tokens"]:,} tokens, {result["seconds"]:.0f} s on
+        {result["device"]} (torch {result["torch"]}). Data: `sparseattn.testing.retrieval`, split "train"; filler text from
+        the documentation of Python {result["python"]} (help topics and docstrings). The recipe is in the script;
+        result.json holds every setting.""")
+    accuracy = paragraph(f"""
+        Keys, values and filler text that training never saw, positions drawn anew, {recipe.eval_samples} prompts a cell; an
+        answer counts when every byte is right. `stream` asks throughout the text, `vt` follows one pointer.""")
+    local = paragraph(f"""
+        With attention to the first {SINK_TOKENS} tokens and the nearest eighth of the length only it fails, as it should.
+        About half of the stream questions have their needle, or an earlier question about it, within that reach.""")
+    limits = paragraph(f"""
+        Trained up to {2 * recipe.stages[-1]} tokens and not tested far beyond. It has fewer layers and sharper attention
+        than a language model: a method that fails here loses information; one that succeeds here still has to be tried on
+        the real model.""")
     return f"""# {name}
 
-A Llama of {result["parameters"]:,} parameters that finds things in long texts: {config.layers} layers, hidden size
-{config.hidden_size}, {config.heads} query heads and {config.kv_heads} key-value heads of {config.head_dim}, vocabulary
-{VOCAB_SIZE} (bytes; 256 begins a text; no tokenizer file), RoPE theta {config.rope_theta:g}, bfloat16. It loads with
-`transformers.AutoModelForCausalLM`. It exists to show what sparse attention loses, not to be talked to: it knows one
-sentence form, ` The magic number for kexaru is 4839201.`, and gives the number when the sentence comes again.
+{about}
 
 ## Training
 
     {command}
 
-Seed {recipe.seed}, {result["steps"]} steps, {result["tokens"]:,} tokens, {result["seconds"]:.0f} s on
-{result["device"]} (torch {result["torch"]}). Data: `sparseattn.testing.retrieval`, split "train"; filler text from the
-documentation of Python {result["python"]} (help topics and docstrings). The recipe is in the script; result.json holds
-every setting.
+{training}
 
 ## Held-out accuracy
 
-Keys, values and filler text that training never saw, new positions, {recipe.eval_samples} prompts a cell; an answer
-counts when every byte is right. `stream` asks throughout the text, `vt` follows one pointer.
+{accuracy}
 
 {table(result["accuracy"]["dense"])}
 
-With attention to the first {SINK_TOKENS} tokens and the nearest eighth of the length only, it fails, as it should:
+{local}
 
 {table(result["accuracy"]["local_sink"])}
 
 ## Limits
 
-Trained up to {2 * recipe.stages[-1]} tokens and not tested far beyond. Its attention is sharper and its layers are
-fewer than those of a language model: a method that fails here loses information, one that succeeds here still has to be
-tried on the real model.
+{limits}
 
 ## Licence
 
@@ -321,15 +337,19 @@ def save(folder: Path, model: TinyLlama, recipe: Recipe, result: dict, command: 
 
 
 def command_line(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
-    """The command that repeats this run (without where its output went)."""
+    """The command that repeats this run."""
     parts = ["python examples/train_retrieval.py"]
     for action in parser._actions:
         value = getattr(args, action.dest, None)
-        if action.dest in ("out", "device", "help") or value == action.default:
+        always = action.dest in ("seconds", "seed")
+        if action.dest in ("out", "device", "help") or (value == action.default and not always):
             continue
-        shown = "" if value is True else " " + (",".join(map(str, value)) if isinstance(value, tuple) else str(value))
-        parts.append(action.option_strings[0] + shown)
-    return " ".join(parts)
+        if isinstance(value, tuple):
+            value = ",".join(map(str, value))
+        elif isinstance(value, float):
+            value = f"{value:g}"
+        parts.append(action.option_strings[0] + ("" if value is True else f" {value}"))
+    return " ".join([*parts, f"--out {args.out.name}"])
 
 
 def lengths(text: str) -> tuple[int, ...]:
