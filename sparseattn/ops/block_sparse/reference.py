@@ -132,15 +132,17 @@ class _Sequence:
         if blocks[c - 1] - blocks[a] == c - 1 - a:
             keys = (blocks[a] * size, (blocks[c - 1] + 1) * size)
         else:
-            keys = table.index[m, a:c]
+            keys = table.numbers[m, a:c]
         columns = (c - a) * size
         return keys, columns, (full - a) * size if full < c else None, (seen - a) * size if seen > a else None
 
 
 class _Rows(NamedTuple):
+    """Block lists of one mask head: on the host to plan with, on the device to gather with."""
+
     counts: list[int]
     blocks: list[list[int]]
-    index: Tensor
+    numbers: Tensor
 
 
 class _Lists:
@@ -175,17 +177,21 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) 
         keys = _Keys(k[seq.k_rows], v[seq.k_rows], seq, work, lists is None)
         qs = _heads_first(q[seq.q_rows], work)
         os = qs.new_zeros((*qs.shape[:-1], v.shape[-1]))
-        ls = qs.new_full(qs.shape[:-1], -math.inf)
+        ms = qs.new_full(qs.shape[:-1], -math.inf)
+        ls = qs.new_zeros(qs.shape[:-1])
         for tile in seq.tiles(lists, _TILE_SCORES.get(q.device.type, 1 << 26)):
             kt, vt = keys.gather(tile)
+            at, rows = (tile.q_heads, tile.rows), tile.rows.stop - tile.rows.start
             s = _scores(qs, kt, keys, tile, g)  # [n, rows of the tile's heads, keys]
             # A row without keys has maximum -inf; the finite floor turns its weights into exact zeros.
             m_i = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(work).min)
             p = s.sub_(m_i).exp_()
-            l_i = p.sum(-1, keepdim=True)
-            acc = torch.bmm(p, vt).div_(l_i.clamp(min=1e-30))
-            os[tile.q_heads, tile.rows] = acc.view(-1, tile.rows.stop - tile.rows.start, acc.shape[-1])
-            ls[tile.q_heads, tile.rows] = l_i.log_().add_(m_i).view(-1, tile.rows.stop - tile.rows.start)
+            os[at] = torch.bmm(p, vt).view(-1, rows, os.shape[-1])
+            ms[at] = m_i.view(-1, rows)
+            ls[at] = p.sum(-1).view(-1, rows)
+        # A row with keys has l >= 1, one without 0.
+        os /= ls.clamp(min=1e-30)[..., None]
+        ls = ls.log_().add_(ms)
         if sink is not None:
             os *= _kept_by_sink(ls, sink)[..., None]
         o[seq.q_rows] = os.transpose(0, 1).to(o.dtype)
