@@ -277,27 +277,29 @@ def model_card(name: str, command: str, config: ModelConfig, recipe: Recipe, res
         return textwrap.fill(" ".join(text.split()), 118, break_long_words=False, break_on_hyphens=False)
 
     about = paragraph(f"""
-        A Llama of {result["parameters"]:,} parameters that finds things in long texts: {config.layers} layers, hidden size
-        {config.hidden_size}, {config.heads} query heads and {config.kv_heads} key-value heads of {config.head_dim},
-        vocabulary {VOCAB_SIZE} (bytes; {BOS} begins a text; no tokenizer file), RoPE theta {config.rope_theta:g},
-        bfloat16. It loads with `transformers.AutoModelForCausalLM`. It exists to show what sparse attention loses, not to
-        be talked to: it knows one sentence, `The magic number for kexaru is 4839201.`, and gives the number when the
-        sentence comes again.""")
+        A Llama of {result["parameters"]:,} parameters that finds things in long texts: {config.layers} layers, hidden
+        size {config.hidden_size}, {config.heads} query heads and {config.kv_heads} key-value heads of
+        {config.head_dim}, vocabulary {VOCAB_SIZE} (bytes; {BOS} begins a text; no tokenizer file), RoPE theta
+        {config.rope_theta:g}, bfloat16. It loads with `transformers.AutoModelForCausalLM`. It exists to show what
+        sparse attention loses, not to be talked to: it knows one sentence, `The magic number for kexaru is 4839201.`,
+        and gives the number when the sentence comes again.""")
     training = paragraph(f"""
         Seed {recipe.seed}, {result["steps"]} steps, {result["tokens"]:,} tokens, {result["seconds"]:.0f} s on
-        {result["device"]} (torch {result["torch"]}). Data: `sparseattn.testing.retrieval`, split "train"; filler text from
-        the documentation of Python {result["python"]} (help topics and docstrings). The recipe is in the script;
+        {result["device"]} (torch {result["torch"]}). Data: `sparseattn.testing.retrieval`, split "train"; filler text
+        from the documentation of Python {result["python"]} (help topics and docstrings). The recipe is in the script;
         result.json holds every setting.""")
     accuracy = paragraph(f"""
-        Keys, values and filler text that training never saw, positions drawn anew, {recipe.eval_samples} prompts a cell; an
-        answer counts when every byte is right. `stream` asks throughout the text, `vt` follows one pointer.""")
+        Keys, values and filler text that training never saw, positions drawn anew, {recipe.eval_samples} prompts a
+        cell; an answer counts when every byte is right. `stream` asks throughout the text, `vt` follows one
+        pointer.""")
     local = paragraph(f"""
-        With attention to the first {SINK_TOKENS} tokens and the nearest eighth of the length only it fails, as it should.
-        About half of the stream questions have their needle, or an earlier question about it, within that reach.""")
+        With attention to the first {SINK_TOKENS} tokens and the nearest eighth of the length only it fails, as it
+        should. About half of the stream questions have their needle, or an earlier question about it, within that
+        reach.""")
     limits = paragraph(f"""
-        Trained up to {2 * recipe.stages[-1]} tokens and not tested far beyond. It has fewer layers and sharper attention
-        than a language model: a method that fails here loses information; one that succeeds here still has to be tried on
-        the real model.""")
+        Trained up to {2 * recipe.stages[-1]} tokens and not tested far beyond. It has fewer layers and sharper
+        attention than a language model: a method that fails here loses information; one that succeeds here still has to
+        be tried on the real model.""")
     return f"""# {name}
 
 {about}
