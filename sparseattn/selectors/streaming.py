@@ -101,8 +101,12 @@ def _lists(s: Sequences, config: StreamingConfig, causal: bool, device: torch.de
     start, stop = diagonal_blocks(s, size, local, 0 if causal else local, device)
     visible = row_bounds(s, size, causal, False, device).visible
     sink_blocks = -(-config.num_sink_tokens // size)
-    # Sinks end where the run of local blocks starts; a row without local blocks still has its sinks.
-    sinks = torch.where(stop > start, start, visible).clamp(max=sink_blocks)
+    sink_end = visible.clamp(max=sink_blocks)
+    # The union of [0, sink_end) and [start, stop): where the run is empty it starts at sink_end, and where they touch
+    # it ends with the later of the two.
+    start = torch.where(stop > start, start, sink_end)
+    stop = torch.where(start <= sink_end, torch.maximum(stop, sink_end), stop)
+    sinks = torch.minimum(start, sink_end)
     counts = sinks + stop - start
     columns = -(-s.max_k // size)
     span = local * (1 if causal else 2) + size  # keys from the first near one to the last

@@ -158,12 +158,12 @@ def xattention_blocks(
     """
     p = _problem(q, k, stride, block_size, causal, scale, sequences)
     thresholds = check_thresholds(threshold, q.shape[-2])
-    name = _choose(impl, q, k)
+    _check_impl(impl)  # the rest of the choice happens inside the operator, where a compiler does not look
     s = p.sequences
     keep_sink = causal if keep_sink is None else keep_sink
     return torch.ops.sparseattn.xattention_blocks(
         q.detach(), k.detach(), s.q_start, s.q_end, s.k_start, s.k_end, s.batch, s.max_q, s.max_k,
-        list(thresholds), stride, block_size, p.scale, causal, keep_sink, keep_recent, name,
+        list(thresholds), stride, block_size, p.scale, causal, keep_sink, keep_recent, impl,
     )  # fmt: skip
 
 
@@ -239,10 +239,14 @@ def _problem(
     return ScoreProblem(s, stride, block_size, causal, scale)
 
 
-def _choose(impl: str, *tensors: Tensor) -> str:
-    """The implementation for q and k, or for scores: the one asked for, or the device's; raises if it refuses."""
+def _check_impl(impl: str) -> None:
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise argument_error("impl", f"'auto' or one of {IMPLEMENTATIONS}", repr(impl))
+
+
+def _choose(impl: str, *tensors: Tensor) -> str:
+    """The implementation for q and k, or for scores: the one asked for, or the device's; raises if it refuses."""
+    _check_impl(impl)
     name = impl if impl != "auto" else "triton" if tensors[0].is_cuda else "reference"
     reason = unsupported_reason(*tensors, impl=name)
     if reason is not None:
@@ -287,7 +291,7 @@ def _xattention_blocks(
     p = ScoreProblem(s, stride, block_size, causal, scale)
     bounds = row_bounds(s, block_size, causal, keep_recent, q.device)
     thresholds = _thresholds_on(q.device, tuple(threshold))
-    module = _module(impl)
+    module = _module(_choose(impl, q, k))
     return module.xattention_blocks(q, k, p, thresholds, bounds, keep_sink)
 
 

@@ -136,6 +136,6 @@ def _top_p_rows(scores: Tensor, threshold: Tensor, visible: Tensor, recent: Tens
     take = (before < need) & (value > 0)
     # No row that can see a block goes without one.
     alone = (visible > 0)[:, None, :] & ~forced.any(-1)
-    take[..., 0] |= alone
+    take[..., :1] |= alone[..., None]
     keep = forced | torch.zeros_like(take).scatter(-1, order, take)
     return keep | (is_visible & (threshold >= 1))

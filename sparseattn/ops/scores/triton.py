@@ -26,6 +26,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
 _LENGTHS = ["max_q", "max_k", "first_cell", "first_block", "num_cells", "k_tiles", "num_blocks", "bounds_stride_b"]
 _PITCHES = ["pitch", "scores_pitch", "scores_stride_b", "scores_stride_h", "lists_rows", "lists_pitch"]
+# Views into larger tensors: aligned or not as the batch size or chunk has it.
+_VIEWS = ["q_start_ptr", "q_end_ptr", "k_start_ptr", "k_end_ptr", "scores_ptr"]
 
 
 class Tiles(NamedTuple):
@@ -38,7 +40,7 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
 def _cells_kernel(
     q_ptr, k_ptr, sums_ptr, tile_max_ptr, tile_sum_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
     stride_q, stride_k, max_q, max_k, first_cell, num_cells, k_tiles, scale,
@@ -142,7 +144,7 @@ def _cells_kernel(
     tl.store(sums_ptr + head * num_cells * pitch + cell.to(tl.int64)[:, None] * pitch + block[None, :], sums)
 
 
-@triton.jit(do_not_specialize=_LENGTHS + _PITCHES)
+@triton.jit(do_not_specialize=_LENGTHS + _PITCHES, do_not_specialize_on_alignment=_VIEWS)
 def _scores_kernel(
     sums_ptr, tile_max_ptr, tile_sum_ptr, visible_ptr, scores_ptr, bounds_stride_b, first_block, num_cells, k_tiles,
     scores_stride_b, scores_stride_h, scores_pitch,
@@ -202,7 +204,7 @@ def _free_mass(row_ptr, first_free, recent, least, BLOCK: tl.constexpr):
     return mass
 
 
-@triton.jit(do_not_specialize=_LENGTHS + _PITCHES)
+@triton.jit(do_not_specialize=_LENGTHS + _PITCHES, do_not_specialize_on_alignment=_VIEWS)
 def _top_p_kernel(
     scores_ptr, threshold_ptr, visible_ptr, recent_ptr, counts_ptr, indices_ptr, bounds_stride_b, first_block,
     scores_stride_b, scores_stride_h, scores_pitch, lists_rows, lists_pitch,
@@ -337,7 +339,7 @@ def antidiagonal_scores(q: Tensor, k: Tensor, p: ScoreProblem) -> Tensor:
 def top_p_blocks(scores: Tensor, threshold: Tensor, bounds: RowBounds, keep_sink: bool) -> tuple[Tensor, Tensor]:
     """int32 counts ``[B, H, MB]`` and indices ``[B, H, MB, NB]``. See ``api.top_p_blocks``."""
     counts, indices = _empty_lists(scores.shape, scores.device)
-    if counts.numel():
+    if 0 not in scores.shape:
         scores = scores if scores.stride(-1) == 1 else scores.contiguous()
         _select(scores, threshold, bounds, keep_sink, 0, counts, indices)
     return counts, indices
@@ -349,7 +351,7 @@ def xattention_blocks(
     """Score and select chunk by chunk; only one chunk's scores exist at a time. See ``api.xattention_blocks``."""
     shape = (p.sequences.batch, q.shape[-2], p.num_q_blocks, p.num_kv_blocks)
     counts, indices = _empty_lists(shape, q.device)
-    if counts.numel() == 0:
+    if 0 in shape:
         return counts, indices
     plan = _Plan(q, p)
     buffer = torch.empty((shape[0], shape[1], plan.chunk_blocks, shape[3]), dtype=torch.float32, device=q.device)
@@ -491,7 +493,8 @@ def _offline(function: object, constants: dict[str, object]) -> tuple[object, di
         elif param.name.endswith("_ptr"):
             index = param.name in integers or "start" in param.name or "end" in param.name
             signature[param.name] = "*bf16" if param.name in ("q_ptr", "k_ptr") else "*i32" if index else "*fp32"
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            if param.name not in _VIEWS:
+                attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[param.name] = "fp32" if param.name == "scale" else "i32"
     return function, signature, constexprs, attributes
