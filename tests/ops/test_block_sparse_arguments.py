@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -135,3 +136,18 @@ def test_queries_before_the_first_key_see_nothing(device: str):
     assert (lse[..., :15] == -math.inf).all()
     assert lse[..., 15:].isfinite().all()
     assert torch.allclose(o[:, 15], v[:, 0])
+
+
+def test_without_triton_the_reference_runs_and_the_kernels_say_why_not(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    q, k, v = make_qkv(1, S, S, 4, 2, 16)
+    assert block_sparse_attention(q, k, v).isfinite().all()
+    with pytest.raises(ValueError, match=r"impl: .* triton cannot: Triton cannot be imported.*impl=\"reference\""):
+        block_sparse_attention(q, k, v, impl="triton")
+
+
+def test_an_old_triton_is_refused(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    q, k, v = make_qkv(1, S, S, 4, 2, 16)
+    assert unsupported_reason(q, k, v, impl="triton") == "Triton 3.5.1 is older than 3.6"

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 from sparseattn.masks import BlockMask
 from sparseattn.ops.block_sparse import block_sparse_attention
-from sparseattn.ops.block_sparse.api import _geometry, _with_transposed
+from sparseattn.ops.block_sparse.checks import make_geometry
+from sparseattn.ops.block_sparse.library import with_transposed
 from sparseattn.ops.sequences import resolve_sequences
 from sparseattn.testing import make_qkv, random_block_mask
 
@@ -47,7 +48,7 @@ def _loss(q, k, v, mask, sinks):
 def test_opcheck(case, device: str):
     problem = build(case, device)
     layout = {n: x for n, x in problem.kwargs.items() if "seqlen" in n or "ranges" in n}
-    g = _geometry(
+    g = make_geometry(
         problem.q, problem.k, problem.v, problem.mask, problem.kwargs["causal"], case.scale, case.window, case.softcap,
         problem.sinks, "auto", resolve_sequences(problem.q, problem.k, **layout),
     )  # fmt: skip
@@ -55,7 +56,7 @@ def test_opcheck(case, device: str):
     torch.library.opcheck(OPS.block_sparse_fwd.default, (*inputs, problem.sinks, "auto", *g))
     o, lse = OPS.block_sparse_fwd(*inputs, problem.sinks, "auto", *g)
     if problem.mask is not None:
-        g = _with_transposed(g, problem.mask)
+        g = with_transposed(g, problem.mask)
     for dlse in (None, torch.randn_like(lse)):
         upstream = (torch.randn_like(o), dlse)
         torch.library.opcheck(OPS.block_sparse_bwd.default, (*upstream, *inputs, o, lse, problem.sinks, "auto", *g))

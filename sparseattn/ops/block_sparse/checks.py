@@ -1,0 +1,177 @@
+"""What block-sparse attention accepts, and its arguments brought to one form."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, bfloat16, float16, float32, float64
+
+from sparseattn.errors import argument_error
+from sparseattn.masks import BlockMask
+from sparseattn.ops.block_sparse.geometry import Geometry
+from sparseattn.ops.sequences import Sequences
+
+IMPLEMENTATIONS = ("triton", "reference")
+_DTYPES = (bfloat16, float16, float32, float64)
+# Rows and columns of a block where there is no mask; implementations tile dense attention as they like.
+_DENSE_BLOCK = 128
+
+
+def make_geometry(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | None,
+    causal: bool | None,
+    scale: float | None,
+    window: tuple[int | None, int | None] | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    impl: str,
+    seq: Sequences,
+) -> Geometry:
+    """Check everything but the layout (``resolve_sequences`` did) and bring it to one form."""
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise argument_error("impl", f"one of {('auto', *IMPLEMENTATIONS)}", repr(impl))
+    _check_tensors(q, k, v)
+    if causal is not None and not isinstance(causal, bool):
+        raise argument_error("causal", "True, False or None", repr(causal), kind=TypeError)
+    left, right = _window(window, "window")
+    if mask is None:
+        is_causal = causal is not False
+        lists: tuple[Tensor | None, Tensor | None] = (None, None)
+        block_q = block_kv = _DENSE_BLOCK
+    else:
+        _check_mask(mask, q, k, seq)
+        if causal is False and mask.causal:
+            raise argument_error(
+                "causal", "None or True with a causal mask", False, "Build the mask with causal=False instead."
+            )
+        is_causal = bool(causal) or mask.causal
+        lists = (mask.kv_num_blocks, mask.kv_indices)
+        block_q, block_kv = mask.block_size
+        mask_left, mask_right = _window(mask.window, "mask.window")
+        left, right = _narrower(left, mask_left), _narrower(right, mask_right)
+    if sinks is not None:
+        _check_sinks(sinks, q)
+    return Geometry(
+        *lists,
+        None,
+        None,
+        block_q,
+        block_kv,
+        seq.q_start,
+        seq.q_end,
+        seq.k_start,
+        seq.k_end,
+        seq.batch,
+        seq.max_q,
+        seq.max_k,
+        seq.packed,
+        is_causal,
+        left,
+        # Causal attention sees nothing to the right anyway.
+        -1 if is_causal else right,
+        q.shape[-1] ** -0.5 if scale is None else _number("scale", scale),
+        _softcap(softcap),
+    )
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dtype not in _DTYPES:
+        raise argument_error("q", "bfloat16, float16, float32 or float64", q.dtype, kind=TypeError)
+    if v.dim() != k.dim():
+        raise argument_error("v", f"{k.dim()} dimensions like k", f"shape {tuple(v.shape)}")
+    for name, t in (("k", k), ("v", v)):
+        if t.dtype != q.dtype:
+            raise argument_error(name, f"{q.dtype} like q", t.dtype, "Convert with .to(q.dtype).", kind=TypeError)
+        if t.device != q.device:
+            raise argument_error(name, f"device {q.device} like q", t.device)
+    if k.shape[-1] != q.shape[-1]:
+        raise argument_error("k", f"head_dim {q.shape[-1]} like q", k.shape[-1])
+    if v.shape[:-1] != k.shape[:-1]:
+        raise argument_error("v", f"shape {(*k.shape[:-1], 'head_dim')} like k", tuple(v.shape))
+    for name, t in (("q", q), ("v", v)):
+        if t.shape[-1] == 0 or t.shape[-2] == 0:
+            raise argument_error(name, "at least one head and a head_dim of at least 1", f"shape {tuple(t.shape)}")
+    if q.shape[-2] % k.shape[-2]:
+        raise argument_error(
+            "q",
+            f"a number of heads that is a multiple of k's {k.shape[-2]}",
+            q.shape[-2],
+            "KV heads serve equal groups.",
+        )
+
+
+def _check_mask(mask: BlockMask, q: Tensor, k: Tensor, seq: Sequences) -> None:
+    if not isinstance(mask, BlockMask):
+        hint = "Build one with BlockMask.from_dense." if isinstance(mask, Tensor) else ""
+        raise argument_error("mask", "a BlockMask or None", type(mask).__name__, hint, kind=TypeError)
+    if mask.device != q.device:
+        raise argument_error("mask", f"device {q.device} like q", mask.device, "Move it with mask.to().")
+    heads = mask.heads
+    if tuple(mask.seq_lens) != (seq.max_q, seq.max_k):
+        hint = "Packed masks are built for max_seqlen_q and max_seqlen_k." if seq.packed else ""
+        raise argument_error("mask", f"lengths (Sq, Sk) = {(seq.max_q, seq.max_k)}", tuple(mask.seq_lens), hint)
+    if mask.batch not in (1, seq.batch):
+        raise argument_error("mask", f"batch size 1 or {seq.batch}", mask.batch)
+    allowed = (1, k.shape[-2], q.shape[-2])
+    if heads not in allowed:
+        raise argument_error("mask", f"1, Hkv = {allowed[1]} or Hq = {allowed[2]} heads", heads)
+    if (mask.seqused_q is not None and seq.q_start is None) or (mask.seqused_k is not None and seq.k_start is None):
+        raise argument_error(
+            "mask",
+            "a mask for whole rows, since no ranges were given",
+            "one for a ragged batch (seqused_q/seqused_k)",
+            "Pass the same ranges_q/ranges_k or cu_seqlens that selected it.",
+        )
+
+
+def _check_sinks(sinks: Tensor, q: Tensor) -> None:
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+        got = sinks.dtype if isinstance(sinks, Tensor) else type(sinks).__name__
+        raise argument_error("sinks", "a floating-point tensor", got, kind=TypeError)
+    if sinks.dim() != 1 or sinks.shape[0] != q.shape[-2]:
+        raise argument_error("sinks", f"shape ({q.shape[-2]},), a logit per query head", tuple(sinks.shape))
+    if sinks.device != q.device:
+        raise argument_error("sinks", f"device {q.device} like q", sinks.device)
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, bool | Tensor) or not isinstance(value, int | float):
+        hint = "A learnable scale belongs into q: pass q * scale and scale=1." if isinstance(value, Tensor) else ""
+        raise argument_error(name, "a finite number", type(value).__name__, hint, kind=TypeError)
+    if not math.isfinite(value):
+        raise argument_error(name, "a finite number", value)
+    return float(value)
+
+
+def _softcap(softcap: float | None) -> float:
+    if softcap is None:
+        return 0.0
+    value = _number("softcap", softcap)
+    if value < 0:
+        raise argument_error("softcap", "a positive number, or None for no cap", softcap)
+    return value
+
+
+def _window(window: tuple[int | None, int | None] | None, name: str) -> tuple[int, int]:
+    """``(left, right)`` with -1 for unbounded."""
+    if window is None:
+        return -1, -1
+    expected = "(left, right) token counts, each at least 0 or None"
+    if not isinstance(window, tuple | list):
+        raise argument_error(name, expected, repr(window), "(w, 0) keeps w keys before each query.", kind=TypeError)
+    if len(window) != 2:
+        raise argument_error(name, expected, repr(window))
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            raise argument_error(name, expected, repr(window), kind=TypeError)
+        if side is not None and side < 0:
+            raise argument_error(name, expected, repr(window), "None is unbounded.")
+    left, right = window
+    return -1 if left is None else left, -1 if right is None else right
+
+
+def _narrower(a: int, b: int) -> int:
+    return max(a, b) if a < 0 or b < 0 else min(a, b)
