@@ -173,11 +173,10 @@ def load_model(name: str, device: torch.device, dtype: str = "auto") -> Loaded:
 
     shipped = name in models.names() and not Path(name).exists()
     source = str(models.path(name)) if shipped else name
-    chosen: Any = (
-        getattr(torch, dtype, None) if dtype != "auto" else ("auto" if device.type == "cuda" else torch.float32)
-    )
-    if not (chosen == "auto" or isinstance(chosen, torch.dtype)):
-        raise UserError(f"--dtype: expected auto, float32, bfloat16 or float16, got {dtype!r}.")
+    dtypes = {d: getattr(torch, d) for d in ("float32", "bfloat16", "float16")}
+    if dtype not in ("auto", *dtypes):
+        raise UserError(f"--dtype: expected auto, {', '.join(dtypes)}, got {dtype!r}.")
+    chosen = dtypes.get(dtype, "auto" if device.type == "cuda" else torch.float32)
     transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(source)

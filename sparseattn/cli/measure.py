@@ -57,7 +57,7 @@ class Row:
         recall: Share of the attention mass on those blocks, mean over layers, heads and query rows.
         output_error: Relative L2 distance of attention outputs from dense ones on the same inputs, mean over layers.
         seconds: Prefill of the whole model, the fastest run.
-        speedup: Dense seconds by these; None for dense.
+        speedup: Dense seconds divided by these; None for dense.
         masks: By layer, kept when asked for.
     """
 
@@ -91,12 +91,12 @@ class Row:
 def measure(model: Any, setting: Setting, prompts: Prompts, keep_masks: bool = False) -> Row:
     """Run one setting: timed prefills first, then, apart from them, what they lost."""
     if setting.options is None:
-        seconds, stream = _timed(model, prompts)
+        seconds, stream = time_prefill(model, prompts)
         return Row(setting, stream, _score(model, prompts.end), 1.0, 1.0, 0.0, seconds)
     from sparseattn.integrations.records import record
 
     with sparse(model, setting.options):
-        seconds, stream = _timed(model, prompts)
+        seconds, stream = time_prefill(model, prompts)
         end = _score(model, prompts.end)
         with record(fidelity=True, masks=keep_masks) as calls:
             prefill(model, prompts.stream[0].tokens)
@@ -120,7 +120,7 @@ def prefill(model: Any, tokens: Tensor) -> Tensor:
     return model(tokens, use_cache=False).logits.argmax(-1)
 
 
-def _timed(model: Any, prompts: Prompts) -> tuple[float, ExactMatch]:
+def time_prefill(model: Any, prompts: Prompts) -> tuple[float, ExactMatch]:
     """The fastest prefill over the stream prompts, and their answers."""
     on_gpu = prompts.end.tokens.is_cuda
     if on_gpu:  # kernels compile on the first call of a shape

@@ -18,9 +18,11 @@ scores every question of a prompt. The kinds of task:
   hops.
 
 Held out from training (split ``"train"``) and used for evaluation (split ``"eval"``): a tenth of the keys, a tenth of
-the values (digit sum divisible by ten), and the filler text. Positions are drawn anew for every sample, over the whole
-length. The evaluation filler is shipped (``text/python_reference.txt``, under the Python licence beside it), so that
-one seed gives the same prompts on every machine; the training filler comes from the running Python's own documentation.
+the values (digit sum divisible by ten), and the help topics that the filler is taken from (of which about 8 % is
+repeated in other topics). Positions are drawn anew for every sample; where questions come last, needles thin out
+towards the end of the filler. The evaluation filler is shipped (``text/python_reference.txt``, under the Python licence
+beside it), so that one seed gives the same prompts on every machine; the training filler comes from the running
+Python's own documentation.
 
 The tasks follow needle-in-a-haystack practice (RULER, Hsieh et al. 2024), made small enough for a model of 3 M
 parameters.
