@@ -48,7 +48,7 @@ def rows(triton: str) -> tuple[dict[str, Any], ...]:
         path.insert(0, str(OLDEST))
     environment["PYTHONPATH"] = os.pathsep.join(path)
     jobs = 1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count() or 1
-    command = [sys.executable, str(SCRIPT), "--jobs", str(jobs), "--skip", SKIPPED[triton]]
+    command = [sys.executable, str(SCRIPT), "--jobs", str(jobs), f"--skip={SKIPPED[triton]}"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     return tuple(json.loads(line) for line in done.stdout.splitlines())
