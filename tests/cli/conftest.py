@@ -11,9 +11,6 @@ import torch
 
 from sparseattn.testing.retrieval import decode, make_batch
 
-pytest.importorskip("typer")
-pytest.importorskip("rich")
-
 
 @pytest.fixture(autouse=True)
 def _few_threads():

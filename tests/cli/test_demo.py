@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("typer")
+pytest.importorskip("rich")
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 import sparseattn
-from sparseattn.cli import doctor
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+doctor = importlib.import_module("sparseattn.cli.doctor")
 
 
 def test_reports_and_succeeds(invoke) -> None:

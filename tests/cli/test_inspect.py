@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("typer")
+pytest.importorskip("rich")
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 

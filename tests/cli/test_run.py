@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("typer")
+pytest.importorskip("rich")
 pytest.importorskip("transformers")
 
 SPARSE = ("--option", "min_seq_len=128", "--option", "block_size=64", "--option", "threshold=0.99")
