@@ -263,6 +263,9 @@ def test_a_raw_padding_mask_is_understood() -> None:
     static, _ = attention_forward(Module(), q, *longer, mask, scaling=0.3)
     torch.testing.assert_close(static, out)
     # A sliding cache: keys are the last columns of the mask.
+    # A window that hides one key from one query.
+    close, _ = attention_forward(Module(), q, k, v, None, scaling=0.3, sliding_window=39)
+    assert not torch.equal(close, attention_forward(Module(), q, k, v, None, scaling=0.3)[0])
     late, _ = attention_forward(
         Module(), q[:, :, 30:], k[:, :, 10:], v[:, :, 10:], mask, scaling=0.3, sliding_window=21
     )
@@ -387,12 +390,30 @@ def test_masks_take_no_memory() -> None:
     rows = row_mask(2, 7, 100, torch.tensor(40), 0, attention_mask=step)
     assert rows[:, 0, 0].tolist() == [[0, 7, 0, 47], [0, 7, 15, 47]]
     assert row_mask(2, 7, 100, torch.tensor(40), 0)[:, 0, 0].tolist() == [[0, 7, 0, 47]] * 2
+    # A mask as wide as the cache says nothing about the keys that are not there yet.
+    assert row_mask(1, 7, 100, 40, 0, attention_mask=padding([98], "left", 100).bool())[0, 0, 0].tolist() == [
+        0,
+        7,
+        2,
+        47,
+    ]
     # Right padding that swallows the whole second chunk of a row; a row of padding alone.
     step = padding([47, 38, 0], "right", 47).bool()
     assert row_mask(3, 7, 47, 40, 0, attention_mask=step)[:, 0, 0].tolist() == [[0, 7, 0, 47], [0, 0, 0, 38], [0] * 4]
     # A sliding cache that has dropped the first 30 keys.
     step = padding([47, 10], "left", 47).bool()
     assert row_mask(2, 7, 17, 40, 30, attention_mask=step)[:, 0, 0].tolist() == [[0, 7, 0, 17], [0, 7, 7, 17]]
+
+
+def test_packing_is_found_when_the_mask_is_made() -> None:
+    """For models that do not hand position_ids to their layers."""
+    positions = torch.stack([torch.arange(40), torch.cat([torch.arange(25), torch.arange(15)])])
+    packed = make_mask(position_ids=positions)
+    assert packed.cu_seqlens.tolist() == [0, 40, 65, 80]
+    assert packed.cu_seqlens.dtype == torch.int32
+    assert packed.max_seqlen == 40
+    out, _ = attention_forward(Module(), *qkv(), packed)
+    assert torch.equal(out, attention_forward(Module(), *qkv(), None, position_ids=positions)[0])
 
 
 def test_patterns_that_row_ranges_cannot_express() -> None:
