@@ -30,19 +30,15 @@ parameters.
 
 from __future__ import annotations
 
-import ast
-import functools
-import glob
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module, resources
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.testing.filler import Split, filler
 
 BOS, EOS, VOCAB_SIZE = 256, 257, 264
 KEY_LENGTH, VALUE_LENGTH = 6, 7
@@ -51,23 +47,6 @@ CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
 #: What a token is to the model: filler to predict, something unpredictable, or a byte of an answer.
 FILLER, UNPREDICTABLE, ANSWER = 0, 1, 2
 
-#: Help topics kept out of the training filler because the evaluation filler is made of them.
-HELD_OUT_TOPICS = frozenset(
-    [
-        "typesfunctions",
-        "typesmapping",
-        "typesmethods",
-        "typesmodules",
-        "typesseq",
-        "typesseq-mutable",
-        "unary",
-        "while",
-        "with",
-        "yield",
-    ]
-)
-
-Split = Literal["train", "eval"]
 Placement = Literal["end", "stream", "vt"]
 
 
@@ -295,7 +274,7 @@ def _draw(
 ) -> RetrievalBatch:
     items, roles, is_question = _draw_items(task, batch_size, split, form, generator)
     starts, filler_from = _draw_places(task, length, is_question, split, form, generator)
-    text, _ = _filler(split, generator.device)
+    text, _ = filler(split, generator.device)
 
     # Every position either lies in the last item that starts at or before it, or in the filler between items.
     position = torch.arange(length, device=generator.device).expand(batch_size, length).contiguous()
@@ -303,8 +282,8 @@ def _draw(
     within = position - starts.gather(1, item.clamp(min=0))
     in_item = (item >= 0) & (within < form.length)
     flat = item.clamp(min=0) * form.length + within.clamp(0, form.length - 1)
-    filler = text[(filler_from[:, None] + position - 1 - form.length * (item + 1)).clamp(min=0)]
-    tokens = torch.where(in_item, items.reshape(batch_size, -1).gather(1, flat), filler)
+    between = text[(filler_from[:, None] + position - 1 - form.length * (item + 1)).clamp(min=0)]
+    tokens = torch.where(in_item, items.reshape(batch_size, -1).gather(1, flat), between)
     token_roles = torch.where(in_item, roles.reshape(batch_size, -1).gather(1, flat), FILLER)
     tokens[:, 0] = BOS
     token_roles[:, 0] = UNPREDICTABLE
@@ -381,7 +360,7 @@ def _draw_places(
     """Where items start, int64 [B, M], ascending and at word ends, and where in the text the filler begins, [B]."""
     batch_size, num_items = is_question.shape
     room = length - 1 - form.length * num_items  # filler tokens
-    text, next_space = _filler(split, generator.device)
+    text, next_space = filler(split, generator.device)
     filler_from = _integers(len(text) - length - 200, (batch_size,), generator)
     offset = (_uniform((batch_size, num_items), generator) * (room + 1)).long().sort(1).values
     offset = (next_space[filler_from[:, None] + offset] - filler_from[:, None]).clamp(max=room)
@@ -417,57 +396,3 @@ def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def _integers(high: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randint(0, high, shape, device=generator.device, generator=generator)
-
-
-#: Shorter texts are repeated up to this length, so that prompts of any usual length find room.
-_MIN_TEXT = 300_000
-
-
-@functools.cache
-def _filler(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The filler text int64 [n] and, for every position, that of the next space at or after it."""
-    text = _held_out_text() if split == "eval" else _training_text()
-    while len(text) < _MIN_TEXT:
-        text = text + b" " + text
-    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-    last = len(tokens) - 1
-    spaces = torch.where(tokens == ord(" "), torch.arange(len(tokens)), last)
-    next_space = spaces.flip(0).cummin(0).values.flip(0)
-    return tokens.to(device), next_space.to(device)
-
-
-def _normalised(text: str) -> bytes:
-    return " ".join(text.split()).encode("ascii", "ignore")
-
-
-def _held_out_text() -> bytes:
-    path = resources.files("sparseattn.testing") / "text" / "python_reference.txt"
-    return _normalised(path.read_text(encoding="ascii"))
-
-
-def _training_text() -> bytes:
-    """Help topics that are not held out, and the longer docstrings of the standard library, of the running Python."""
-    try:
-        topics: dict[str, str] = import_module("pydoc_data.topics").topics
-    except ImportError:  # some distributions leave it out
-        topics = {}
-    parts = [topics[name] for name in sorted(topics) if name not in HELD_OUT_TOPICS]
-    for file in sorted(glob.glob(os.path.join(os.path.dirname(os.__file__), "*.py"))):
-        with open(file, encoding="utf-8", errors="ignore") as source:
-            parts += _docstrings(source.read())
-    text = _normalised("\n".join(parts))
-    if len(text) < 100_000:
-        raise RuntimeError(
-            f"the training text is Python's own documentation, and this Python holds {len(text)} bytes of it; "
-            "use one that has pydoc_data and docstrings (not python -OO)"
-        )
-    return text
-
-
-def _docstrings(source: str, longer_than: int = 120) -> list[str]:
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return []
-    nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
-    return [doc for n in nodes if (doc := ast.get_docstring(n)) and len(doc) > longer_than]

@@ -9,7 +9,7 @@ import torch
 
 import sparseattn
 from sparseattn import models
-from sparseattn.testing import retrieval
+from sparseattn.testing import filler, retrieval
 from sparseattn.testing.retrieval import (
     ANSWER,
     BOS,
@@ -108,7 +108,7 @@ class TestGenerator:
         for train, held_out in zip(found["train"], found["eval"], strict=True):
             assert len(held_out) > 10_000
             assert not train & held_out
-        train, held_out = retrieval._training_text(), retrieval._held_out_text()
+        train, held_out = filler.training_text(), filler.held_out_text()
         starts = range(0, len(held_out) - 100, 100)
         assert sum(held_out[i : i + 100] in train for i in starts) < 0.1 * len(starts)  # topics quote each other
 
