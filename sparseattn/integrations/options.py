@@ -143,6 +143,9 @@ def merge(*levels: Flat) -> dict[str, Any]:
 def options(**flat: Any) -> Iterator[None]:
     """Options of every attention call made inside the ``with`` block, in this thread or task.
 
+    Layers that gradient checkpointing computes again do as their forward did, wherever ``backward`` is called. Threads
+    started inside the block (``nn.DataParallel`` starts some) see the model's config only.
+
     They override the model's config and the method in the implementation's name, and are overridden by a
     ``sparseattn={...}`` argument of the call. Blocks nest: inner ones win key by key.
 

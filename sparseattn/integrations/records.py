@@ -128,7 +128,7 @@ class Recorder:
 def record(*, timing: bool = False, masks: bool = False, fidelity: bool = False) -> Iterator[list[CallRecord]]:
     """Collect one ``CallRecord`` per attention call of this library's Transformers functions.
 
-    Calls inside compiled regions are not recorded. Gradient checkpointing runs a layer twice, and so records it twice.
+    Calls inside compiled regions are not recorded, nor those that gradient checkpointing repeats in the backward pass.
 
     Example:
         >>> with record() as calls:

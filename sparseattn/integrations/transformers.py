@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,7 @@ def attention_forward(
         attention_mask, query, key, causal, window is not None, **{name: kwargs.get(name) for name in _PACKING}
     )
     layer = getattr(module, "layer_idx", None)
-    chosen, recorder = _in_force(sparseattn_method, layer, _config_options(module), sparseattn)
+    chosen, recorder = _in_force(module, sparseattn_method, layer, sparseattn)
 
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if where.packed:
@@ -192,11 +193,26 @@ def _dense_reason(chosen: AttentionOptions, q_len: int, window: tuple[int, int] 
 
 
 def _in_force(
-    method: str | None, layer: int | None, config: dict[str, Any] | None, call: dict[str, Any] | None
+    module: nn.Module, method: str | None, layer: int | None, call: dict[str, Any] | None
 ) -> tuple[AttentionOptions, records.Recorder | None]:
+    """The options of this call, and who records it."""
+    config = _config_options(module)
     if torch.compiler.is_compiling():
         return _traced_options(method, layer, config, call), None
-    return resolve(method, config, call).for_layer(layer), records.current()
+    if torch._C._current_graph_task_id() != -1:
+        # Gradient checkpointing computes the layer again, on autograd's own thread or after the ``with options(...)``
+        # block: it must do as the forward did, or the gradient is that of another function.
+        remembered = _forward_options.get(module, {})
+        found = remembered.get(True, remembered.get(False))
+        return found or resolve(method, config, call).for_layer(layer), None
+    found = resolve(method, config, call).for_layer(layer)
+    if module.training or torch.is_grad_enabled():
+        # Reentrant checkpointing runs the forward without gradients; a forward with them has the say.
+        _forward_options.setdefault(module, {})[torch.is_grad_enabled()] = found
+    return found, records.current()
+
+
+_forward_options: WeakKeyDictionary[nn.Module, dict[bool, AttentionOptions]] = WeakKeyDictionary()
 
 
 @torch._dynamo.assume_constant_result

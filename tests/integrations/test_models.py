@@ -137,10 +137,10 @@ def test_packed_rows_of_a_batch(device: str) -> None:
         tiny.assert_like_eager(model, lambda m: m(ids, position_ids=positions, use_cache=False).logits, "packed batch")
 
 
-def _enable_checkpointing(model: nn.Module) -> None:
+def _enable_checkpointing(model: nn.Module, use_reentrant: bool = False) -> None:
     # Transformers renamed it.
     name = "activation_checkpointing_enable"
-    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": use_reentrant})
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss", "deepseek-v3"])
@@ -168,15 +168,21 @@ def test_checkpointed_gradients_are_those_of_the_plain_backward(device: str) -> 
     """Selection must be the same when a layer is computed again."""
     ids = tokens(1, SEQ, device=device)
 
-    def gradient(checkpointing: bool) -> Tensor:
+    def gradient(checkpointing: bool | None) -> Tensor:
         model = make_model("llama", device).train()
-        if checkpointing:
-            _enable_checkpointing(model)
-        model(ids, labels=ids, use_cache=False).loss.backward()
+        if checkpointing is not None:
+            _enable_checkpointing(model, use_reentrant=checkpointing)
+        with hf.options(threshold=0.6, block_size=64, stride=4, min_seq_len=16), hf.record() as calls:
+            loss = model(ids, labels=ids, use_cache=False).loss
+        assert [call.method for call in calls] == ["xattention"] * 2
+        assert calls[0].density < 1
+        loss.backward()  # outside of the block
+        assert len(calls) == 2
         return model.model.embed_tokens.weight.grad
 
-    with hf.options(threshold=0.6, block_size=64, stride=4, min_seq_len=16):
-        assert torch.equal(gradient(True), gradient(False))
+    plain = gradient(None)
+    assert torch.equal(gradient(False), plain)
+    assert torch.equal(gradient(True), plain)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

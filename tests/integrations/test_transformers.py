@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -47,9 +48,6 @@ def test_names_are_in_both_registries_and_survive_a_second_call() -> None:
 def test_importing_the_package_does_not_import_transformers() -> None:
     code = "import sys, sparseattn; sparseattn.options, sparseattn.record; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# --- options, in a model ---------------------------------------------------------------------------------------------
 
 
 def stripes(model: torch.nn.Module, seq: int = 512) -> Tensor:
@@ -176,8 +174,6 @@ def test_a_method_that_cannot_run_names_the_layer_argument() -> None:
         make_model("llama")(tokens(1, SEQ))
 
 
-# --- attention that is not a decoder's -------------------------------------------------------------------------------
-
 _ENCODER = dict(vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
 
 
@@ -229,9 +225,6 @@ def test_cross_attention() -> None:
             lambda m: m(ids, attention_mask=mask, decoder_input_ids=target, use_cache=False).last_hidden_state,
             "bart",
         )
-
-
-# --- the attention function by itself --------------------------------------------------------------------------------
 
 
 class Module(torch.nn.Module):
@@ -367,9 +360,6 @@ def test_attention_weights_are_none_and_that_is_said(monkeypatch: pytest.MonkeyP
     assert "attn_implementation='eager'" in said[0]
 
 
-# --- masks the model asks for ----------------------------------------------------------------------------------------
-
-
 def make_mask(**arguments: object) -> object:
     from transformers.masking_utils import create_causal_mask
 
@@ -452,3 +442,35 @@ def test_right_padded_prompts_cannot_go_on_generating() -> None:
     model = make_model("llama")
     with pytest.raises(ValueError, match="padding_side = 'left'"):
         model.generate(tokens(2, 30), attention_mask=padding([30, 20], "right", 30), max_new_tokens=3)
+
+
+@pytest.mark.gpu
+def test_layers_never_wait_for_the_gpu() -> None:
+    q, k, v = (t.cuda() for t in qkv(torch.bfloat16, 512))
+    module = Module(torch.bfloat16).cuda()
+    mask = row_mask(2, 512, 512, attention_mask=padding([512, 300], "left", 512).bool().cuda())
+
+    def layer() -> Tensor:
+        with hf.options(threshold=0.8, **SHORT), hf.record(timing=True):
+            return attention_forward(module, q, k, v, mask, sliding_window=4096)[0]
+
+    expected = layer()
+    with warnings.catch_warnings():  # "a prototype feature"
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = layer()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_compiled_generation() -> None:
+    """With a static cache on a GPU, generate compiles the decoding step."""
+    model = make_model("llama", "cuda")
+    ids, mask = tokens(2, 300, device="cuda"), padding([300, 200], "left", 300, "cuda")
+    arguments = dict(attention_mask=mask, max_new_tokens=8, do_sample=False)
+    with everything_selected():
+        dynamic = model.generate(ids, **arguments)
+        assert torch.equal(model.generate(ids, cache_implementation="static", **arguments), dynamic)
