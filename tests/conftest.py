@@ -14,11 +14,18 @@ if not torch.cuda.is_available():
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
-def pytest_configure(config: pytest.Config) -> None:
+# Warnings of other people's code that no change of ours can mend.
+FOREIGN_WARNINGS = (
     # The interpreter computes both sides of a where with NumPy, which warns about the side that is dropped.
-    config.addinivalue_line(
-        "filterwarnings", "ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"
-    )
+    "ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning",
+    "ignore:Synchronization debug mode is a prototype feature:UserWarning",
+    "ignore:.torch.jit.[a-z_]+. is deprecated:DeprecationWarning",  # torch's own, when it loads Inductor
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in FOREIGN_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

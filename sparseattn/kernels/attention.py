@@ -21,18 +21,13 @@ def sequence_span(start_ptr, end_ptr, b, length, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def schedule(pid, tiles, CHUNK: tl.constexpr):
-    """(tile, head) of a program: ``CHUNK`` heads at a time (those that share KV run together), tiles in order."""
-    per_chunk = tiles * CHUNK
-    within = pid % per_chunk
-    return within // CHUNK, pid // per_chunk * CHUNK + within % CHUNK
+def schedule(CHUNK: tl.constexpr):
+    """(tile, head) of a program in a grid (tiles * CHUNK, heads / CHUNK, ...).
 
-
-@triton.jit
-def reversed_schedule(pid, tiles, CHUNK: tl.constexpr):
-    """As ``schedule``, last tile first: under a causal mask it has the most keys, and short tiles end a launch."""
-    tile, head = schedule(pid, tiles, CHUNK)
-    return tiles - 1 - tile, head
+    ``CHUNK`` heads run side by side, tile by tile: the heads of a group then find each other's keys in the L2 cache.
+    """
+    pid = tl.program_id(0)
+    return pid // CHUNK, tl.program_id(1) * CHUNK + pid % CHUNK
 
 
 @triton.jit
@@ -57,9 +52,7 @@ def visible(
 
 
 @triton.jit
-def full_range(
-    first, last, offset, k_len, window_left, window_right, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
-):
+def full_range(first, last, offset, k_len, window_left, window_right, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Keys ``[lo, hi)`` that every query row in ``first..last`` sees: tiles inside need no element mask."""
     lo = 0
     hi = k_len
@@ -127,3 +120,9 @@ def online_softmax(s, m_i, l_i, qk_scale):
 def natural_lse(m_i, l_i):
     """Natural-log LSE from the running maximum (base 2) and sum; -inf for a row that saw no key."""
     return tl.where(l_i > 0, m_i * LN2 + tl.log(tl.where(l_i > 0, l_i, 1.0)), float("-inf"))
+
+
+@triton.jit
+def with_sink(m_i, l_i, sink):
+    """The softmax sum of a row with its head's sink logit in the denominator; still 0 for a row that saw no key."""
+    return l_i + tl.where(l_i > 0, tl.exp2(sink.to(tl.float32) * LOG2E - m_i), 0.0)

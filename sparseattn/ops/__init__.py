@@ -1,1 +1,1 @@
-"""Operators: one folder a mathematical operation, each with a reference that defines it and the kernels that do it fast."""
+"""Operators: a folder a mathematical operation, with the reference that defines it and the kernels that are fast."""

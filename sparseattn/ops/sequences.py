@@ -147,9 +147,15 @@ def resolve_sequences(
     for name, t in (("ranges_q", ranges_q), ("ranges_k", ranges_k)):
         if t is not None:
             _check_index(name, t, (batch, 2), q.device)
-    q_start, q_end = (None, None) if ranges_q is None else ranges_q.t().contiguous().unbind(0)
-    k_start, k_end = (None, None) if ranges_k is None else ranges_k.t().contiguous().unbind(0)
-    return Sequences(batch, q.shape[1], k.shape[1], q_start, q_end, k_start, k_end, False)
+    return Sequences(batch, q.shape[1], k.shape[1], *_columns(ranges_q), *_columns(ranges_k), False)
+
+
+def _columns(ranges: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The starts and ends of ``ranges``, each contiguous."""
+    if ranges is None:
+        return None, None
+    start, end = ranges.t().contiguous().unbind(0)
+    return start, end
 
 
 def _check_index(name: str, t: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

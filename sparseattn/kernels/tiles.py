@@ -1,0 +1,68 @@
+"""Where the tiles of a block list begin, and how their rows are loaded."""
+
+import triton
+import triton.language as tl
+
+# Arguments that change with the prompt: specialising on their divisibility would compile a kernel per length.
+LENGTHS = ["max_q", "max_k", "mask_stride_b", "mask_stride_h", "idx_width", "lse_stride_b", "lse_stride_h"]
+WINDOW = ["window_left", "window_right"]
+
+
+@triton.jit
+def list_length(count_ptr, list_ptr):
+    """Entries of a block list.
+
+    The first entry is asked for together with the count, so that the list travels from memory before its length is
+    known; its sign, which only an empty list's undefined entry can set, keeps the load alive and the length at 0.
+    """
+    return tl.minimum(tl.load(count_ptr), tl.load(list_ptr) | 0x7FFFFFFF)
+
+
+@triton.jit
+def tile_start(list_ptr, i, BLOCK: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
+    """First row of the i-th tile: of a block list whose blocks hold ``BLOCK // TILE`` tiles each, or of all rows."""
+    if MASKED:
+        first = tl.load(list_ptr + i // (BLOCK // TILE)) * BLOCK + (i % (BLOCK // TILE)) * TILE
+    else:
+        first = i * TILE
+    return first
+
+
+@triton.jit
+def load_rows(
+    base, first, count, stride_s, stride_d,
+    TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Load rows ``first .. first + TILE`` of a [rows, D] matrix; 0 past column ``D`` and, if asked, row ``count``."""
+    offs = tl.arange(0, TILE)
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = base + first.to(tl.int64) * stride_s + offs[:, None] * stride_s + offs_d[None, :] * stride_d
+    if BOUNDED:
+        rows = tl.load(ptrs, mask=(first + offs < count)[:, None] & (offs_d < D)[None, :], other=0.0)
+    elif D != BLOCK_D:
+        rows = tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+    else:
+        rows = tl.load(ptrs)
+    return rows
+
+
+@triton.jit
+def whole_tiles(
+    list_ptr, begin, end, length, BLOCK: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr
+):
+    """Where in ``begin .. end`` the tiles begin that may reach past row ``length`` and need bounded loads.
+
+    Lists ascend, so only the last block of an even batch can be cut short; a ragged batch bounds every load.
+    """
+    if RAGGED:
+        whole = begin
+    elif MASKED:
+        whole = end
+        if (length % TILE != 0) & (end > begin):
+            entry = (end - 1) // (BLOCK // TILE)
+            first = tl.load(list_ptr + entry) * BLOCK
+            whole = entry * (BLOCK // TILE) + tl.maximum(length - first, 0) // TILE
+            whole = tl.maximum(tl.minimum(whole, end), begin)
+    else:
+        whole = tl.maximum(tl.minimum(length // TILE, end), begin)
+    return whole

@@ -1,0 +1,325 @@
+"""The backward kernels of block-sparse attention: row numbers, dK and dV by key tile, dQ by row tile."""
+
+import triton
+import triton.language as tl
+
+from sparseattn.kernels.attention import (
+    LOG2E,
+    cap_scores,
+    full_range,
+    key_range,
+    schedule,
+    sequence_span,
+    visible,
+)
+from sparseattn.kernels.tiles import LENGTHS, WINDOW, list_length, load_rows, tile_start, whole_tiles
+
+
+@triton.jit(do_not_specialize=["max_q", "lse_stride_b", "lse_stride_h"])
+def preprocess_kernel(
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, norm_ptr, delta_ptr, dsink_ptr, q_start_ptr, q_end_ptr,
+    stride_o, stride_do, lse_stride_b, lse_stride_h, max_q,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, SINKS: tl.constexpr, DLSE: tl.constexpr,
+    RAGGED_Q: tl.constexpr,
+):  # fmt: skip
+    """One program: per-row numbers of ``BLOCK_M`` query rows that both gradient kernels need.
+
+    Grid (row tiles, heads, batch). Writes ``norm`` = log2 of the full denominator (+inf for a row that saw nothing, so
+    that its probabilities are 0), ``delta`` = rowsum(o * do) less the LSE's own gradient, and each row's share of the
+    sink gradient.
+    """
+    b = tl.program_id(2)
+    head = tl.program_id(1)
+    head64 = head.to(tl.int64)
+    q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_in = row < q_len
+    offs = tl.arange(0, BLOCK_DV)
+    at = (q_start + row).to(tl.int64)
+    inside = row_in[:, None] & (offs < DV)[None, :]
+    b64 = b.to(tl.int64)
+    o_base = o_ptr + b64 * stride_o[0] + head64 * stride_o[2]
+    do_base = do_ptr + b64 * stride_do[0] + head64 * stride_do[2]
+    o = tl.load(o_base + at[:, None] * stride_o[1] + offs[None, :] * stride_o[3], mask=inside, other=0.0)
+    do = tl.load(do_base + at[:, None] * stride_do[1] + offs[None, :] * stride_do[3], mask=inside, other=0.0)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    lse_at = b64 * lse_stride_b + head64 * lse_stride_h + at
+    lse = tl.load(lse_ptr + lse_at, mask=row_in, other=float("-inf"))
+    empty = lse == float("-inf")
+    lse = tl.where(empty, 0.0, lse)
+    norm = lse
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        top = tl.maximum(lse, sink)
+        norm = top + tl.log(tl.exp(lse - top) + tl.exp(sink - top))
+        share = tl.where(empty, 0.0, -tl.exp(sink - norm) * delta)
+        tl.store(dsink_ptr + lse_at, share, mask=row_in)
+    if DLSE:
+        dlse = tl.load(dlse_ptr + lse_at, mask=row_in, other=0.0)
+        # A sink e^60 times the sum of all keys leaves no probability to move: the bound only keeps 0 * inf away.
+        delta -= tl.where(empty, 0.0, dlse * tl.exp(tl.minimum(norm - lse, 60.0)))
+    tl.store(norm_ptr + lse_at, tl.where(empty, float("inf"), norm * LOG2E), mask=row_in)
+    tl.store(delta_ptr + lse_at, delta, mask=row_in)
+
+
+@triton.jit
+def _probabilities(
+    s, norm, rows, cols, m0, m1, n0, n1, offset, k_len, scale, softcap, window_left, window_right,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Probabilities of one tile from raw scores and the rows' ``norm``, and the soft cap's derivative.
+
+    ``rows``, ``cols`` and ``norm`` broadcast against ``s``, so both orientations use it; the tile spans query rows
+    ``m0 .. m1`` inclusive and keys ``n0 .. n1`` exclusive.
+    """
+    slope = 1.0
+    if SOFTCAP:
+        s = cap_scores(s, scale, softcap)
+        capped = s * (scale / softcap)
+        slope = 1.0 - capped * capped
+    p = tl.exp2(s * (scale * LOG2E) - norm)
+    if CAUSAL or WINDOW or BOUNDED:
+        lo, hi = full_range(m0, m1, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
+        if (n0 < lo) | (n1 > hi):
+            seen = visible(rows, cols, offset, k_len, window_left, window_right, CAUSAL, WINDOW, BOUNDED)
+            p = tl.where(seen, p, 0.0)
+    return p, slope
+
+
+@triton.jit
+def _row_numbers(norm_ptr, delta_ptr, rows, q_len, BLOCK_M: tl.constexpr, BOUNDED: tl.constexpr):
+    """``norm`` and ``delta`` of a tile's rows, for use along a score tile's columns.
+
+    Loaded as one [BLOCK_M, 4] tile (two columns stay empty): loads of fewer elements than threads are repeated by every
+    thread that needs a value, 16 times each here, which made a quarter of the loop's instructions.
+    """
+    pick = tl.arange(0, 4)
+    ptrs = tl.where(pick < 1, norm_ptr, delta_ptr)[None, :] + rows[:, None]
+    inside = (pick < 2)[None, :]
+    if BOUNDED:
+        inside = inside & (rows < q_len)[:, None]
+    numbers = tl.load(ptrs, mask=inside, other=0.0)
+    pair, _ = tl.split(tl.permute(tl.reshape(numbers, [BLOCK_M, 2, 2]), (0, 2, 1)))
+    norm, delta = tl.split(pair)
+    if BOUNDED:
+        norm = tl.where(rows < q_len, norm, float("inf"))
+    return norm, delta
+
+
+@triton.jit
+def _dkdv_step(
+    dk, dv, k, v, q_base, do_base, norm_ptr, delta_ptr, m0, n0, q_len, k_len, offset,
+    stride_q, stride_do, scale, softcap, window_left, window_right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what the query rows ``m0 .. m0 + BLOCK_M`` of one head contribute to a key tile's dK and dV.
+
+    Keys past the end get garbage that is never stored; query rows past the end have norm = +inf, so probability 0.
+    """
+    rows = m0 + tl.arange(0, BLOCK_M)
+    q = load_rows(q_base, m0, q_len, stride_q[1], stride_q[3], BLOCK_M, D, BLOCK_D, BOUNDED)
+    do = load_rows(do_base, m0, q_len, stride_do[1], stride_do[3], BLOCK_M, DV, BLOCK_DV, BOUNDED)
+    norm, delta = _row_numbers(norm_ptr, delta_ptr, rows, q_len, BLOCK_M, BOUNDED)
+    s = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    p, slope = _probabilities(
+        s, norm[None, :], rows[None, :], (n0 + tl.arange(0, BLOCK_N))[:, None], m0, m0 + BLOCK_M - 1, n0, n0 + BLOCK_N,
+        offset, k_len, scale, softcap, window_left, window_right, CAUSAL, WINDOW, SOFTCAP, False,
+    )  # fmt: skip
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    dp = tl.dot(v, do.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    ds = p * (dp - delta[None, :])
+    if SOFTCAP:
+        ds = ds * slope
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, *WINDOW])
+def dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, norm_ptr, delta_ptr, dk_ptr, dv_ptr, count_ptr, index_ptr,
+    q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
+    stride_q, stride_k, stride_v, stride_do, stride_dk, stride_dv, lse_stride_b, lse_stride_h,
+    mask_stride_b, mask_stride_h, idx_width, max_q, max_k, scale, softcap, window_left, window_right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    GROUP: tl.constexpr, MASK_GROUP: tl.constexpr, CHUNK: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: dK and dV of ``BLOCK_N`` keys of one KV head, over every query head of its group.
+
+    Grid (key tiles * CHUNK, KV heads / CHUNK, batch). Walks the transposed lists (which query blocks attend this key
+    block); nothing is accumulated across programs, so the result is deterministic.
+    """
+    tile, head_k = schedule(CHUNK)
+    b = tl.program_id(2)
+    b64 = b.to(tl.int64)
+    q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
+    k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, RAGGED_K)
+    offset = k_len - q_len
+    n0 = tile * BLOCK_N
+    if n0 >= k_len:
+        return
+
+    k_base = k_ptr + b64 * stride_k[0] + head_k.to(tl.int64) * stride_k[2] + k_start.to(tl.int64) * stride_k[1]
+    v_base = v_ptr + b64 * stride_v[0] + head_k.to(tl.int64) * stride_v[2] + k_start.to(tl.int64) * stride_v[1]
+    k = load_rows(k_base, n0, k_len, stride_k[1], stride_k[3], BLOCK_N, D, BLOCK_D, True)
+    v = load_rows(v_base, n0, k_len, stride_v[1], stride_v[3], BLOCK_N, DV, BLOCK_DV, True)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+
+    for sub_head in range(GROUP):
+        head_q = head_k * GROUP + sub_head
+        head64 = head_q.to(tl.int64)
+        if MASKED:
+            list_row = b64 * mask_stride_b + (head_q // MASK_GROUP) * mask_stride_h + n0 // BLOCK_KV
+            list_ptr = index_ptr + list_row * idx_width
+            begin = tl.full((), 0, tl.int32)
+            end = list_length(count_ptr + list_row, list_ptr) * (BLOCK_Q // BLOCK_M)
+        else:
+            row_lo = tl.full((), 0, tl.int32)
+            row_hi = q_len
+            if CAUSAL:
+                row_lo = tl.maximum(n0 - offset, row_lo)
+            if WINDOW:
+                row_lo = tl.where(window_right < 0, row_lo, tl.maximum(row_lo, n0 - offset - window_right))
+                last_row = n0 + BLOCK_N - offset + window_left
+                row_hi = tl.where(window_left < 0, row_hi, tl.minimum(row_hi, last_row))
+            begin = row_lo // BLOCK_M
+            end = tl.cdiv(tl.maximum(row_hi, 0), BLOCK_M)
+            list_ptr = index_ptr
+        q_base = q_ptr + b64 * stride_q[0] + head64 * stride_q[2] + q_start.to(tl.int64) * stride_q[1]
+        do_base = do_ptr + b64 * stride_do[0] + head64 * stride_do[2] + q_start.to(tl.int64) * stride_do[1]
+        row_base = b64 * lse_stride_b + head64 * lse_stride_h + q_start
+        whole = whole_tiles(list_ptr, begin, end, q_len, BLOCK_Q, BLOCK_M, MASKED, RAGGED_Q)
+        for i in range(begin, whole):
+            m0 = tile_start(list_ptr, i, BLOCK_Q, BLOCK_M, MASKED)
+            dk, dv = _dkdv_step(
+                dk, dv, k, v, q_base, do_base, norm_ptr + row_base, delta_ptr + row_base, m0, n0, q_len, k_len, offset,
+                stride_q, stride_do, scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV,
+                BLOCK_M, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, False, PRECISION,
+            )  # fmt: skip
+        if whole < end:
+            for i in range(whole, end):
+                m0 = tile_start(list_ptr, i, BLOCK_Q, BLOCK_M, MASKED)
+                dk, dv = _dkdv_step(
+                    dk, dv, k, v, q_base, do_base, norm_ptr + row_base, delta_ptr + row_base, m0, n0, q_len, k_len,
+                    offset, stride_q, stride_do, scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV,
+                    BLOCK_M, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, PRECISION,
+                )  # fmt: skip
+
+    cols = n0 + tl.arange(0, BLOCK_N)
+    offs = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    at = (k_start + n0).to(tl.int64)
+    in_k = (cols < k_len)[:, None] & (offs_d < D)[None, :]
+    in_v = (cols < k_len)[:, None] & (offs_dv < DV)[None, :]
+    dk_base = dk_ptr + b64 * stride_dk[0] + head_k.to(tl.int64) * stride_dk[2] + at * stride_dk[1]
+    dv_base = dv_ptr + b64 * stride_dv[0] + head_k.to(tl.int64) * stride_dv[2] + at * stride_dv[1]
+    dk_ptrs = dk_base + offs[:, None] * stride_dk[1] + offs_d[None, :] * stride_dk[3]
+    dv_ptrs = dv_base + offs[:, None] * stride_dv[1] + offs_dv[None, :] * stride_dv[3]
+    tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=in_k)
+    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=in_v)
+
+
+@triton.jit
+def _dq_step(
+    dq, q, do, norm, delta, rows, m0, last, k_base, v_base, n0, k_len, offset, stride_k, stride_v,
+    scale, softcap, window_left, window_right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what the keys ``n0 .. n0 + BLOCK_N`` contribute to a row tile's dQ."""
+    k = load_rows(k_base, n0, k_len, stride_k[1], stride_k[3], BLOCK_N, D, BLOCK_D, BOUNDED)
+    v = load_rows(v_base, n0, k_len, stride_v[1], stride_v[3], BLOCK_N, DV, BLOCK_DV, BOUNDED)
+    s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    cols = n0 + tl.arange(0, BLOCK_N)
+    p, slope = _probabilities(
+        s, norm[:, None], rows[:, None], cols[None, :], m0, last, n0, n0 + BLOCK_N,
+        offset, k_len, scale, softcap, window_left, window_right, CAUSAL, WINDOW, SOFTCAP, BOUNDED,
+    )  # fmt: skip
+    dp = tl.dot(do, v.T, input_precision=PRECISION)
+    ds = p * (dp - delta[:, None])
+    if SOFTCAP:
+        ds = ds * slope
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, *WINDOW])
+def dq_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, norm_ptr, delta_ptr, dq_ptr, count_ptr, index_ptr,
+    q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
+    stride_q, stride_k, stride_v, stride_do, stride_dq, lse_stride_b, lse_stride_h,
+    mask_stride_b, mask_stride_h, idx_width, max_q, max_k, scale, softcap, window_left, window_right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    GROUP: tl.constexpr, MASK_GROUP: tl.constexpr, CHUNK: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: dQ of ``BLOCK_M`` query rows of one head, over the key blocks they attend.
+
+    Grid (row tiles * CHUNK, query heads / CHUNK, batch).
+    """
+    tile, head = schedule(CHUNK)
+    tile = tl.cdiv(max_q, BLOCK_M) - 1 - tile
+    b = tl.program_id(2)
+    b64 = b.to(tl.int64)
+    head_k = (head // GROUP).to(tl.int64)
+    q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
+    k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, RAGGED_K)
+    offset = k_len - q_len
+    m0 = tile * BLOCK_M
+    if m0 >= q_len:
+        return
+
+    head64 = head.to(tl.int64)
+    q_base = q_ptr + b64 * stride_q[0] + head64 * stride_q[2] + q_start.to(tl.int64) * stride_q[1]
+    do_base = do_ptr + b64 * stride_do[0] + head64 * stride_do[2] + q_start.to(tl.int64) * stride_do[1]
+    k_base = k_ptr + b64 * stride_k[0] + head_k * stride_k[2] + k_start.to(tl.int64) * stride_k[1]
+    v_base = v_ptr + b64 * stride_v[0] + head_k * stride_v[2] + k_start.to(tl.int64) * stride_v[1]
+    q = load_rows(q_base, m0, q_len, stride_q[1], stride_q[3], BLOCK_M, D, BLOCK_D, True)
+    do = load_rows(do_base, m0, q_len, stride_do[1], stride_do[3], BLOCK_M, DV, BLOCK_DV, True)
+    rows = m0 + tl.arange(0, BLOCK_M)
+    row_in = rows < q_len
+    row_base = b64 * lse_stride_b + head64 * lse_stride_h + q_start
+    norm = tl.load(norm_ptr + row_base + rows, mask=row_in, other=float("inf"))
+    delta = tl.load(delta_ptr + row_base + rows, mask=row_in, other=0.0)
+
+    last = tl.minimum(m0 + BLOCK_M, q_len) - 1
+    if MASKED:
+        list_row = b64 * mask_stride_b + (head // MASK_GROUP) * mask_stride_h + m0 // BLOCK_Q
+        list_ptr = index_ptr + list_row * idx_width
+        begin = tl.full((), 0, tl.int32)
+        end = list_length(count_ptr + list_row, list_ptr) * (BLOCK_KV // BLOCK_N)
+    else:
+        key_lo, key_hi = key_range(m0, last, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
+        begin = key_lo // BLOCK_N
+        end = tl.cdiv(key_hi, BLOCK_N)
+        list_ptr = index_ptr
+    whole = whole_tiles(list_ptr, begin, end, k_len, BLOCK_KV, BLOCK_N, MASKED, RAGGED_K)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for i in range(begin, whole):
+        n0 = tile_start(list_ptr, i, BLOCK_KV, BLOCK_N, MASKED)
+        dq = _dq_step(
+            dq, q, do, norm, delta, rows, m0, last, k_base, v_base, n0, k_len, offset, stride_k, stride_v,
+            scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+            CAUSAL, WINDOW, SOFTCAP, False, PRECISION,
+        )  # fmt: skip
+    if whole < end:
+        for i in range(whole, end):
+            n0 = tile_start(list_ptr, i, BLOCK_KV, BLOCK_N, MASKED)
+            dq = _dq_step(
+                dq, q, do, norm, delta, rows, m0, last, k_base, v_base, n0, k_len, offset, stride_k, stride_v,
+                scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+                CAUSAL, WINDOW, SOFTCAP, True, PRECISION,
+            )  # fmt: skip
+
+    offs_d = tl.arange(0, BLOCK_D)
+    at = (q_start + rows).to(tl.int64)
+    dq_ptrs = dq_ptr + b64 * stride_dq[0] + head64 * stride_dq[2] + at[:, None] * stride_dq[1]
+    dq_ptrs = dq_ptrs + offs_d[None, :] * stride_dq[3]
+    tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=row_in[:, None] & (offs_d < D)[None, :])

@@ -1,0 +1,189 @@
+"""The forward kernel of block-sparse attention, and the one that merges its shares when rows are few."""
+
+import triton
+import triton.language as tl
+
+from sparseattn.kernels.attention import (
+    LOG2E,
+    cap_scores,
+    full_range,
+    key_range,
+    natural_lse,
+    online_softmax,
+    schedule,
+    sequence_span,
+    visible,
+    with_sink,
+)
+from sparseattn.kernels.tiles import LENGTHS, WINDOW, list_length, load_rows, tile_start, whole_tiles
+
+
+@triton.jit
+def _attend(
+    acc, m_i, l_i, q, k_base, v_base, n0, token, offset, k_len, full_lo, full_hi, stride_k, stride_v,
+    scale, softcap, window_left, window_right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold the keys ``n0 .. n0 + BLOCK_N`` into the running softmax of a tile of query rows."""
+    k = load_rows(k_base, n0, k_len, stride_k[1], stride_k[3], BLOCK_N, D, BLOCK_D, BOUNDED)
+    s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if SOFTCAP:
+        s = cap_scores(s, scale, softcap)
+    if CAUSAL or WINDOW or BOUNDED:  # noqa: SIM102 (one test at compile time, one at run time)
+        if (n0 < full_lo) | (n0 + BLOCK_N > full_hi):
+            cols = n0 + tl.arange(0, BLOCK_N)
+            seen = visible(
+                token[:, None], cols[None, :], offset, k_len, window_left, window_right, CAUSAL, WINDOW, BOUNDED
+            )
+            s = tl.where(seen, s, float("-inf"))
+    p, alpha, m_i, l_i = online_softmax(s, m_i, l_i, scale * LOG2E)
+    acc = acc * alpha[:, None]
+    v = load_rows(v_base, n0, k_len, stride_v[1], stride_v[3], BLOCK_N, DV, BLOCK_DV, BOUNDED)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, m_i, l_i
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, "num_splits", "split_stride_o", "split_stride_lse"])
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr, count_ptr, index_ptr,
+    q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
+    stride_q, stride_k, stride_v, stride_o, lse_stride_b, lse_stride_h,
+    mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_splits, split_stride_o, split_stride_lse,
+    scale, softcap, window_left, window_right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    GROUP: tl.constexpr, PACK: tl.constexpr, MASK_GROUP: tl.constexpr, CHUNK: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: ``BLOCK_M`` query rows of one head against their key blocks.
+
+    Grid (row tiles * CHUNK, heads / CHUNK, batch * splits). ``PACK`` > 1 packs a GQA group's heads into the rows of a
+    tile (row = token * PACK + head within the group) and the head axis counts KV heads; ``SPLIT`` gives each program a
+    share of the key tiles and leaves its unnormalised float32 sums to ``combine_kernel``.
+    """
+    tile, head = schedule(CHUNK)
+    tile = tl.cdiv(max_q * PACK, BLOCK_M) - 1 - tile  # long rows of a causal mask start first, short ones end a launch
+    b = tl.program_id(2)
+    split = b * 0
+    if SPLIT:
+        b = tl.program_id(2) // num_splits
+        split = tl.program_id(2) % num_splits
+    b64 = b.to(tl.int64)
+    head_q = head * PACK
+    head_k = head_q // GROUP
+    q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
+    k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, RAGGED_K)
+    offset = k_len - q_len
+    m0 = tile * BLOCK_M
+    if m0 >= q_len * PACK:
+        return
+
+    # The list is asked for before q is: both then travel from memory at the same time.
+    first = m0 // PACK
+    last = tl.minimum((m0 + BLOCK_M - 1) // PACK, q_len - 1)
+    full_lo, full_hi = full_range(first, last, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
+    if MASKED:
+        list_row = b64 * mask_stride_b + (head // MASK_GROUP) * mask_stride_h + m0 // BLOCK_Q
+        list_ptr = index_ptr + list_row * idx_width
+        begin = tl.full((), 0, tl.int32)
+        end = list_length(count_ptr + list_row, list_ptr) * (BLOCK_KV // BLOCK_N)
+    else:
+        key_lo, key_hi = key_range(first, last, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
+        begin = key_lo // BLOCK_N
+        end = tl.cdiv(key_hi, BLOCK_N)
+        list_ptr = index_ptr
+    if SPLIT:
+        share = tl.cdiv(tl.maximum(end - begin, 0), num_splits)
+        begin = begin + split * share
+        end = tl.minimum(begin + share, end)
+
+    row = m0 + tl.arange(0, BLOCK_M)
+    token = row // PACK
+    sub_head = row % PACK
+    offs_d = tl.arange(0, BLOCK_D)
+    row_in = token < q_len
+    top = (q_start + first).to(tl.int64)  # the tile's first token: offsets within a tile stay in 32 bits
+    q_row = (token - first) * stride_q[1]
+    o_row = (token - first) * stride_o[1]
+    if PACK > 1:
+        q_row = q_row + sub_head.to(tl.int64) * stride_q[2]
+        o_row = o_row + sub_head.to(tl.int64) * stride_o[2]
+    q_base = q_ptr + b64 * stride_q[0] + head_q.to(tl.int64) * stride_q[2] + top * stride_q[1]
+    q_in = row_in[:, None] & (offs_d < D)[None, :]
+    q = tl.load(q_base + q_row[:, None] + offs_d[None, :] * stride_q[3], mask=q_in, other=0.0)  # [BLOCK_M, BLOCK_D]
+    k_base = k_ptr + b64 * stride_k[0] + head_k.to(tl.int64) * stride_k[2] + k_start.to(tl.int64) * stride_k[1]
+    v_base = v_ptr + b64 * stride_v[0] + head_k.to(tl.int64) * stride_v[2] + k_start.to(tl.int64) * stride_v[1]
+
+    whole = whole_tiles(list_ptr, begin, end, k_len, BLOCK_KV, BLOCK_N, MASKED, RAGGED_K)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for i in range(begin, whole):
+        n0 = tile_start(list_ptr, i, BLOCK_KV, BLOCK_N, MASKED)
+        acc, m_i, l_i = _attend(
+            acc, m_i, l_i, q, k_base, v_base, n0, token, offset, k_len, full_lo, full_hi, stride_k, stride_v,
+            scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+            CAUSAL, WINDOW, SOFTCAP, False, PRECISION,
+        )  # fmt: skip
+    if whole < end:
+        for i in range(whole, end):
+            n0 = tile_start(list_ptr, i, BLOCK_KV, BLOCK_N, MASKED)
+            acc, m_i, l_i = _attend(
+                acc, m_i, l_i, q, k_base, v_base, n0, token, offset, k_len, full_lo, full_hi, stride_k, stride_v,
+                scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+                CAUSAL, WINDOW, SOFTCAP, True, PRECISION,
+            )  # fmt: skip
+
+    offs_dv = tl.arange(0, BLOCK_DV)
+    o_base = o_ptr + b64 * stride_o[0] + head_q.to(tl.int64) * stride_o[2] + top * stride_o[1]
+    o_ptrs = o_base + o_row[:, None] + offs_dv[None, :] * stride_o[3]
+    o_in = row_in[:, None] & (offs_dv < DV)[None, :]
+    lse_ptrs = lse_ptr + b64 * lse_stride_b + (head_q.to(tl.int64) * lse_stride_h + top)
+    lse_ptrs = lse_ptrs + (sub_head * lse_stride_h + token - first)
+    if SPLIT:
+        part = split.to(tl.int64)
+        tl.store(o_ptrs + part * split_stride_o, acc, mask=o_in)
+        tl.store(lse_ptrs + part * 2 * split_stride_lse, m_i, mask=row_in)
+        tl.store(lse_ptrs + (part * 2 + 1) * split_stride_lse, l_i, mask=row_in)
+    else:
+        tl.store(lse_ptrs, natural_lse(m_i, l_i), mask=row_in)
+        if SINKS:
+            l_i = with_sink(m_i, l_i, tl.load(sinks_ptr + head_q + sub_head))
+        tl.store(o_ptrs, (acc / tl.where(l_i > 0, l_i, 1.0)[:, None]).to(o_ptr.dtype.element_ty), mask=o_in)
+
+
+@triton.jit(do_not_specialize=["rows", "heads", "num_splits", "tokens"])
+def combine_kernel(
+    o_part_ptr, sums_ptr, o_ptr, lse_ptr, sinks_ptr, rows, heads, tokens, num_splits, DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """One program: merges the partial sums of one (batch, token, head) row.
+
+    Grid (rows,), rows ordered [batch, token, head] like ``o``. ``o_part`` float32 [splits, rows, DV], ``sums`` float32
+    [splits, 2, batch, heads, tokens]: running maximum and sum.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    head = row % heads
+    token = (row // heads) % tokens
+    lse_at = ((row // heads // tokens) * heads + head) * tokens + token
+    offs = tl.arange(0, BLOCK_DV)
+    m_i = float("-inf")
+    l_i = 0.0
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    for split in range(num_splits):
+        part = split * rows.to(tl.int64)
+        m_part = tl.load(sums_ptr + 2 * part + lse_at)
+        m_new = tl.maximum(m_i, m_part)
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m_i - m_safe)
+        weight = tl.exp2(m_part - m_safe)
+        acc = acc * alpha + weight * tl.load(o_part_ptr + (part + row) * DV + offs, mask=offs < DV, other=0.0)
+        l_i = l_i * alpha + weight * tl.load(sums_ptr + 2 * part + rows + lse_at)
+        m_i = m_new
+    tl.store(lse_ptr + lse_at, natural_lse(m_i, l_i))
+    if SINKS:
+        l_i = with_sink(m_i, l_i, tl.load(sinks_ptr + head))
+    acc = acc / tl.where(l_i > 0, l_i, 1.0)
+    tl.store(o_ptr + row * DV + offs, acc.to(o_ptr.dtype.element_ty), mask=offs < DV)
