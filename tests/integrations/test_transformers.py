@@ -466,6 +466,7 @@ def test_layers_never_wait_for_the_gpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, about other people's code
 def test_compiled_generation() -> None:
     """With a static cache on a GPU, generate compiles the decoding step."""
     model = make_model("llama", "cuda")
