@@ -144,9 +144,9 @@ def resolve_sequences(
             raise argument_error(
                 name, "None without cu_seqlens_q", value, "Padded tensors carry their length."
             )
-    for name, t in (("ranges_q", ranges_q), ("ranges_k", ranges_k)):
-        if t is not None:
-            _check_index(name, t, (batch, 2), q.device)
+    for name, ranges in (("ranges_q", ranges_q), ("ranges_k", ranges_k)):
+        if ranges is not None:
+            _check_index(name, ranges, (batch, 2), q.device)
     return Sequences(batch, q.shape[1], k.shape[1], *_columns(ranges_q), *_columns(ranges_k), False)
 
 
