@@ -31,23 +31,20 @@ def schedule(CHUNK: tl.constexpr):
 
 
 @triton.jit
-def visible(
-    rows, cols, offset, k_len, window_left, window_right,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BOUNDED: tl.constexpr,
-):  # fmt: skip
+def visible(rows, cols, offset, k_len, window_left, window_right, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Whether query ``rows`` may see key ``cols``; any shapes that broadcast.
 
-    ``offset`` is ``Sk - Sq``: the diagonal is bottom-right aligned. A negative window side is unbounded. Without
-    ``BOUNDED`` the caller knows that ``cols`` lie below ``k_len``.
+    ``offset`` is ``Sk - Sq``: the diagonal is bottom-right aligned. A negative window side is unbounded. The limits are
+    one number a row, so that an element costs one comparison.
     """
-    seen = (rows >= 0) | (cols >= 0)
-    if BOUNDED:
-        seen = seen & (cols < k_len)
+    last = rows * 0 + (k_len - 1)
     if CAUSAL:
-        seen = seen & (cols <= rows + offset)
+        last = tl.minimum(last, rows + offset)
     if WINDOW:
-        seen = seen & ((window_left < 0) | (cols >= rows + offset - window_left))
-        seen = seen & ((window_right < 0) | (cols <= rows + offset + window_right))
+        last = tl.where(window_right < 0, last, tl.minimum(last, rows + offset + window_right))
+    seen = cols <= last
+    if WINDOW:
+        seen = seen & (cols >= tl.where(window_left < 0, 0, rows + offset - window_left))
     return seen
 
 

@@ -31,12 +31,16 @@ def tile_start(list_ptr, i, BLOCK: tl.constexpr, TILE: tl.constexpr, MASKED: tl.
 @triton.jit
 def load_rows(
     base, first, count, stride_s, stride_d,
-    TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr,
+    TILE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Load rows ``first .. first + TILE`` of a [rows, D] matrix; 0 past column ``D`` and, if asked, row ``count``."""
     offs = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
-    ptrs = base + first.to(tl.int64) * stride_s + offs[:, None] * stride_s + offs_d[None, :] * stride_d
+    if WIDE:
+        base += first.to(tl.int64) * stride_s
+        ptrs = base + offs[:, None] * stride_s + offs_d[None, :] * stride_d
+    else:
+        ptrs = base + (first + offs)[:, None] * stride_s + offs_d[None, :] * stride_d
     if BOUNDED:
         rows = tl.load(ptrs, mask=(first + offs < count)[:, None] & (offs_d < D)[None, :], other=0.0)
     elif D != BLOCK_D:

@@ -76,7 +76,7 @@ def _strides(t: Tensor, packed: bool) -> tuple[int, int, int, int]:
     return (0, *t.stride()) if packed else t.stride()  # type: ignore[return-value]
 
 
-def _common(q: Tensor, k: Tensor, v: Tensor, g: Geometry, tiles: Tiles) -> dict[str, object]:
+def _common(q: Tensor, k: Tensor, v: Tensor, g: Geometry, tiles: Tiles, *others: Tensor) -> dict[str, object]:
     """Compile-time facts and launch options shared by the kernels that walk tiles."""
     masked = g.kv_num_blocks is not None
     return {
@@ -96,6 +96,8 @@ def _common(q: Tensor, k: Tensor, v: Tensor, g: Geometry, tiles: Tiles) -> dict[
         "SOFTCAP": g.softcap > 0,
         "RAGGED_Q": g.q_start is not None,
         "RAGGED_K": g.k_start is not None,
+        # Row offsets within one sequence and head, in 64 bits only where 32 do not reach.
+        "WIDE": any((max(g.max_q, g.max_k) + 256) * t.stride(-3) >= 2**31 for t in (q, k, v, *others)),
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
@@ -231,7 +233,7 @@ def backward(
     dkdv_kernel[(triton.cdiv(g.max_k, config.block_n) * chunk, heads_k // chunk, g.batch)](
         q, k, v, do, norm, delta, dk, dv, counts, indices, *spans,
         *inputs, _strides(dk, g.packed), _strides(dv, g.packed), lse_b, lse_h, mask_b, mask_h, width, *numbers,
-        **_common(q, k, v, g, config), CHUNK=chunk,
+        **_common(q, k, v, g, config, do), CHUNK=chunk,
     )  # fmt: skip
     config = _tiles("dq", q, v, g, tiles[1])
     counts, indices, mask_b, mask_h, width = _list_arguments(g.kv_num_blocks, g.kv_indices, lse)
@@ -239,7 +241,7 @@ def backward(
     dq_kernel[(triton.cdiv(g.max_q, config.block_m) * chunk, heads_k, g.batch)](
         q, k, v, do, norm, delta, dq, counts, indices, *spans,
         *inputs, _strides(dq, g.packed), lse_b, lse_h, mask_b, mask_h, width, *numbers,
-        **_common(q, k, v, g, config), CHUNK=chunk,
+        **_common(q, k, v, g, config, do), CHUNK=chunk,
     )  # fmt: skip
     if sinks is None:
         return dq, dk, dv, None

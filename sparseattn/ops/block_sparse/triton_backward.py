@@ -81,7 +81,7 @@ def _probabilities(
     if CAUSAL or WINDOW or BOUNDED:
         lo, hi = full_range(m0, m1, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
         if (n0 < lo) | (n1 > hi):
-            seen = visible(rows, cols, offset, k_len, window_left, window_right, CAUSAL, WINDOW, BOUNDED)
+            seen = visible(rows, cols, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
             p = tl.where(seen, p, 0.0)
     return p, slope
 
@@ -112,15 +112,16 @@ def _dkdv_step(
     stride_q, stride_do, scale, softcap, window_left, window_right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what the query rows ``m0 .. m0 + BLOCK_M`` of one head contribute to a key tile's dK and dV.
 
     Keys past the end get garbage that is never stored; query rows past the end have norm = +inf, so probability 0.
     """
     rows = m0 + tl.arange(0, BLOCK_M)
-    q = load_rows(q_base, m0, q_len, stride_q[1], stride_q[3], BLOCK_M, D, BLOCK_D, BOUNDED)
-    do = load_rows(do_base, m0, q_len, stride_do[1], stride_do[3], BLOCK_M, DV, BLOCK_DV, BOUNDED)
+    q = load_rows(q_base, m0, q_len, stride_q[1], stride_q[3], BLOCK_M, D, BLOCK_D, BOUNDED, WIDE)
+    do = load_rows(do_base, m0, q_len, stride_do[1], stride_do[3], BLOCK_M, DV, BLOCK_DV, BOUNDED, WIDE)
     norm, delta = _row_numbers(norm_ptr, delta_ptr, rows, q_len, BLOCK_M, BOUNDED)
     s = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     p, slope = _probabilities(
@@ -146,7 +147,7 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     GROUP: tl.constexpr, MASK_GROUP: tl.constexpr, CHUNK: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, PRECISION: tl.constexpr,
+    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of ``BLOCK_N`` keys of one KV head, over every query head of its group.
 
@@ -165,8 +166,8 @@ def dkdv_kernel(
 
     k_base = k_ptr + b64 * stride_k[0] + head_k.to(tl.int64) * stride_k[2] + k_start.to(tl.int64) * stride_k[1]
     v_base = v_ptr + b64 * stride_v[0] + head_k.to(tl.int64) * stride_v[2] + k_start.to(tl.int64) * stride_v[1]
-    k = load_rows(k_base, n0, k_len, stride_k[1], stride_k[3], BLOCK_N, D, BLOCK_D, True)
-    v = load_rows(v_base, n0, k_len, stride_v[1], stride_v[3], BLOCK_N, DV, BLOCK_DV, True)
+    k = load_rows(k_base, n0, k_len, stride_k[1], stride_k[3], BLOCK_N, D, BLOCK_D, True, WIDE)
+    v = load_rows(v_base, n0, k_len, stride_v[1], stride_v[3], BLOCK_N, DV, BLOCK_DV, True, WIDE)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
@@ -199,7 +200,7 @@ def dkdv_kernel(
             dk, dv = _dkdv_step(
                 dk, dv, k, v, q_base, do_base, norm_ptr + row_base, delta_ptr + row_base, m0, n0, q_len, k_len, offset,
                 stride_q, stride_do, scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV,
-                BLOCK_M, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, False, PRECISION,
+                BLOCK_M, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, False, WIDE, PRECISION,
             )  # fmt: skip
         if whole < end:
             for i in range(whole, end):
@@ -207,7 +208,7 @@ def dkdv_kernel(
                 dk, dv = _dkdv_step(
                     dk, dv, k, v, q_base, do_base, norm_ptr + row_base, delta_ptr + row_base, m0, n0, q_len, k_len,
                     offset, stride_q, stride_do, scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV,
-                    BLOCK_M, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, PRECISION,
+                    BLOCK_M, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, True, WIDE, PRECISION,
                 )  # fmt: skip
 
     cols = n0 + tl.arange(0, BLOCK_N)
@@ -230,11 +231,12 @@ def _dq_step(
     dq, q, do, norm, delta, rows, m0, last, k_base, v_base, n0, k_len, offset, stride_k, stride_v,
     scale, softcap, window_left, window_right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys ``n0 .. n0 + BLOCK_N`` contribute to a row tile's dQ."""
-    k = load_rows(k_base, n0, k_len, stride_k[1], stride_k[3], BLOCK_N, D, BLOCK_D, BOUNDED)
-    v = load_rows(v_base, n0, k_len, stride_v[1], stride_v[3], BLOCK_N, DV, BLOCK_DV, BOUNDED)
+    k = load_rows(k_base, n0, k_len, stride_k[1], stride_k[3], BLOCK_N, D, BLOCK_D, BOUNDED, WIDE)
+    v = load_rows(v_base, n0, k_len, stride_v[1], stride_v[3], BLOCK_N, DV, BLOCK_DV, BOUNDED, WIDE)
     s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     cols = n0 + tl.arange(0, BLOCK_N)
     p, slope = _probabilities(
@@ -258,7 +260,7 @@ def dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     GROUP: tl.constexpr, MASK_GROUP: tl.constexpr, CHUNK: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, PRECISION: tl.constexpr,
+    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ of ``BLOCK_M`` query rows of one head, over the key blocks they attend.
 
@@ -281,8 +283,8 @@ def dq_kernel(
     do_base = do_ptr + b64 * stride_do[0] + head64 * stride_do[2] + q_start.to(tl.int64) * stride_do[1]
     k_base = k_ptr + b64 * stride_k[0] + head_k * stride_k[2] + k_start.to(tl.int64) * stride_k[1]
     v_base = v_ptr + b64 * stride_v[0] + head_k * stride_v[2] + k_start.to(tl.int64) * stride_v[1]
-    q = load_rows(q_base, m0, q_len, stride_q[1], stride_q[3], BLOCK_M, D, BLOCK_D, True)
-    do = load_rows(do_base, m0, q_len, stride_do[1], stride_do[3], BLOCK_M, DV, BLOCK_DV, True)
+    q = load_rows(q_base, m0, q_len, stride_q[1], stride_q[3], BLOCK_M, D, BLOCK_D, True, WIDE)
+    do = load_rows(do_base, m0, q_len, stride_do[1], stride_do[3], BLOCK_M, DV, BLOCK_DV, True, WIDE)
     rows = m0 + tl.arange(0, BLOCK_M)
     row_in = rows < q_len
     row_base = b64 * lse_stride_b + head64 * lse_stride_h + q_start
@@ -307,7 +309,7 @@ def dq_kernel(
         dq = _dq_step(
             dq, q, do, norm, delta, rows, m0, last, k_base, v_base, n0, k_len, offset, stride_k, stride_v,
             scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
-            CAUSAL, WINDOW, SOFTCAP, False, PRECISION,
+            CAUSAL, WINDOW, SOFTCAP, False, WIDE, PRECISION,
         )  # fmt: skip
     if whole < end:
         for i in range(whole, end):
@@ -315,7 +317,7 @@ def dq_kernel(
             dq = _dq_step(
                 dq, q, do, norm, delta, rows, m0, last, k_base, v_base, n0, k_len, offset, stride_k, stride_v,
                 scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
-                CAUSAL, WINDOW, SOFTCAP, True, PRECISION,
+                CAUSAL, WINDOW, SOFTCAP, True, WIDE, PRECISION,
             )  # fmt: skip
 
     offs_d = tl.arange(0, BLOCK_D)

@@ -23,10 +23,11 @@ def _attend(
     acc, m_i, l_i, q, k_base, v_base, n0, token, offset, k_len, full_lo, full_hi, stride_k, stride_v,
     scale, softcap, window_left, window_right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys ``n0 .. n0 + BLOCK_N`` into the running softmax of a tile of query rows."""
-    k = load_rows(k_base, n0, k_len, stride_k[1], stride_k[3], BLOCK_N, D, BLOCK_D, BOUNDED)
+    k = load_rows(k_base, n0, k_len, stride_k[1], stride_k[3], BLOCK_N, D, BLOCK_D, BOUNDED, WIDE)
     s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if SOFTCAP:
         s = cap_scores(s, scale, softcap)
@@ -34,12 +35,12 @@ def _attend(
         if (n0 < full_lo) | (n0 + BLOCK_N > full_hi):
             cols = n0 + tl.arange(0, BLOCK_N)
             seen = visible(
-                token[:, None], cols[None, :], offset, k_len, window_left, window_right, CAUSAL, WINDOW, BOUNDED
+                token[:, None], cols[None, :], offset, k_len, window_left, window_right, CAUSAL, WINDOW
             )
             s = tl.where(seen, s, float("-inf"))
     p, alpha, m_i, l_i = online_softmax(s, m_i, l_i, scale * LOG2E)
     acc = acc * alpha[:, None]
-    v = load_rows(v_base, n0, k_len, stride_v[1], stride_v[3], BLOCK_N, DV, BLOCK_DV, BOUNDED)
+    v = load_rows(v_base, n0, k_len, stride_v[1], stride_v[3], BLOCK_N, DV, BLOCK_DV, BOUNDED, WIDE)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, m_i, l_i
 
@@ -55,7 +56,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     GROUP: tl.constexpr, PACK: tl.constexpr, MASK_GROUP: tl.constexpr, CHUNK: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: ``BLOCK_M`` query rows of one head against their key blocks.
 
@@ -125,7 +126,7 @@ def forward_kernel(
         acc, m_i, l_i = _attend(
             acc, m_i, l_i, q, k_base, v_base, n0, token, offset, k_len, full_lo, full_hi, stride_k, stride_v,
             scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
-            CAUSAL, WINDOW, SOFTCAP, False, PRECISION,
+            CAUSAL, WINDOW, SOFTCAP, False, WIDE, PRECISION,
         )  # fmt: skip
     if whole < end:
         for i in range(whole, end):
@@ -133,7 +134,7 @@ def forward_kernel(
             acc, m_i, l_i = _attend(
                 acc, m_i, l_i, q, k_base, v_base, n0, token, offset, k_len, full_lo, full_hi, stride_k, stride_v,
                 scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
-                CAUSAL, WINDOW, SOFTCAP, True, PRECISION,
+                CAUSAL, WINDOW, SOFTCAP, True, WIDE, PRECISION,
             )  # fmt: skip
 
     offs_dv = tl.arange(0, BLOCK_DV)
