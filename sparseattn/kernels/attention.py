@@ -1,13 +1,12 @@
 """What every attention kernel does to one tile, written once.
 
-Scores live in base 2 (``exp2`` is the hardware's exponential): a *scaled score* below is ``score * scale * log2(e)``.
+Scores, their running maxima and the LSE are natural-log quantities; exponentials are taken in base 2, the hardware's.
 """
 
 import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -94,32 +93,58 @@ def cap_scores(s, scale, softcap):
 
 
 @triton.jit
-def online_softmax(s, m_i, l_i, qk_scale):
+def exp_scores(s, scale, reference, PRECISION: tl.constexpr):
+    """``exp(s * scale - reference)`` elementwise, from raw scores.
+
+    The base-2 form is one multiply-add before the exponential; its product rounds at the size of the score, not of the
+    difference, which half precision never sees and float32 ("ieee") does.
+    """
+    if PRECISION == "ieee":
+        p = tl.exp2((s * scale - reference) * LOG2E)
+    else:
+        p = tl.exp2(s * (scale * LOG2E) - reference * LOG2E)
+    return p
+
+
+@triton.jit
+def online_softmax(s, m_i, l_i, scale, PRECISION: tl.constexpr):
     """One step of the running softmax over key tiles.
 
     Args:
         s: [M, N] raw scores, -inf where hidden.
         m_i: [M] running maximum of the scaled scores, -inf before the first visible key.
-        l_i: [M] running sum of ``exp2(scaled - m_i)``.
-        qk_scale: ``scale * log2(e)``, positive.
+        l_i: [M] running sum of ``exp(scaled - m_i)``.
+        scale: Positive factor on the scores.
+        PRECISION: That of the products; see ``exp_scores``.
 
     Returns:
         ``p`` [M, N], the factor [M] by which older sums shrink, and the new ``m_i`` and ``l_i``.
     """
-    m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet: exp2(-inf) = 0, not NaN
-    p = tl.exp2(s * qk_scale - m_safe[:, None])
-    alpha = tl.exp2(m_i - m_safe)
+    m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet: exp(-inf) = 0, not NaN
+    p = exp_scores(s, scale, m_safe[:, None], PRECISION)
+    alpha = tl.exp2((m_i - m_safe) * LOG2E)
     return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
 
 
 @triton.jit
 def natural_lse(m_i, l_i):
-    """Natural-log LSE from the running maximum (base 2) and sum; -inf for a row that saw no key."""
-    return tl.where(l_i > 0, m_i * LN2 + tl.log(tl.where(l_i > 0, l_i, 1.0)), float("-inf"))
+    """LSE from the running maximum and sum; -inf for a row that saw no key."""
+    return tl.where(l_i > 0, m_i + tl.log(tl.where(l_i > 0, l_i, 1.0)), float("-inf"))
 
 
 @triton.jit
 def with_sink(m_i, l_i, sink):
     """The softmax sum of a row with its head's sink logit in the denominator; still 0 for a row that saw no key."""
-    return l_i + tl.where(l_i > 0, tl.exp2(sink.to(tl.float32) * LOG2E - m_i), 0.0)
+    return l_i + tl.where(l_i > 0, tl.exp2((sink.to(tl.float32) - m_i) * LOG2E), 0.0)
+
+
+@triton.jit
+def normalise(acc, l_i, PRECISION: tl.constexpr):
+    """``acc / l_i`` row by row, 0 for a row that saw no key; a multiplication where half precision follows."""
+    l_i = tl.where(l_i > 0, l_i, 1.0)[:, None]
+    if PRECISION == "ieee":
+        o = acc / l_i
+    else:
+        o = acc * (1.0 / l_i)
+    return o

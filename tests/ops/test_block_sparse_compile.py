@@ -135,7 +135,7 @@ def test_cuda_graph_replays_on_new_contents(masked: bool):
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):  # the stream on which the leaves first met autograd
         captured = step()
     other = random_block_mask((512, 512), (16, 32), 2, density=0.3, device="cuda", seed=5)
     with torch.no_grad():

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from sparseattn.kernels.attention import (
-    LOG2E,
     cap_scores,
+    exp_scores,
     full_range,
     key_range,
     schedule,
@@ -24,7 +24,7 @@ def preprocess_kernel(
 ):  # fmt: skip
     """One program: per-row numbers of ``BLOCK_M`` query rows that both gradient kernels need.
 
-    Grid (row tiles, heads, batch). Writes ``norm`` = log2 of the full denominator (+inf for a row that saw nothing, so
+    Grid (row tiles, heads, batch). Writes ``norm`` = log of the full denominator (+inf for a row that saw nothing, so
     that its probabilities are 0), ``delta`` = rowsum(o * do) less the LSE's own gradient, and each row's share of the
     sink gradient.
     """
@@ -58,7 +58,7 @@ def preprocess_kernel(
         dlse = tl.load(dlse_ptr + lse_at, mask=row_in, other=0.0)
         # A sink e^60 times the sum of all keys leaves no probability to move: the bound only keeps 0 * inf away.
         delta -= tl.where(empty, 0.0, dlse * tl.exp(tl.minimum(norm - lse, 60.0)))
-    tl.store(norm_ptr + lse_at, tl.where(empty, float("inf"), norm * LOG2E), mask=row_in)
+    tl.store(norm_ptr + lse_at, tl.where(empty, float("inf"), norm), mask=row_in)
     tl.store(delta_ptr + lse_at, delta, mask=row_in)
 
 
@@ -66,6 +66,7 @@ def preprocess_kernel(
 def _probabilities(
     s, norm, rows, cols, m0, m1, n0, n1, offset, k_len, scale, softcap, window_left, window_right,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of one tile from raw scores and the rows' ``norm``, and the soft cap's derivative.
 
@@ -77,7 +78,7 @@ def _probabilities(
         s = cap_scores(s, scale, softcap)
         capped = s * (scale / softcap)
         slope = 1.0 - capped * capped
-    p = tl.exp2(s * (scale * LOG2E) - norm)
+    p = exp_scores(s, scale, norm, PRECISION)
     if CAUSAL or WINDOW or BOUNDED:
         lo, hi = full_range(m0, m1, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
         if (n0 < lo) | (n1 > hi):
@@ -126,7 +127,7 @@ def _dkdv_step(
     s = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     p, slope = _probabilities(
         s, norm[None, :], rows[None, :], (n0 + tl.arange(0, BLOCK_N))[:, None], m0, m0 + BLOCK_M - 1, n0, n0 + BLOCK_N,
-        offset, k_len, scale, softcap, window_left, window_right, CAUSAL, WINDOW, SOFTCAP, False,
+        offset, k_len, scale, softcap, window_left, window_right, CAUSAL, WINDOW, SOFTCAP, False, PRECISION,
     )  # fmt: skip
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dp = tl.dot(v, do.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
@@ -241,7 +242,7 @@ def _dq_step(
     cols = n0 + tl.arange(0, BLOCK_N)
     p, slope = _probabilities(
         s, norm[:, None], rows[:, None], cols[None, :], m0, last, n0, n0 + BLOCK_N,
-        offset, k_len, scale, softcap, window_left, window_right, CAUSAL, WINDOW, SOFTCAP, BOUNDED,
+        offset, k_len, scale, softcap, window_left, window_right, CAUSAL, WINDOW, SOFTCAP, BOUNDED, PRECISION,
     )  # fmt: skip
     dp = tl.dot(do, v.T, input_precision=PRECISION)
     ds = p * (dp - delta[:, None])

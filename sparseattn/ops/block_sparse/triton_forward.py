@@ -9,6 +9,7 @@ from sparseattn.kernels.attention import (
     full_range,
     key_range,
     natural_lse,
+    normalise,
     online_softmax,
     schedule,
     sequence_span,
@@ -34,11 +35,9 @@ def _attend(
     if CAUSAL or WINDOW or BOUNDED:  # noqa: SIM102 (one test at compile time, one at run time)
         if (n0 < full_lo) | (n0 + BLOCK_N > full_hi):
             cols = n0 + tl.arange(0, BLOCK_N)
-            seen = visible(
-                token[:, None], cols[None, :], offset, k_len, window_left, window_right, CAUSAL, WINDOW
-            )
+            seen = visible(token[:, None], cols[None, :], offset, k_len, window_left, window_right, CAUSAL, WINDOW)
             s = tl.where(seen, s, float("-inf"))
-    p, alpha, m_i, l_i = online_softmax(s, m_i, l_i, scale * LOG2E)
+    p, alpha, m_i, l_i = online_softmax(s, m_i, l_i, scale, PRECISION)
     acc = acc * alpha[:, None]
     v = load_rows(v_base, n0, k_len, stride_v[1], stride_v[3], BLOCK_N, DV, BLOCK_DV, BOUNDED, WIDE)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -152,7 +151,7 @@ def forward_kernel(
         tl.store(lse_ptrs, natural_lse(m_i, l_i), mask=row_in)
         if SINKS:
             l_i = with_sink(m_i, l_i, tl.load(sinks_ptr + head_q + sub_head))
-        tl.store(o_ptrs, (acc / tl.where(l_i > 0, l_i, 1.0)[:, None]).to(o_ptr.dtype.element_ty), mask=o_in)
+        tl.store(o_ptrs, normalise(acc, l_i, PRECISION).to(o_ptr.dtype.element_ty), mask=o_in)
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "num_splits", "tokens"])
@@ -178,8 +177,8 @@ def combine_kernel(
         m_part = tl.load(sums_ptr + 2 * part + lse_at)
         m_new = tl.maximum(m_i, m_part)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2(m_i - m_safe)
-        weight = tl.exp2(m_part - m_safe)
+        alpha = tl.exp2((m_i - m_safe) * LOG2E)
+        weight = tl.exp2((m_part - m_safe) * LOG2E)
         acc = acc * alpha + weight * tl.load(o_part_ptr + (part + row) * DV + offs, mask=offs < DV, other=0.0)
         l_i = l_i * alpha + weight * tl.load(sums_ptr + 2 * part + rows + lse_at)
         m_i = m_new
