@@ -32,8 +32,8 @@ class Tiles(NamedTuple):
 
 def config_for(kernel: str, head_dim: int, itemsize: int, major: int) -> Tiles:
     """Tiles of a kernel ("forward", "dkdv", "dq") by padded head dimension, bytes an element and GPU generation."""
-    if itemsize == 4:  # float32 multiplies run at full precision: small tiles, shared memory fills twice as fast
-        return Tiles(64, 32, 4, 1) if head_dim > 128 else Tiles(64, 32, 4, 2)
+    if itemsize == 4:  # full-precision products are unrolled multiply-adds: larger tiles take minutes to compile
+        return Tiles(32, 32, 8, 1)
     # The largest tiles whose accumulators stay in registers; Hopper's were timed on an H200.
     hopper = major >= 9
     if kernel == "forward":
