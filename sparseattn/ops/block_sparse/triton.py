@@ -44,7 +44,7 @@ def config_for(kernel: str, head_dim: int, itemsize: int, major: int) -> Tiles:
         return Tiles(128, 64, 8, 2) if hopper else Tiles(64, 32, 4, 2)
     if kernel == "dkdv":
         if head_dim <= 128:
-            return Tiles(64, 128, 8, 3) if hopper else Tiles(64, 64, 8, 2)
+            return Tiles(64, 128, 8, 3) if hopper else Tiles(64, 64, 8, 1)
         return Tiles(64, 32, 8, 1)
     if head_dim <= 128:
         return Tiles(128, 64, 8, 3) if hopper else Tiles(128, 32, 8, 1)
