@@ -169,6 +169,9 @@ def plot(rows: list[Row], path: Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=name.replace("**", ""))
         axis.set(title=f"{op}, {thousand(n)} tokens", xlabel="density", xscale="log", ylim=(0, None))
+        ticks = sorted({r["density"] for r in rows if (r["op"], r["n"]) == (op, n)})
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("TFLOP/s of the selected blocks")
     axes[0][0].legend(fontsize=8)

@@ -44,7 +44,7 @@ Prefill: the whole model, the faster of two prompts."""
 @clean_errors
 def demo(
     length: Annotated[
-        int | None, typer.Option(help="Tokens of a prompt; default 8192 on a CPU, 16384 on a GPU.")
+        int | None, typer.Option(help="Tokens of a prompt; default 8192 on a CPU, 32768 on a GPU.")
     ] = None,
     model: Annotated[
         str, typer.Option(help="A shipped retrieval model, or a folder with another one.")
@@ -64,7 +64,7 @@ def demo(
     need("hf", "transformers", "safetensors")
     need("viz", "matplotlib")
     place = pick_device(device)
-    length = (16384 if place.type == "cuda" else 8192) if length is None else length
+    length = (32768 if place.type == "cuda" else 8192) if length is None else length
     if not MIN_LENGTH <= length <= MAX_LENGTH:
         raise UserError(f"--length: expected {MIN_LENGTH} to {MAX_LENGTH}, got {length}.")
     settings = list(_settings(length, block_size, place, quick))
