@@ -102,9 +102,7 @@ def xattention(rows: list[Row]) -> str:
     header = ["tokens", "stride", "threshold", "density", "recall", "selection ms", "attention ms", "both ms"]
     return (
         "XAttention on structured queries and keys (sinks, local bands, columns, topics): blocks kept, attention mass "
-        "they hold, and time.\n\n"
-        + table([*header, "cuDNN dense ms", "speed-up"], lines)
-        + f"\n\n{where(sparse)}."
+        "they hold, and time.\n\n" + table([*header, "cuDNN dense ms", "speed-up"], lines) + f"\n\n{where(sparse)}."
     )
 
 

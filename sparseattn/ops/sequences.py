@@ -107,9 +107,7 @@ def resolve_sequences(
 
     if packed:
         if ranges_q is not None or ranges_k is not None:
-            raise argument_error(
-                "ranges_q/ranges_k", "None for packed tensors", "a tensor", "Use cu_seqlens_*."
-            )
+            raise argument_error("ranges_q/ranges_k", "None for packed tensors", "a tensor", "Use cu_seqlens_*.")
         assert cu_seqlens_q is not None
         if cu_seqlens_k is None:
             if q.shape[0] != k.shape[0]:
@@ -141,9 +139,7 @@ def resolve_sequences(
         raise argument_error("k", f"batch size {batch} like q", k.shape[0])
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if value is not None:
-            raise argument_error(
-                name, "None without cu_seqlens_q", value, "Padded tensors carry their length."
-            )
+            raise argument_error(name, "None without cu_seqlens_q", value, "Padded tensors carry their length.")
     for name, ranges in (("ranges_q", ranges_q), ("ranges_k", ranges_k)):
         if ranges is not None:
             _check_index(name, ranges, (batch, 2), q.device)

@@ -54,6 +54,8 @@ def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from sparseattn.kernels import LAUNCH
+
     case = importlib.import_module(module).compile_cases()[index]
     name, kernel, signature, constexprs, attributes, num_warps, num_stages = case
     row: dict[str, Any] = {"name": name, "target": target, "triton": triton.__version__}
@@ -64,7 +66,7 @@ def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
             compiled = triton.compile(
                 ASTSource(kernel, signature, constexprs, attributes),
                 target=GPUTarget("cuda", target, 32),
-                options={"num_warps": num_warps, "num_stages": num_stages},
+                options={"num_warps": num_warps, "num_stages": num_stages, **LAUNCH},
             )
     except Exception as error:  # a kernel that does not compile is a result, too: the others are still wanted
         return {**row, "error": f"{type(error).__name__}: {error}"[-2000:]}
@@ -106,7 +108,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:  # a cached kernel would come without its ptxas log
         os.environ["TRITON_CACHE_DIR"] = cache
         os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
-        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as released so far; unset, 3.9 warns
         for name in [] if arguments.only else forgotten():
             print(json.dumps({"name": name, "target": None, "triton": None, "error": "no compile case"}), flush=True)
         for row in compile_all(tuple(arguments.target), arguments.jobs, arguments.only, arguments.skip):

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sparseattn.kernels import LAUNCH
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.block_sparse.triton_backward import dkdv_kernel, dq_kernel, preprocess_kernel
 from sparseattn.ops.block_sparse.triton_forward import combine_kernel, forward_kernel
@@ -67,8 +68,9 @@ def _tiles(kernel: str, q: Tensor, v: Tensor, g: Geometry, override: Tiles | Non
         return tiles
     block_m = min(tiles.block_m, _power_of_two_divisor(g.block_q))
     block_n = min(tiles.block_n, _power_of_two_divisor(g.block_kv))
-    warps = min(tiles.num_warps, max(1, block_m * block_n // 1024))
-    return Tiles(block_m, block_n, warps if warps & (warps - 1) == 0 else 4, tiles.num_stages)
+    # A warp holds 1024 scores of half precision; float32's unrolled products want them spread wider.
+    warps = max(1, block_m * block_n // (128 if q.element_size() == 4 else 1024))
+    return Tiles(block_m, block_n, min(tiles.num_warps, warps), tiles.num_stages)
 
 
 def _strides(t: Tensor, packed: bool) -> tuple[int, int, int, int]:
@@ -101,6 +103,7 @@ def _common(q: Tensor, k: Tensor, v: Tensor, g: Geometry, tiles: Tiles, *others:
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
+        **LAUNCH,
     }
 
 
@@ -187,7 +190,7 @@ def forward(
         count = lse.numel()
         combine_kernel[(count,)](
             o_out, lse_out, o, lse, lse if sinks is None else sinks, count, heads, rows, splits,
-            DV=dim_v, BLOCK_DV=_padded(dim_v), SINKS=sinks is not None, num_warps=1,
+            DV=dim_v, BLOCK_DV=_padded(dim_v), SINKS=sinks is not None, num_warps=1, **LAUNCH,
         )  # fmt: skip
     return o, lse
 
@@ -222,7 +225,7 @@ def backward(
         norm, delta, dsink, *spans[:2],
         _strides(o, g.packed), _strides(do, g.packed), lse_b, lse_h, g.max_q,
         DV=v.shape[-1], BLOCK_DV=_padded(v.shape[-1]), BLOCK_M=64, SINKS=sinks is not None, DLSE=dlse is not None,
-        RAGGED_Q=ragged_q, num_warps=4,
+        RAGGED_Q=ragged_q, num_warps=4, **LAUNCH,
     )  # fmt: skip
 
     numbers = (g.max_q, g.max_k, g.scale, g.softcap, g.window_left, g.window_right)

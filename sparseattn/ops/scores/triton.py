@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.attention import LOG2E, sequence_span
 from sparseattn.ops.scores.problem import RowBounds, ScoreProblem, row_bounds
 
@@ -377,7 +378,7 @@ def _select(
     _top_p_kernel[(rows, heads, batch)](
         scores, threshold, visible, recent, counts, indices, _batch_stride(visible), first,
         *scores.stride()[:3], counts.shape[2], columns,
-        HEAD_THRESHOLDS=threshold.numel() > 1, KEEP_SINK=keep_sink, BLOCK=1024, num_warps=4,
+        HEAD_THRESHOLDS=threshold.numel() > 1, KEEP_SINK=keep_sink, BLOCK=1024, num_warps=4, **LAUNCH,
     )  # fmt: skip
 
 
@@ -432,13 +433,13 @@ class _Plan:
             p.scale, STRIDE=p.stride, PER_BLOCK=self.per_block, GROUP=heads // k.shape[-2], D=head_dim,
             CAUSAL=p.causal, RAGGED_Q=s.q_start is not None, RAGGED_K=s.k_start is not None,
             PRECISION=_precision(q.dtype), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=tiles.block_d,
-            SWIZZLE=8, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            SWIZZLE=8, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **LAUNCH,
         )  # fmt: skip
         visible = bounds.visible.contiguous()
         _scores_kernel[(blocks, heads, s.batch)](
             self.sums, self.tile_max, self.tile_sum, visible, scores, _batch_stride(visible), first, cells, k_tiles,
             *scores.stride()[:3], PER_BLOCK=self.per_block, TILE_BLOCKS=self.tile_blocks, BLOCK_T=32, BLOCK_NB=128,
-            num_warps=4,
+            num_warps=4, **LAUNCH,
         )  # fmt: skip
 
 
