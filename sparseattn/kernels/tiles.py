@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from sparseattn.kernels.attention import key_range
+
 # Arguments that change with the prompt: specialising on their divisibility would compile a kernel per length.
 LENGTHS = ["max_q", "max_k", "mask_stride_b", "mask_stride_h", "idx_width", "lse_stride_b", "lse_stride_h"]
 WINDOW = ["window_left", "window_right"]
@@ -16,6 +18,26 @@ def list_length(count_ptr, list_ptr):
     known; its sign, which only an empty list's undefined entry can set, keeps the load alive and the length at 0.
     """
     return tl.minimum(tl.load(count_ptr), tl.load(list_ptr) | 0x7FFFFFFF)
+
+
+@triton.jit
+def key_tiles(
+    count_ptr, list_ptr, first, last, offset, k_len, window_left, window_right,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The key tiles of query rows ``first..last``: their list and its tiles, or of all keys those that some row sees.
+
+    Returns:
+        ``list_ptr``, and ``begin`` and ``end``, tile numbers for ``tile_start``.
+    """
+    if MASKED:
+        begin = tl.full((), 0, tl.int32)
+        end = list_length(count_ptr, list_ptr) * (BLOCK // TILE)
+    else:
+        key_lo, key_hi = key_range(first, last, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
+        begin = key_lo // TILE
+        end = tl.cdiv(key_hi, TILE)
+    return list_ptr, begin, end
 
 
 @triton.jit

@@ -7,12 +7,11 @@ from sparseattn.kernels.attention import (
     cap_scores,
     exp_scores,
     full_range,
-    key_range,
     schedule,
     sequence_span,
     visible,
 )
-from sparseattn.kernels.tiles import LENGTHS, WINDOW, list_length, load_rows, tile_start, whole_tiles
+from sparseattn.kernels.tiles import LENGTHS, WINDOW, key_tiles, list_length, load_rows, tile_start, whole_tiles
 
 
 @triton.jit(do_not_specialize=["max_q", "lse_stride_b", "lse_stride_h"])
@@ -293,16 +292,11 @@ def dq_kernel(
     delta = tl.load(delta_ptr + row_base + rows, mask=row_in, other=0.0)
 
     last = tl.minimum(m0 + BLOCK_M, q_len) - 1
-    if MASKED:
-        list_row = b64 * mask_stride_b + (head // MASK_GROUP) * mask_stride_h + m0 // BLOCK_Q
-        list_ptr = index_ptr + list_row * idx_width
-        begin = tl.full((), 0, tl.int32)
-        end = list_length(count_ptr + list_row, list_ptr) * (BLOCK_KV // BLOCK_N)
-    else:
-        key_lo, key_hi = key_range(m0, last, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
-        begin = key_lo // BLOCK_N
-        end = tl.cdiv(key_hi, BLOCK_N)
-        list_ptr = index_ptr
+    list_row = b64 * mask_stride_b + (head // MASK_GROUP) * mask_stride_h + m0 // BLOCK_Q
+    list_ptr, begin, end = key_tiles(
+        count_ptr + list_row, index_ptr + list_row * idx_width, m0, last, offset, k_len, window_left, window_right,
+        BLOCK_KV, BLOCK_N, MASKED, CAUSAL, WINDOW,
+    )  # fmt: skip
     whole = whole_tiles(list_ptr, begin, end, k_len, BLOCK_KV, BLOCK_N, MASKED, RAGGED_K)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in range(begin, whole):

@@ -7,7 +7,6 @@ from sparseattn.kernels.attention import (
     LOG2E,
     cap_scores,
     full_range,
-    key_range,
     natural_lse,
     normalise,
     online_softmax,
@@ -16,7 +15,7 @@ from sparseattn.kernels.attention import (
     visible,
     with_sink,
 )
-from sparseattn.kernels.tiles import LENGTHS, WINDOW, list_length, load_rows, tile_start, whole_tiles
+from sparseattn.kernels.tiles import LENGTHS, WINDOW, key_tiles, load_rows, tile_start, whole_tiles
 
 
 @triton.jit
@@ -84,16 +83,11 @@ def forward_kernel(
     first = m0 // PACK
     last = tl.minimum((m0 + BLOCK_M - 1) // PACK, q_len - 1)
     full_lo, full_hi = full_range(first, last, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
-    if MASKED:
-        list_row = b64 * mask_stride_b + (head // MASK_GROUP) * mask_stride_h + m0 // BLOCK_Q
-        list_ptr = index_ptr + list_row * idx_width
-        begin = tl.full((), 0, tl.int32)
-        end = list_length(count_ptr + list_row, list_ptr) * (BLOCK_KV // BLOCK_N)
-    else:
-        key_lo, key_hi = key_range(first, last, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
-        begin = key_lo // BLOCK_N
-        end = tl.cdiv(key_hi, BLOCK_N)
-        list_ptr = index_ptr
+    list_row = b64 * mask_stride_b + (head // MASK_GROUP) * mask_stride_h + m0 // BLOCK_Q
+    list_ptr, begin, end = key_tiles(
+        count_ptr + list_row, index_ptr + list_row * idx_width, first, last, offset, k_len, window_left, window_right,
+        BLOCK_KV, BLOCK_N, MASKED, CAUSAL, WINDOW,
+    )  # fmt: skip
     if SPLIT:
         share = tl.cdiv(tl.maximum(end - begin, 0), num_splits)
         begin = begin + split * share
