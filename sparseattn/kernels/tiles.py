@@ -84,7 +84,7 @@ def whole_tiles(
         whole = begin
     elif MASKED:
         whole = end
-        if (length % TILE != 0) & (end > begin):
+        if (length % BLOCK != 0) & (end > begin):  # a block cut short may end in tiles that lie past it
             entry = (end - 1) // (BLOCK // TILE)
             first = tl.load(list_ptr + entry) * BLOCK
             whole = entry * (BLOCK // TILE) + tl.maximum(length - first, 0) // TILE

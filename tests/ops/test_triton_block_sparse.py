@@ -153,3 +153,26 @@ def test_ten_runs_give_the_same_bits() -> None:
     first = run()
     for _ in range(9):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+@pytest.mark.parametrize(("block", "seq"), [((48, 80), (80, 144)), ((128, 128), (192, 320))], ids=["48x80", "128x128"])
+def test_tiles_past_the_end_of_the_last_block_read_nothing(
+    block: tuple[int, int], seq: tuple[int, int], device: str
+) -> None:
+    """Lengths that are a multiple of a tile and not of a block: the last block ends in tiles with no row at all."""
+    q, k, v = make_qkv(1, *seq, 2, 1, 16, dtype=torch.float16, device=device)
+    mask = random_block_mask(seq, block, 2, density=0.6, diagonal=True, device=device)
+
+    def run(impl: str, poisoned: bool) -> list[torch.Tensor]:
+        leaves = []
+        for t in (q, k, v):
+            storage = torch.full((1, t.shape[1] + 256, *t.shape[2:]), torch.nan, dtype=t.dtype, device=device)
+            storage[:, : t.shape[1]] = t
+            leaves.append((storage[:, : t.shape[1]] if poisoned else t.clone()).detach().requires_grad_())
+        o = block_sparse_attention(*leaves, mask, impl=impl)
+        do = torch.full((1, seq[0] + 256, 2, 16), torch.nan, dtype=o.dtype, device=device)
+        do[:, : seq[0]] = o.detach() + 1
+        return [o, *torch.autograd.grad(o, leaves, do[:, : seq[0]])]
+
+    for got, expected in zip(run("triton", True), run("reference", False), strict=True):
+        torch.testing.assert_close(got, expected, atol=4e-3, rtol=4e-3)
