@@ -62,6 +62,20 @@ def test_opcheck(case, device: str):
         torch.library.opcheck(OPS.block_sparse_bwd.default, (*upstream, *inputs, o, lse, problem.sinks, "auto", *g))
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_results_have_the_strides_that_tracing_was_told(impl: str, device: str):
+    """Also for views of [B, H, S, D] tensors, which is how models call: a compiled graph relies on it."""
+    if impl == "triton":
+        pytest.importorskip("triton", reason="needs Triton")
+    q, k, v = (t.detach() for t in make_qkv(2, 64, 80, 4, 2, 16, dtype=torch.float16, device=device, layout="bhsd"))
+    assert not q.is_contiguous()
+    mask = random_block_mask((64, 80), (16, 16), 4, density=0.6, device=device)
+    g = with_transposed(make_geometry(q, k, v, mask, True, None, None, None, None, impl, resolve_sequences(q, k)), mask)
+    o, lse = OPS.block_sparse_fwd(q, k, v, None, impl, *g)
+    gradients = OPS.block_sparse_bwd(torch.randn_like(o), None, q, k, v, o, lse, None, impl, *g)
+    assert all(t.is_contiguous() for t in (o, lse, *gradients))
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dynamic", [None, True, False])
 def test_compiles_whole_and_matches_eager(backend: str, dynamic: bool | None, device: str):

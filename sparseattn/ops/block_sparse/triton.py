@@ -210,9 +210,9 @@ def backward(
     """Gradients of q, k, v and the sinks; see ``reference.backward``, which this matches. Deterministic."""
     heads, heads_k = q.shape[-2], k.shape[-2]
     ragged_q, ragged_k = g.q_start is not None, g.k_start is not None
-    dq = torch.zeros_like(q) if ragged_q else torch.empty_like(q)
-    dk = torch.zeros_like(k) if ragged_k else torch.empty_like(k)
-    dv = torch.zeros_like(v) if ragged_k else torch.empty_like(v)
+    # Contiguous whatever the inputs' strides: that is what a traced graph was told. Rows outside a sequence stay zero.
+    dq = (torch.zeros if ragged_q else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = ((torch.zeros if ragged_k else torch.empty)(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
     if q.numel() == 0 or k.numel() == 0 or g.max_q == 0 or g.max_k == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), None if sinks is None else torch.zeros_like(sinks)
     norm, delta = torch.empty_like(lse), torch.empty_like(lse)
