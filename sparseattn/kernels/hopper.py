@@ -1,0 +1,110 @@
+"""Hopper building blocks for the Gluon kernels: tensor-map row tiles, barriers with stages, and one spelling of Gluon.
+
+A tile is some consecutive rows (tokens) of one head, or of a few neighbouring heads, of a ``[rows, heads, dim]`` view.
+Its tensor map bounds every access to the rows of one sequence: what lies past them loads as zeros and is never stored,
+so ragged batches, odd lengths and head dimensions that are no power of two need no code of their own.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon.language import _core
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+__all__ = [
+    "async_load",
+    "async_reduce_add",
+    "async_store",
+    "load_rows",
+    "next_stage",
+    "row_tiles",
+    "store_rows",
+    "tile_layout",
+    "view",
+]
+
+# Gluon renamed its tensor-map copies between Triton 3.7 and 3.8; before, the reduction had no name at all.
+if hasattr(tma, "async_load"):
+    async_load = tma.async_load
+    async_store = tma.async_store
+    async_reduce_add = tma.async_atomic_add
+else:
+    async_load = tma.async_copy_global_to_shared
+    async_store = tma.async_copy_shared_to_global
+
+    @_core.builtin
+    def async_reduce_add(tensor_desc, coord, src, _semantic=None):
+        """Add a shared-memory tile to global memory, element by element."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(
+            ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle
+        )
+
+
+
+@_core.builtin
+def view(tile, dtype, shape, layout, _semantic=None):
+    """A shared-memory tile's bytes under another dtype, shape and layout (a method that Triton 3.7 renamed)."""
+    unwrap = _core._unwrap_if_constexpr
+    return _semantic.memdesc_reinterpret(tile, unwrap(dtype), [unwrap(n) for n in unwrap(shape)], unwrap(layout))
+
+
+# Tensor-map addresses wrap at 2^64: a coordinate of 2^30 along a stride of 2^34 elements (less one row) contributes
+# nothing but the -2^30 rows that the row coordinate then starts from, so that the row extent of 2^30 ends where the
+# caller's sequence ends. (The trick of Triton's ragged descriptors.)
+_ROWS = gl.constexpr(1 << 30)
+_EXTENT = 0x7FFF0000
+
+
+def tile_layout(rank: int = 5, bits: int = 16) -> gl.NVMMASharedLayout:
+    """Shared-memory layout of tiles: rows of 128 bytes, swizzled, as wgmma reads them."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=rank)
+
+
+def row_tiles(t: Tensor, rows: int, cols: int, heads: int = 1) -> TensorDescriptor:
+    """Tensor map of ``t`` for tiles of ``heads`` heads by ``rows`` rows by ``cols`` columns.
+
+    Args:
+        t: ``[B, S, H, D]`` or packed ``[total, H, D]``, last stride 1, other strides multiples of 16 bytes; a batch
+            stride must be a multiple of the row stride (``load_rows`` counts rows from the first of the tensor).
+        rows: Rows of a tile.
+        cols: Columns, a power of two of at least D; those past D load as zeros.
+        heads: Heads of a tile; its rows are then ordered [heads, rows].
+    """
+    stride_s, stride_h = t.stride(-3), t.stride(-2)
+    return TensorDescriptor(
+        t,
+        [_EXTENT, _EXTENT, t.shape[-2], _ROWS.value, t.shape[-1]],
+        [(1 << 34) - stride_s, stride_s, stride_h, stride_s, 1],
+        [1, 1, heads, rows, cols],
+        tile_layout(),
+    )
+
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """The stage after this one, and the parity of its barriers: it flips each time the ring starts anew."""
+    following = stage + 1
+    parity = phase
+    if following == STAGES:
+        following = 0
+        parity = phase ^ 1
+    return following, parity
+
+
+@gluon.jit
+def load_rows(desc, start, length, row, head, full, tile):
+    """Ask for the tile at ``row`` of a sequence whose rows are ``start .. start + length``; it arrives at ``full``."""
+    buffer = view(tile, desc.dtype, desc.block_type.shape, desc.layout)
+    async_load(desc, [_ROWS, start + length, head, _ROWS - length + row, 0], full, buffer)
+
+
+@gluon.jit
+def store_rows(desc, start, length, row, head, tile):
+    """Write a shared-memory tile to ``row`` of a sequence, but for what lies past its end."""
+    buffer = view(tile, desc.dtype, desc.block_type.shape, desc.layout)
+    async_store(desc, [_ROWS, start + length, head, _ROWS - length + row, 0], buffer)
