@@ -1,0 +1,225 @@
+"""The tile order of a persistent kernel, built on the device: longest tiles first, claimed one by one.
+
+A tile is one block of query rows of one head (or of a group's heads that share their lists), or a share of its keys.
+Tiles of one KV head form a section; sections follow one another, so that the heads that read the same keys run
+together. Inside a section the tiles with most key tiles start first and the short ones fill the gaps at its end.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparseattn.kernels import LAUNCH
+from sparseattn.kernels.attention import full_range, key_range, sequence_span
+from sparseattn.kernels.tiles import LENGTHS, WINDOW
+
+# int32 fields of a record; see ``schedule_kernel``.
+RECORD = 8
+_TILES = 64
+_OTHERS = 512
+
+
+@triton.jit
+def _decode(e, MT, HEADS: tl.constexpr, SPLITS: tl.constexpr):
+    """(row tile, head, share) of tile ``e`` of a section: late rows first, heads of a row tile side by side."""
+    share = e % SPLITS
+    head = e // SPLITS % HEADS
+    return MT - 1 - e // (SPLITS * HEADS), head, share
+
+
+@triton.jit
+def _key_tiles(
+    e, inside, b, section_head, count_ptr, mask_stride_b, mask_stride_h, q_len, k_len, num_row_tiles,
+    window_left, window_right, TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    TILE_N: tl.constexpr, HEADS: tl.constexpr, MASK_GROUP: tl.constexpr, SPLITS: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Key tiles of tile ``e``: first and count of the whole row tile, then of its share; -1 for rows past the end.
+
+    Returns:
+        (first key tile of the row tile, its key tiles, first of the share, count of the share, list entries, list row).
+    """
+    m, head, share = _decode(e, num_row_tiles, HEADS, SPLITS)
+    m0 = m * TOKENS
+    m1 = tl.minimum(m0 + TOKENS, q_len) - 1
+    if MASKED:
+        row = b.to(tl.int64) * mask_stride_b + ((section_head + head) // MASK_GROUP) * mask_stride_h + m0 // BLOCK_Q
+        entries = tl.load(count_ptr + row, mask=inside, other=0)
+        base = entries * 0
+        if BLOCK_KV >= TILE_N:
+            count = entries * (BLOCK_KV // TILE_N)
+        else:
+            count = tl.cdiv(entries, TILE_N // BLOCK_KV)
+    else:
+        lo, hi = key_range(m0, m1, k_len - q_len, k_len, window_left, window_right, CAUSAL, WINDOW)
+        row = m0.to(tl.int64)
+        entries = m0 * 0
+        base = lo // TILE_N + entries
+        count = tl.maximum(tl.cdiv(hi, TILE_N) - base, 0)
+    first = base
+    length = count
+    if SPLITS > 1:
+        part = tl.cdiv(count, SPLITS)
+        first = tl.minimum(share * part, count)
+        length = tl.minimum(part, count - first)
+        first = base + first
+    past = m0 >= q_len
+    return base, count, first, tl.where(past, -1, length), entries, row
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, "num_row_tiles"])
+def schedule_kernel(
+    record_ptr, counter_ptr, count_ptr, index_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
+    mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_row_tiles, window_left, window_right,
+    TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE_N: tl.constexpr, HEADS: tl.constexpr,
+    MASK_GROUP: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, OTHERS: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr,
+):  # fmt: skip
+    """One program: the records of ``TILES`` tiles of one section, each written where its length ranks it.
+
+    Grid (tiles of a section / TILES, sections of a sequence, batch). ``HEADS`` tiles heads (a packed group is one)
+    make a section. A record is int32 [8]: row tile, head, sequence, share, key tiles (-1: nothing to do), first key
+    tile, how many at the end and how many at the start of the share may hide a key from a row.
+    """
+    b = tl.program_id(2)
+    section = b * tl.num_programs(1) + tl.program_id(1)
+    section_head = tl.program_id(1) * HEADS
+    _, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
+    _, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, RAGGED_K)
+    size = num_row_tiles * HEADS * SPLITS
+    if (tl.program_id(0) == 0) & (section == 0):
+        tl.store(counter_ptr, 0)
+
+    e = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    inside = e < size
+    base, total, first, length, entries, row = _key_tiles(
+        e, inside, b, section_head, count_ptr, mask_stride_b, mask_stride_h, q_len, k_len, num_row_tiles,
+        window_left, window_right, TOKENS, BLOCK_Q, BLOCK_KV, TILE_N, HEADS, MASK_GROUP, SPLITS, MASKED, CAUSAL, WINDOW,
+    )  # fmt: skip
+    rank = tl.zeros([TILES], tl.int32)
+    for start in range(0, size, OTHERS):
+        f = start + tl.arange(0, OTHERS)
+        _, _, _, other, _, _ = _key_tiles(
+            f, f < size, b, section_head, count_ptr, mask_stride_b, mask_stride_h, q_len, k_len, num_row_tiles,
+            window_left, window_right, TOKENS, BLOCK_Q, BLOCK_KV, TILE_N, HEADS, MASK_GROUP, SPLITS, MASKED, CAUSAL,
+            WINDOW,
+        )  # fmt: skip
+        other = tl.where(f < size, other, -2)
+        before = (other[None, :] > length[:, None]) | ((other[None, :] == length[:, None]) & (f[None, :] < e[:, None]))
+        rank += tl.sum(before.to(tl.int32), 1)
+
+    m, head, share = _decode(e, num_row_tiles, HEADS, SPLITS)
+    m0 = m * TOKENS
+    lo, hi = full_range(
+        m0, tl.minimum(m0 + TOKENS, q_len) - 1, k_len - q_len, k_len, window_left, window_right, CAUSAL, WINDOW
+    )
+    lo = tl.maximum(lo, 0)
+    hi = tl.maximum(hi, 0)
+    if MASKED:
+        late, early = _cut_entries(index_ptr + row * idx_width, entries, inside, hi // BLOCK_KV, lo, BLOCK_KV, WINDOW)
+        if BLOCK_KV >= TILE_N:
+            late = late * (BLOCK_KV // TILE_N)
+            early = early * (BLOCK_KV // TILE_N)
+        else:
+            late = total - (entries - late) // (TILE_N // BLOCK_KV)
+            early = tl.cdiv(early, TILE_N // BLOCK_KV)
+    else:
+        late = base + total - hi // TILE_N
+        early = tl.cdiv(lo, TILE_N) - base
+    # Of the whole row tile; a share has what of them falls into it.
+    late = late - (base + total - first - length)
+    early = early - (first - base)
+    late = tl.maximum(tl.minimum(late, length), 0)
+    early = tl.maximum(tl.minimum(early, length - late), 0)
+
+    record = record_ptr + (section.to(tl.int64) * size + rank) * 8
+    tl.store(record, m, mask=inside)
+    tl.store(record + 1, section_head + head, mask=inside)
+    tl.store(record + 2, tl.zeros([TILES], tl.int32) + b, mask=inside)
+    tl.store(record + 3, share, mask=inside)
+    tl.store(record + 4, length, mask=inside)
+    tl.store(record + 5, first, mask=inside)
+    tl.store(record + 6, late, mask=inside)
+    tl.store(record + 7, early, mask=inside)
+
+
+@triton.jit
+def _cut_entries(list_ptr, entries, inside, limit, lo, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+    """How many of a list's last blocks reach to ``limit`` or past it, and how many of its first begin before ``lo``."""
+    late = entries * 0
+    going = inside & (entries > 0)
+    while tl.max(going.to(tl.int32), 0) > 0:
+        entry = tl.load(list_ptr + entries - 1 - late, mask=going, other=-1)
+        going = going & (entry >= limit)
+        late += going.to(tl.int32)
+        going = going & (late < entries)
+    early = entries * 0
+    if WINDOW:
+        going = inside & (entries > 0)
+        while tl.max(going.to(tl.int32), 0) > 0:
+            entry = tl.load(list_ptr + early, mask=going, other=0)
+            going = going & (entry * BLOCK < lo)
+            early += going.to(tl.int32)
+            going = going & (early < entries)
+    return late, early
+
+
+def tile_schedule(
+    counts: Tensor | None,
+    indices: Tensor | None,
+    lists: tuple[int, int, int],
+    spans: tuple[Tensor, Tensor, Tensor, Tensor],
+    lengths: tuple[int, int],
+    window: tuple[int, int],
+    *,
+    batch: int,
+    sections: int,
+    heads: int,
+    tokens: int,
+    block: tuple[int, int],
+    tile_n: int,
+    mask_group: int,
+    splits: int,
+    causal: bool,
+    ragged: tuple[bool, bool],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Records of all tiles in the order in which they should start, and the counter that hands them out.
+
+    Args:
+        counts: int32 [B|1, H, MB] of the block lists, or None for dense attention.
+        indices: int32 [B|1, H, MB, K].
+        lists: List rows per batch entry and per head, width of a list.
+        spans: q_start, q_end, k_start, k_end, int32 [batch] each; any tensors where ``ragged`` says no.
+        lengths: (max_q, max_k).
+        window: (left, right), -1 for unbounded.
+        batch: Number of sequences.
+        sections: KV heads.
+        heads: Tiles heads of a section: query heads of a group, or packs of them.
+        tokens: Query tokens of a row tile.
+        block: (rows, columns) of a mask block.
+        tile_n: Keys of a key tile.
+        mask_group: Tiles heads that share a list.
+        splits: Shares into which the keys of a row tile are cut.
+        causal: Bottom-right aligned.
+        ragged: Whether (query, key) spans are given.
+        device: Of the results.
+
+    Returns:
+        int32 [batch * sections * heads * row tiles * splits, 8] and int32 [1], zero.
+    """
+    rows = triton.cdiv(lengths[0], tokens)
+    size = rows * heads * splits
+    records = torch.empty((batch * sections * size, RECORD), dtype=torch.int32, device=device)
+    counter = torch.empty(1, dtype=torch.int32, device=device)
+    stand_in = counter if counts is None else counts
+    schedule_kernel[(triton.cdiv(size, _TILES), sections, batch)](
+        records, counter, stand_in, stand_in if indices is None else indices, *spans, *lists, *lengths, rows, *window,
+        TOKENS=tokens, BLOCK_Q=block[0], BLOCK_KV=block[1], TILE_N=tile_n, HEADS=heads, MASK_GROUP=mask_group,
+        SPLITS=splits, TILES=_TILES, OTHERS=_OTHERS, MASKED=counts is not None, CAUSAL=causal,
+        WINDOW=window[0] >= 0 or window[1] >= 0, RAGGED_Q=ragged[0], RAGGED_K=ragged[1], num_warps=4, **LAUNCH,
+    )  # fmt: skip
+    return records, counter
