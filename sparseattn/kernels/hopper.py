@@ -12,16 +12,19 @@ from torch import Tensor
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon.language import _core
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 __all__ = [
     "async_load",
     "async_reduce_add",
     "async_store",
+    "load_boxes",
     "load_rows",
     "next_stage",
+    "ring",
     "row_tiles",
+    "sequence_span",
     "store_rows",
     "tile_layout",
     "view",
@@ -40,10 +43,7 @@ else:
     def async_reduce_add(tensor_desc, coord, src, _semantic=None):
         """Add a shared-memory tile to global memory, element by element."""
         coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-        _semantic.builder.create_async_tma_reduce(
-            ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle
-        )
-
+        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
 
 
 @_core.builtin
@@ -60,20 +60,21 @@ _ROWS = gl.constexpr(1 << 30)
 _EXTENT = 0x7FFF0000
 
 
+@gluon.constexpr_function
 def tile_layout(rank: int = 5, bits: int = 16) -> gl.NVMMASharedLayout:
     """Shared-memory layout of tiles: rows of 128 bytes, swizzled, as wgmma reads them."""
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=rank)
 
 
-def row_tiles(t: Tensor, rows: int, cols: int, heads: int = 1) -> TensorDescriptor:
+def row_tiles(t: Tensor, heads: int, rows: int, cols: int) -> TensorDescriptor:
     """Tensor map of ``t`` for tiles of ``heads`` heads by ``rows`` rows by ``cols`` columns.
 
     Args:
         t: ``[B, S, H, D]`` or packed ``[total, H, D]``, last stride 1, other strides multiples of 16 bytes; a batch
             stride must be a multiple of the row stride (``load_rows`` counts rows from the first of the tensor).
+        heads: Heads of a tile, whose rows are ordered [heads, rows].
         rows: Rows of a tile.
         cols: Columns, a power of two of at least D; those past D load as zeros.
-        heads: Heads of a tile; its rows are then ordered [heads, rows].
     """
     stride_s, stride_h = t.stride(-3), t.stride(-2)
     return TensorDescriptor(
@@ -94,6 +95,52 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
         following = 0
         parity = phase ^ 1
     return following, parity
+
+
+@gluon.jit
+def ring(
+    dtype: gl.constexpr, STAGES: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr, FILLS: gl.constexpr,
+    READERS: gl.constexpr,
+):  # fmt: skip
+    """A ring of shared-memory tiles: (tiles, full, empty), one barrier of each kind a stage.
+
+    A stage is full after ``FILLS`` arrivals (and the bytes they announced) and empty again after ``READERS``. Fresh
+    "empty" barriers let a wait for parity 1 pass: producers start at parity 1, consumers at 0.
+    """
+    tiles = gl.allocate_shared_memory(dtype, [STAGES] + shape, layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=FILLS)
+        mbarrier.init(empty.index(i), count=READERS)
+    return tiles, full, empty
+
+
+@gluon.jit
+def sequence_span(start_ptr, end_ptr, b, length, RAGGED: gl.constexpr):
+    """First row and length of sequence ``b``; ``(0, length)`` when no sequence of the batch is cut short."""
+    start = b * 0
+    if RAGGED:
+        start = gl.load(start_ptr + b)
+        length = gl.load(end_ptr + b) - start
+    return start, length
+
+
+@gluon.jit
+def load_boxes(desc, start, length, list_ptr, first, last, head, full, tile, BLOCK: gl.constexpr):
+    """Fill a tile with the blocks of ``BLOCK`` rows that list entries ``first ..`` name, repeating entry ``last``.
+
+    The tensor map's boxes are ``BLOCK`` rows by 64 columns: a tile's memory is one panel of all its rows after another.
+    """
+    ROWS: gl.constexpr = tile.shape[0]
+    PANELS: gl.constexpr = tile.shape[1] // 64
+    COUNT: gl.constexpr = ROWS // BLOCK
+    boxes = view(tile, desc.dtype, [PANELS * COUNT, BLOCK, 64], tile_layout(2))
+    for i in gl.static_range(COUNT):
+        row = gl.load(list_ptr + gl.minimum(first + i, last)) * BLOCK
+        for panel in gl.static_range(PANELS):
+            box = view(boxes.index(panel * COUNT + i), desc.dtype, desc.block_type.shape, desc.layout)
+            async_load(desc, [_ROWS, start + length, head, _ROWS - length + row, panel * 64], full, box)
 
 
 @gluon.jit

@@ -23,26 +23,26 @@ _OTHERS = 512
 
 
 @triton.jit
-def _decode(e, MT, HEADS: tl.constexpr, SPLITS: tl.constexpr):
+def _decode(e, num_row_tiles, splits, HEADS: tl.constexpr):
     """(row tile, head, share) of tile ``e`` of a section: late rows first, heads of a row tile side by side."""
-    share = e % SPLITS
-    head = e // SPLITS % HEADS
-    return MT - 1 - e // (SPLITS * HEADS), head, share
+    share = e % splits
+    head = e // splits % HEADS
+    return num_row_tiles - 1 - e // (splits * HEADS), head, share
 
 
 @triton.jit
 def _key_tiles(
-    e, inside, b, section_head, count_ptr, mask_stride_b, mask_stride_h, q_len, k_len, num_row_tiles,
+    e, inside, b, section_head, count_ptr, mask_stride_b, mask_stride_h, q_len, k_len, num_row_tiles, splits,
     window_left, window_right, TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-    TILE_N: tl.constexpr, HEADS: tl.constexpr, MASK_GROUP: tl.constexpr, SPLITS: tl.constexpr, MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    TILE_N: tl.constexpr, HEADS: tl.constexpr, MASK_GROUP: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Key tiles of tile ``e``: first and count of the whole row tile, then of its share; -1 for rows past the end.
 
     Returns:
         (first key tile of the row tile, its key tiles, first of the share, count of the share, list entries, list row).
     """
-    m, head, share = _decode(e, num_row_tiles, HEADS, SPLITS)
+    m, head, share = _decode(e, num_row_tiles, splits, HEADS)
     m0 = m * TOKENS
     m1 = tl.minimum(m0 + TOKENS, q_len) - 1
     if MASKED:
@@ -59,23 +59,18 @@ def _key_tiles(
         entries = m0 * 0
         base = lo // TILE_N + entries
         count = tl.maximum(tl.cdiv(hi, TILE_N) - base, 0)
-    first = base
-    length = count
-    if SPLITS > 1:
-        part = tl.cdiv(count, SPLITS)
-        first = tl.minimum(share * part, count)
-        length = tl.minimum(part, count - first)
-        first = base + first
-    past = m0 >= q_len
-    return base, count, first, tl.where(past, -1, length), entries, row
+    part = tl.cdiv(count, splits)
+    skip = tl.minimum(share * part, count)
+    length = tl.where(m0 < q_len, tl.minimum(part, count - skip), -1)
+    return base, count, base + skip, length, entries, row
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, "num_row_tiles"])
+@triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, "num_row_tiles", "splits"])
 def schedule_kernel(
     record_ptr, counter_ptr, count_ptr, index_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
-    mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_row_tiles, window_left, window_right,
+    mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_row_tiles, splits, window_left, window_right,
     TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE_N: tl.constexpr, HEADS: tl.constexpr,
-    MASK_GROUP: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, OTHERS: tl.constexpr, MASKED: tl.constexpr,
+    MASK_GROUP: tl.constexpr, TILES: tl.constexpr, OTHERS: tl.constexpr, MASKED: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr,
 ):  # fmt: skip
     """One program: the records of ``TILES`` tiles of one section, each written where its length ranks it.
@@ -89,7 +84,7 @@ def schedule_kernel(
     section_head = tl.program_id(1) * HEADS
     _, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
     _, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, RAGGED_K)
-    size = num_row_tiles * HEADS * SPLITS
+    size = num_row_tiles * HEADS * splits
     if (tl.program_id(0) == 0) & (section == 0):
         tl.store(counter_ptr, 0)
 
@@ -97,21 +92,21 @@ def schedule_kernel(
     inside = e < size
     base, total, first, length, entries, row = _key_tiles(
         e, inside, b, section_head, count_ptr, mask_stride_b, mask_stride_h, q_len, k_len, num_row_tiles,
-        window_left, window_right, TOKENS, BLOCK_Q, BLOCK_KV, TILE_N, HEADS, MASK_GROUP, SPLITS, MASKED, CAUSAL, WINDOW,
+        splits, window_left, window_right, TOKENS, BLOCK_Q, BLOCK_KV, TILE_N, HEADS, MASK_GROUP, MASKED, CAUSAL, WINDOW,
     )  # fmt: skip
     rank = tl.zeros([TILES], tl.int32)
     for start in range(0, size, OTHERS):
         f = start + tl.arange(0, OTHERS)
         _, _, _, other, _, _ = _key_tiles(
             f, f < size, b, section_head, count_ptr, mask_stride_b, mask_stride_h, q_len, k_len, num_row_tiles,
-            window_left, window_right, TOKENS, BLOCK_Q, BLOCK_KV, TILE_N, HEADS, MASK_GROUP, SPLITS, MASKED, CAUSAL,
+            splits, window_left, window_right, TOKENS, BLOCK_Q, BLOCK_KV, TILE_N, HEADS, MASK_GROUP, MASKED, CAUSAL,
             WINDOW,
         )  # fmt: skip
         other = tl.where(f < size, other, -2)
         before = (other[None, :] > length[:, None]) | ((other[None, :] == length[:, None]) & (f[None, :] < e[:, None]))
         rank += tl.sum(before.to(tl.int32), 1)
 
-    m, head, share = _decode(e, num_row_tiles, HEADS, SPLITS)
+    m, head, share = _decode(e, num_row_tiles, splits, HEADS)
     m0 = m * TOKENS
     lo, hi = full_range(
         m0, tl.minimum(m0 + TOKENS, q_len) - 1, k_len - q_len, k_len, window_left, window_right, CAUSAL, WINDOW
@@ -217,9 +212,10 @@ def tile_schedule(
     counter = torch.empty(1, dtype=torch.int32, device=device)
     stand_in = counter if counts is None else counts
     schedule_kernel[(triton.cdiv(size, _TILES), sections, batch)](
-        records, counter, stand_in, stand_in if indices is None else indices, *spans, *lists, *lengths, rows, *window,
+        records, counter, stand_in, stand_in if indices is None else indices, *spans, *lists, *lengths,
+        rows, splits, *window,
         TOKENS=tokens, BLOCK_Q=block[0], BLOCK_KV=block[1], TILE_N=tile_n, HEADS=heads, MASK_GROUP=mask_group,
-        SPLITS=splits, TILES=_TILES, OTHERS=_OTHERS, MASKED=counts is not None, CAUSAL=causal,
+        TILES=_TILES, OTHERS=_OTHERS, MASKED=counts is not None, CAUSAL=causal,
         WINDOW=window[0] >= 0 or window[1] >= 0, RAGGED_Q=ragged[0], RAGGED_K=ragged[1], num_warps=4, **LAUNCH,
     )  # fmt: skip
     return records, counter

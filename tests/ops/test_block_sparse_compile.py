@@ -59,7 +59,8 @@ def test_opcheck(case, device: str):
         g = with_transposed(g, problem.mask)
     for dlse in (None, torch.randn_like(lse)):
         upstream = (torch.randn_like(o), dlse)
-        torch.library.opcheck(OPS.block_sparse_bwd.default, (*upstream, *inputs, o, lse, problem.sinks, "auto", *g))
+        arguments = (*upstream, *inputs, o, lse, problem.sinks, "auto", False, *g)
+        torch.library.opcheck(OPS.block_sparse_bwd.default, arguments)
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
@@ -72,7 +73,7 @@ def test_results_have_the_strides_that_tracing_was_told(impl: str, device: str):
     mask = random_block_mask((64, 80), (16, 16), 4, density=0.6, device=device)
     g = with_transposed(make_geometry(q, k, v, mask, True, None, None, None, None, impl, resolve_sequences(q, k)), mask)
     o, lse = OPS.block_sparse_fwd(q, k, v, None, impl, *g)
-    gradients = OPS.block_sparse_bwd(torch.randn_like(o), None, q, k, v, o, lse, None, impl, *g)
+    gradients = OPS.block_sparse_bwd(torch.randn_like(o), None, q, k, v, o, lse, None, impl, False, *g)
     assert all(t.is_contiguous() for t in (o, lse, *gradients))
 
 

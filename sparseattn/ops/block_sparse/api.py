@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.block_sparse.checks import make_geometry
-from sparseattn.ops.block_sparse.library import attend, choose, load_implementation
+from sparseattn.ops.block_sparse.library import attend, resolve
 from sparseattn.ops.sequences import resolve_sequences
 
 
@@ -28,6 +29,7 @@ def block_sparse_attention(
     ranges_q: Tensor | None = None,
     ranges_k: Tensor | None = None,
     return_lse: bool = False,
+    deterministic: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over exactly the key blocks that a mask lists; dense attention without one.
@@ -59,7 +61,9 @@ def block_sparse_attention(
             Rows outside give output 0, LSE -inf and gradient 0.
         ranges_k: int32 [B, 2], likewise for keys and values (padding, caches longer than their content).
         return_lse: Also return the LSE.
-        impl: "auto" (Triton on CUDA, reference on CPU), "triton" or "reference".
+        deterministic: Gradients must be the same bits in every run, which "gluon" then computes by another, slower
+            kernel. Outputs always are, and so are gradients of the other implementations.
+        impl: "auto" (Triton on CUDA, reference on CPU), "gluon" (Hopper), "triton" or "reference".
 
     Returns:
         ``o`` ``[B, Sq, Hq, Dv]`` (packed ``[total_q, Hq, Dv]``) in q's dtype, contiguous; with ``return_lse`` also
@@ -77,7 +81,9 @@ def block_sparse_attention(
             max_seqlen_k=max_seqlen_k, ranges_q=ranges_q, ranges_k=ranges_k,
         ),
     )  # fmt: skip
-    o, lse = attend(q, k, v, sinks, mask, g, impl)
+    if not isinstance(deterministic, bool):
+        raise argument_error("deterministic", "a bool", repr(deterministic), kind=TypeError)
+    o, lse = attend(q, k, v, sinks, mask, g, impl, deterministic)
     return (o, lse) if return_lse else o
 
 
@@ -111,4 +117,4 @@ def unsupported_reason(
             max_seqlen_k=max_seqlen_k, ranges_q=ranges_q, ranges_k=ranges_k,
         ),
     )  # fmt: skip
-    return load_implementation(choose(q, impl), q, k, v, g)[1]
+    return resolve(q, k, v, g, impl)[2]

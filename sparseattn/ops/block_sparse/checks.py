@@ -11,7 +11,7 @@ from sparseattn.masks import BlockMask
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.sequences import Sequences
 
-IMPLEMENTATIONS = ("triton", "reference")
+IMPLEMENTATIONS = ("gluon", "triton", "reference")
 _DTYPES = (bfloat16, float16, float32, float64)
 # Rows and columns of a block where there is no mask; implementations tile dense attention as they like.
 _DENSE_BLOCK = 128

@@ -6,6 +6,7 @@ them, so a traced graph holds no trace of Triton.
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -17,26 +18,20 @@ from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.block_sparse.geometry import Geometry
 
-
-def choose(q: Tensor, impl: str) -> str:
-    """The implementation that "auto" means: one per device, so that nothing is ever slow without being asked to."""
-    if impl != "auto":
-        return impl
-    return "triton" if q.is_cuda else "reference"
+# What "auto" tries, in this order: everything here is meant to be fast on its device, so nothing is slow unasked.
+AUTO = {"cuda": ("triton",), "cpu": ("reference",)}
 
 
-def load_implementation(name: str, q: Tensor, k: Tensor, v: Tensor, g: Geometry) -> tuple[Any, str | None]:
+def load_implementation(
+    name: str, q: Tensor, k: Tensor, v: Tensor, g: Geometry, backward: bool = False
+) -> tuple[Any, str | None]:
     """The implementation's module and why it cannot run this call. Triton is imported here and not before."""
-    if name == "reference":
-        from sparseattn.ops.block_sparse import reference
-
-        return reference, reference.unsupported_reason(q, k, v, g)
-    reason = _triton_missing()
-    if reason is not None:
-        return None, reason
-    from sparseattn.ops.block_sparse import triton
-
-    return triton, triton.unsupported_reason(q, k, v, g)
+    if name != "reference":
+        reason = _triton_missing()
+        if reason is not None:
+            return None, reason
+    module = importlib.import_module(f"sparseattn.ops.block_sparse.{name}")
+    return module, module.unsupported_reason(q, k, v, g, backward=backward)
 
 
 def _triton_missing() -> str | None:
@@ -48,17 +43,34 @@ def _triton_missing() -> str | None:
     return None if (major, minor) >= (3, 6) else f"Triton {triton.__version__} is older than 3.6"
 
 
-def _resolve(q: Tensor, k: Tensor, v: Tensor, g: Geometry, impl: str) -> Any:
-    name = choose(q, impl)
-    module, reason = load_implementation(name, q, k, v, g)
+def _names(q: Tensor, impl: str) -> tuple[str, ...]:
+    return AUTO.get(q.device.type, ("reference",)) if impl == "auto" else (impl,)
+
+
+def resolve(
+    q: Tensor, k: Tensor, v: Tensor, g: Geometry, impl: str, backward: bool = False
+) -> tuple[str, Any, str | None]:
+    """The name and module of the implementation that ``impl`` means for a call, or why there is none."""
+    reasons = []
+    for name in _names(q, impl):
+        module, reason = load_implementation(name, q, k, v, g, backward)
+        if reason is None:
+            return name, module, None
+        reasons.append(reason)
+    return "", None, "; ".join(reasons)
+
+
+def _require(q: Tensor, k: Tensor, v: Tensor, g: Geometry, impl: str, backward: bool = False) -> tuple[str, Any]:
+    name, module, reason = resolve(q, k, v, g, impl, backward)
     if reason is not None:
+        what = "an implementation that can run this call" + (", gradients included" if backward else "")
         raise argument_error(
             "impl",
-            "an implementation that can run this call",
-            f"{impl!r}, where {name} cannot: {reason}",
+            what,
+            f"{impl!r}, where {' and '.join(_names(q, impl))} cannot: {reason}",
             'impl="reference" runs anything, slowly.',
         )
-    return module
+    return name, module
 
 
 _LIBRARY = torch.library.Library("sparseattn", "FRAGMENT")
@@ -73,7 +85,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "block_sparse_bwd(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? sinks, "
-    f"str impl, {_GEOMETRY}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"str impl, bool deterministic, {_GEOMETRY}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -92,7 +104,7 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> t
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, impl: str, *geometry: Any) -> tuple[Tensor, Tensor]:
     g = Geometry(*geometry)
-    module = _resolve(q, k, v, g, impl)
+    _, module = _require(q, k, v, g, impl)
     if q.numel() == 0 or k.numel() == 0:
         o, lse = _empty_results(q, v)
         return o.zero_(), lse.fill_(-math.inf)
@@ -109,16 +121,17 @@ def _backward(
     lse: Tensor,
     sinks: Tensor | None,
     impl: str,
+    deterministic: bool,
     *geometry: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = Geometry(*geometry)
-    module = _resolve(q, k, v, g, impl)
+    _, module = _require(q, k, v, g, impl, backward=True)
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv, dsinks = _empty_gradients(q, k, v, sinks)
         return dq.zero_(), dk.zero_(), dv.zero_(), dsinks.zero_()
     # lse.sum() sends back one number with zero strides; the kernels index it like the LSE itself.
     dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv, dsinks = module.backward(do, dlse, q, k, v, o, lse, sinks, g)
+    dq, dk, dv, dsinks = module.backward(do, dlse, q, k, v, o, lse, sinks, g, deterministic=deterministic)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
@@ -149,15 +162,24 @@ _backward_op = torch.ops.sparseattn.block_sparse_bwd.default
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: BlockMask | None, g: Geometry, impl: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    mask: BlockMask | None,
+    g: Geometry,
+    impl: str,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run the forward operator, tied to the backward one only if a gradient will be asked for."""
     wanted = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     if not (torch.is_grad_enabled() and wanted):
         return _forward_op(q, k, v, sinks, impl, *g)
-    if mask is not None and choose(q, impl) == "triton":
+    if not torch.compiler.is_compiling():
+        _require(q, k, v, g, impl, backward=True)  # said now, not when gradients are asked for
+    if mask is not None and _names(q, impl) != ("reference",):
         g = with_transposed(g, mask)
-    return BlockSparse.apply(q, k, v, sinks, impl, *g)
+    return BlockSparse.apply(q, k, v, sinks, impl, deterministic, *g)
 
 
 def with_transposed(g: Geometry, mask: BlockMask) -> Geometry:
@@ -167,16 +189,16 @@ def with_transposed(g: Geometry, mask: BlockMask) -> Geometry:
 
 
 class BlockSparse(torch.autograd.Function):
-    """Ties the two operators together; arguments after ``impl`` are a Geometry, flattened."""
+    """Ties the two operators together; arguments after ``deterministic`` are a Geometry, flattened."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, impl: str, *geometry: Any
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, impl: str, deterministic: bool, *geometry: Any
     ) -> tuple[Tensor, Tensor]:
         g = Geometry(*geometry)
         o, lse = _forward_op(q, k, v, sinks, impl, *g._replace(q_num_blocks=None, q_indices=None))
         ctx.save_for_backward(q, k, v, o, lse, sinks, *g[:4], *g[6:10])
-        ctx.numbers = (impl, g[4:6], g[10:])
+        ctx.numbers = (impl, deterministic, g[4:6], g[10:])
         ctx.set_materialize_grads(False)
         return o, lse
 
@@ -184,10 +206,10 @@ class BlockSparse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, o, lse, sinks, *tensors = ctx.saved_tensors
-        impl, blocks, rest = ctx.numbers
+        impl, deterministic, blocks, rest = ctx.numbers
         if do is None:
             do = torch.zeros_like(o)
         dq, dk, dv, dsinks = _backward_op(
-            do, dlse, q, k, v, o, lse, sinks, impl, *tensors[:4], *blocks, *tensors[4:], *rest
+            do, dlse, q, k, v, o, lse, sinks, impl, deterministic, *tensors[:4], *blocks, *tensors[4:], *rest
         )
-        return dq, dk, dv, None if sinks is None else dsinks, None, *([None] * len(Geometry._fields))
+        return dq, dk, dv, None if sinks is None else dsinks, None, None, *([None] * len(Geometry._fields))

@@ -25,7 +25,7 @@ _DENSE_ROWS = 64
 _TILE_SCORES = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
-def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry) -> str | None:
+def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, backward: bool = False) -> str | None:
     """The reference takes everything that passes validation."""
     return None
 
@@ -209,6 +209,7 @@ def backward(
     lse: Tensor,
     sinks: Tensor | None,
     g: Geometry,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of ``forward``, including through the LSE.
 

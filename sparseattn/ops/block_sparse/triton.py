@@ -17,9 +17,10 @@ import triton
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
+from sparseattn.kernels.combine import combine_kernel
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.block_sparse.triton_backward import dkdv_kernel, dq_kernel, preprocess_kernel
-from sparseattn.ops.block_sparse.triton_forward import combine_kernel, forward_kernel
+from sparseattn.ops.block_sparse.triton_forward import forward_kernel
 
 
 class Tiles(NamedTuple):
@@ -125,7 +126,7 @@ def _spans(g: Geometry, stand_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     return q_start, q_end, k_start, k_end  # type: ignore[return-value]
 
 
-def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry) -> str | None:
+def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, backward: bool = False) -> str | None:
     """Why these kernels cannot run the call, or None."""
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the Triton kernels take bfloat16, float16 and float32, not {q.dtype}"
@@ -205,9 +206,10 @@ def backward(
     lse: Tensor,
     sinks: Tensor | None,
     g: Geometry,
+    deterministic: bool = True,
     tiles: tuple[Tiles | None, Tiles | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and the sinks; see ``reference.backward``, which this matches. Deterministic."""
+    """Gradients of q, k, v and the sinks; see ``reference.backward``, which this matches. Always deterministic."""
     heads, heads_k = q.shape[-2], k.shape[-2]
     ragged_q, ragged_k = g.q_start is not None, g.k_start is not None
     # Contiguous whatever the inputs' strides: that is what a traced graph was told. Rows outside a sequence stay zero.

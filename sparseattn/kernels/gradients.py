@@ -1,0 +1,133 @@
+"""What the backward passes need around their large kernels: a row's numbers before, and whole gradients after."""
+
+import triton
+import triton.language as tl
+
+from sparseattn.kernels.attention import LOG2E, sequence_span
+from sparseattn.kernels.walks import first_query_tile
+
+
+@triton.jit
+def row_numbers(delta, lse, dlse, sink, SINKS: tl.constexpr, DLSE: tl.constexpr):
+    """What the gradients of a row's scores need besides the scores.
+
+    Args:
+        delta: [M] rowsum(o * do).
+        lse: [M] natural-log LSE without the sink, -inf for a row that saw nothing.
+        dlse: [M] gradient of the LSE, read with ``DLSE``.
+        sink: Logit of the head's sink, read with ``SINKS``.
+
+    Returns:
+        ``norm`` [M], log of the full denominator (+inf for a row that saw nothing, so that its probabilities are 0),
+        ``delta`` [M] less the LSE's own gradient, and the row's share of the sink's gradient.
+    """
+    empty = lse == float("-inf")
+    lse = tl.where(empty, 0.0, lse)
+    norm = lse
+    share = lse * 0.0
+    if SINKS:
+        top = tl.maximum(lse, sink)
+        norm = top + tl.log(tl.exp(lse - top) + tl.exp(sink - top))
+        share = tl.where(empty, 0.0, -tl.exp(sink - norm) * delta)
+    if DLSE:
+        # A sink e^60 times the sum of all keys leaves no probability to move: the bound only keeps 0 * inf away.
+        delta -= tl.where(empty, 0.0, dlse * tl.exp(tl.minimum(norm - lse, 60.0)))
+    return tl.where(empty, float("inf"), norm), delta, share
+
+
+@triton.jit(do_not_specialize=["lse_stride_b", "lse_stride_h", "max_q", "row_tiles"])
+def tile_numbers_kernel(
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, numbers_ptr, sums_ptr, dsink_ptr, q_start_ptr, q_end_ptr,
+    stride_o, stride_do, lse_stride_b, lse_stride_h, max_q, row_tiles,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_D: tl.constexpr, SINKS: tl.constexpr, DLSE: tl.constexpr,
+    ZERO: tl.constexpr, RAGGED_Q: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """One program: the row numbers of 64 query rows of one head, packed for one copy, and zeros for their dQ.
+
+    Grid (row tiles, heads, batch). Writes ``numbers`` float32 [heads * row_tiles, 2, 64]: the norm in base 2 (+inf past
+    the sequence's end) and delta; with ``ZERO`` zeros to ``sums`` float32 [heads * row_tiles, 64 * BLOCK_D].
+    """
+    b = tl.program_id(2)
+    head = tl.program_id(1)
+    b64 = b.to(tl.int64)
+    head64 = head.to(tl.int64)
+    q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
+    m0 = tl.program_id(0) * 64
+    if m0 >= q_len:
+        return
+    tile = head64 * row_tiles + first_query_tile(q_start, b, max_q, PACKED) + tl.program_id(0)
+    if ZERO:
+        offs = tl.arange(0, 4096)
+        for part in tl.static_range(BLOCK_D // 64):
+            tl.store(sums_ptr + (tile * (64 * BLOCK_D) + part * 4096 + offs), tl.zeros([4096], tl.float32))
+    row = tl.arange(0, 64)
+    row_in = m0 + row < q_len
+    offs_d = tl.arange(0, BLOCK_DV)
+    at = (q_start + m0 + row).to(tl.int64)
+    inside = row_in[:, None] & (offs_d < DV)[None, :]
+    o_base = o_ptr + b64 * stride_o[0] + head64 * stride_o[2]
+    do_base = do_ptr + b64 * stride_do[0] + head64 * stride_do[2]
+    o = tl.load(o_base + at[:, None] * stride_o[1] + offs_d[None, :] * stride_o[3], mask=inside, other=0.0)
+    do = tl.load(do_base + at[:, None] * stride_do[1] + offs_d[None, :] * stride_do[3], mask=inside, other=0.0)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    lse_at = b64 * lse_stride_b + head64 * lse_stride_h + at
+    lse = tl.load(lse_ptr + lse_at, mask=row_in, other=float("-inf"))
+    dlse = lse * 0.0
+    if DLSE:
+        dlse = tl.load(dlse_ptr + lse_at, mask=row_in, other=0.0)
+    sink = 0.0
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+    norm, delta, share = row_numbers(delta, lse, dlse, sink, SINKS, DLSE)
+    if SINKS:
+        tl.store(dsink_ptr + lse_at, share, mask=row_in)
+    tl.store(numbers_ptr + tile * 128 + row, norm * LOG2E)
+    tl.store(numbers_ptr + tile * 128 + 64 + row, delta)
+
+
+@triton.jit(do_not_specialize=["max_q", "row_tiles"])
+def dq_from_sums_kernel(
+    sums_ptr, dq_ptr, q_start_ptr, q_end_ptr, stride_dq, max_q, row_tiles, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED_Q: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """One program: 64 rows of dQ of one head, from the float32 sums in the order of wgmma's accumulators.
+
+    Grid (row tiles, heads, batch). A sum tile is BLOCK_D / 64 pieces of 64 columns; in a piece the numbers are ordered
+    [8 columns of 8, 4 warps, 8 rows, 4 threads, 2 halves of 8 rows, 2 columns].
+    """
+    b = tl.program_id(2)
+    head = tl.program_id(1)
+    q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
+    m0 = tl.program_id(0) * 64
+    if m0 >= q_len:
+        return
+    tile = head.to(tl.int64) * row_tiles + first_query_tile(q_start, b, max_q, PACKED) + tl.program_id(0)
+    sums = tl.load(sums_ptr + tile * (64 * BLOCK_D) + tl.arange(0, 64 * BLOCK_D))
+    sums = tl.reshape(sums, (BLOCK_D // 64, 8, 4, 8, 4, 2, 2))
+    dq = tl.reshape(tl.permute(sums, (2, 5, 3, 0, 1, 4, 6)), (64, BLOCK_D))
+    row = tl.arange(0, 64)
+    offs_d = tl.arange(0, BLOCK_D)
+    at = (q_start + m0 + row).to(tl.int64)
+    dq_base = dq_ptr + b.to(tl.int64) * stride_dq[0] + head.to(tl.int64) * stride_dq[2]
+    dq_ptrs = dq_base + at[:, None] * stride_dq[1] + offs_d[None, :] * stride_dq[3]
+    inside = (m0 + row < q_len)[:, None] & (offs_d < D)[None, :]
+    tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count_k", "count_v"])
+def sum_parts_kernel(
+    dk_part_ptr, dv_part_ptr, dk_ptr, dv_ptr, count_k, count_v,
+    D: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: ``BLOCK`` numbers of dK and of dV, each the sum of ``PARTS`` partial ones.
+
+    Grid (numbers / BLOCK,). ``dk_part`` is [rows, KV heads, PARTS, D], ``dk`` [rows, KV heads, D]; dv likewise.
+    """
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dk = tl.zeros([BLOCK], tl.float32)
+    dv = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        dk += tl.load(dk_part_ptr + (i // D * PARTS + part) * D + i % D, mask=i < count_k, other=0.0).to(tl.float32)
+        dv += tl.load(dv_part_ptr + (i // DV * PARTS + part) * DV + i % DV, mask=i < count_v, other=0.0).to(tl.float32)
+    tl.store(dk_ptr + i, dk.to(dk_ptr.dtype.element_ty), mask=i < count_k)
+    tl.store(dv_ptr + i, dv.to(dv_ptr.dtype.element_ty), mask=i < count_v)

@@ -1,0 +1,471 @@
+"""The Hopper forward kernel of block-sparse attention.
+
+A persistent program a multiprocessor. One warp, the producer, claims row tiles and has the copy engine bring their
+queries, keys and values; one or two warpgroups, the consumers, take 64 rows each. A consumer walks the key tiles of a
+row tile from the last to the first, so that those which the diagonal cuts come first, and overlaps each tile's softmax
+with the products around it: the scores of one tile and the output of the tile before are in flight together.
+"""
+
+# Annotations must stay objects for the Gluon front end: no ``from __future__ import annotations``.
+from dataclasses import dataclass
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sparseattn.kernels.hopper import (
+    load_boxes,
+    load_rows,
+    next_stage,
+    ring,
+    sequence_span,
+    store_rows,
+    tile_layout,
+)
+from sparseattn.kernels.hopper_attention import (
+    HIDDEN,
+    LN2,
+    cap_scores,
+    first_softmax,
+    hide,
+    natural_lse,
+    next_softmax,
+    row_sums,
+    with_sink,
+)
+
+# Arguments that change with the prompt: specialising on them would compile a kernel per length.
+NUMBERS = [
+    "mask_stride_b", "mask_stride_h", "idx_width", "max_q", "max_k", "num_tiles", "q_rows", "k_rows", "v_rows",
+    "o_rows", "lse_stride_b", "lse_stride_h", "window_left", "window_right", "lse_split_stride", "o_split_stride",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What the kernel is compiled for.
+
+    Attributes:
+        HEADS: Query heads.
+        GROUP: Query heads of a KV head.
+        PACK: Query heads in a row tile.
+        MASK_GROUP: Query heads that share a list.
+        TOKENS: Query tokens of a row tile.
+        BLOCK_Q: Rows of a mask block.
+        BLOCK_KV: Columns of a mask block.
+        BLOCK_D: Head dimension of q and k, padded to a power of two.
+        DV: Head dimension of v.
+        BLOCK_DV: The same, padded.
+        CONSUMERS: Warpgroups that compute, 64 rows each.
+        TILE_N: Keys of a key tile.
+        K_STAGES: Key tiles in flight.
+        V_STAGES: Value tiles in flight.
+        Q_REGISTERS: Consumers hold their queries in registers, which frees the memory for the next tile's.
+        O_IN_Q: Outputs leave through the queries' memory.
+        MASKED: Key tiles come from block lists.
+        CAUSAL: Bottom-right aligned.
+        WINDOW: Either side is bounded.
+        SOFTCAP: Scores are capped.
+        SINKS: Heads have a sink logit.
+        SPLIT: Each tile is a share of a row's keys and leaves unnormalised sums.
+        RAGGED_Q: Sequences have query spans of their own.
+        RAGGED_K: Likewise, key spans.
+        GATHER: A key tile holds several mask blocks.
+        SLOTS: Tokens of a row tile in one consumer.
+    """
+
+    HEADS: int
+    GROUP: int
+    PACK: int
+    MASK_GROUP: int
+    TOKENS: int
+    BLOCK_Q: int
+    BLOCK_KV: int
+    BLOCK_D: int
+    DV: int
+    BLOCK_DV: int
+    CONSUMERS: int
+    TILE_N: int
+    K_STAGES: int
+    V_STAGES: int
+    Q_REGISTERS: bool
+    O_IN_Q: bool
+    MASKED: bool = False
+    CAUSAL: bool = False
+    WINDOW: bool = False
+    SOFTCAP: bool = False
+    SINKS: bool = False
+    SPLIT: bool = False
+    RAGGED_Q: bool = False
+    RAGGED_K: bool = False
+
+    def __post_init__(self):
+        # Attributes of a compile-time argument must be compile-time values themselves.
+        for name, value in list(vars(self).items()):
+            object.__setattr__(self, name, gl.constexpr(value))
+        object.__setattr__(self, "GATHER", gl.constexpr(self.MASKED.value and self.BLOCK_KV.value < self.TILE_N.value))
+        object.__setattr__(self, "SLOTS", gl.constexpr(64 // self.PACK.value))
+
+    def boxes(self):
+        """(heads, rows, columns) of the tensor-map tiles of q, k, v and o."""
+        slots, pack, tile_n, block_kv, d, dv = (
+            getattr(self, n).value for n in ("SLOTS", "PACK", "TILE_N", "BLOCK_KV", "BLOCK_D", "BLOCK_DV")
+        )
+        keys = ((1, block_kv, 64),) * 2 if self.GATHER.value else ((1, tile_n, d), (1, tile_n, dv))
+        return (pack, slots, d), *keys, (pack, slots, dv)
+
+    def __eq__(self, other):
+        return repr(self) == repr(other)
+
+    def __hash__(self):
+        return hash(repr(self))
+
+
+@gluon.jit
+def read_record(record_ptr, position):
+    """A tile's record as the schedule wrote it: (row tile, head, sequence, share, key tiles, first, late, early)."""
+    at = record_ptr + position.to(gl.int64) * 8
+    return (
+        gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3),
+        gl.load(at + 4), gl.load(at + 5), gl.load(at + 6), gl.load(at + 7),
+    )  # fmt: skip
+
+
+@gluon.jit
+def post(info, turn, position):
+    """Tell the consumers which tile comes next; -1 ends their work."""
+    tiles, full, empty = info
+    lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    mbarrier.wait(empty.index(turn & 1), ((turn >> 1) & 1) ^ 1)
+    tiles.index(turn & 1).store(gl.full([1], position, gl.int32, lane))
+    mbarrier.arrive(full.index(turn & 1), count=1)
+
+
+@gluon.jit
+def receive(info, turn):
+    """The tile that ``post`` announced."""
+    tiles, full, empty = info
+    lane: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(full.index(turn & 1), (turn >> 1) & 1)
+    position = gl.max(tiles.index(turn & 1).load(lane), 0)
+    mbarrier.arrive(empty.index(turn & 1), count=1)
+    return position
+
+
+@gluon.jit
+def key_row(list_ptr, tile, F: gl.constexpr):
+    """First key of a key tile: of a listed block's share, or of all keys'."""
+    row = tile * F.TILE_N
+    if F.MASKED and not F.GATHER:
+        PARTS: gl.constexpr = F.BLOCK_KV // F.TILE_N
+        row = gl.load(list_ptr + tile // PARTS) * F.BLOCK_KV + tile % PARTS * F.TILE_N
+    return row
+
+
+@gluon.jit
+def load_keys(
+    desc, keys, stage, phase, start, length, list_ptr, tile, row, entries, head, STAGES: gl.constexpr, F: gl.constexpr
+):
+    """Bring key tile ``tile`` (or its values) into the ring's next free stage."""
+    tiles, full, empty = keys
+    mbarrier.wait(empty.index(stage), phase)
+    buffer = tiles.index(stage)
+    mbarrier.expect(full.index(stage), F.TILE_N * buffer.shape[1] * 2)
+    if F.GATHER:
+        first = tile * (F.TILE_N // F.BLOCK_KV)
+        load_boxes(desc, start, length, list_ptr, first, entries - 1, head, full.index(stage), buffer, F.BLOCK_KV)
+    else:
+        load_rows(desc, start, length, row, head, full.index(stage), buffer)
+    return next_stage(stage, phase, STAGES)
+
+
+@gluon.jit
+def post_columns(cols_s, full, stage, list_ptr, tile, row, entries, nothing, F: gl.constexpr):
+    """Say which key each column of a key tile is; columns without one are hidden from every row."""
+    lane: gl.constexpr = gl.BlockedLayout([F.TILE_N // 32], [32], [1], [0])
+    offs = gl.arange(0, F.TILE_N, lane)
+    cols = row + offs
+    if F.GATHER:
+        entry = tile * (F.TILE_N // F.BLOCK_KV) + offs // F.BLOCK_KV
+        cols = gl.load(list_ptr + gl.minimum(entry, entries - 1)) * F.BLOCK_KV + offs % F.BLOCK_KV
+        cols = gl.where(entry < entries, cols, HIDDEN)
+    cols_s.index(stage).store(gl.where(nothing, HIDDEN, cols))
+    mbarrier.arrive(full.index(stage), count=1)
+
+
+@gluon.jit
+def producer(call, F: gl.constexpr):
+    """The warp that loads: per row tile its queries, its keys one tile ahead of its values."""
+    (
+        q_desc, k_desc, v_desc, queries, keys, values, info, cols_s, record_ptr, counter_ptr, count_ptr, index_ptr,
+        spans, mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_tiles, q_rows, k_rows, v_rows,
+    ) = call  # fmt: skip
+    q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr = spans
+    q_s, q_full, q_empty = queries
+    ks = 0
+    kp = 1
+    vs = 0
+    vp = 1
+    turn = 0
+    position = gl.program_id(0)
+    m, head, b, share, count, first, late, early = read_record(record_ptr, position)
+    while position < num_tiles:
+        coming = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
+        if count >= 0:
+            post(info, turn, position)
+            q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, F.RAGGED_Q)
+            k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, F.RAGGED_K)
+            q_start += b * q_rows
+            k_row0 = k_start + b * k_rows
+            v_row0 = k_start + b * v_rows
+            head_k = head * F.PACK // F.GROUP
+            entries = 1
+            list_ptr = index_ptr
+            if F.MASKED:
+                list_row = b.to(gl.int64) * mask_stride_b + head * F.PACK // F.MASK_GROUP * mask_stride_h
+                list_row += m * F.TOKENS // F.BLOCK_Q
+                list_ptr = index_ptr + list_row * idx_width
+                if F.GATHER:
+                    entries = gl.maximum(gl.load(count_ptr + list_row), 1)
+            # A row tile without keys still has one key tile: no rows of it exist, so it loads zeros.
+            nothing = count == 0
+            if nothing:
+                k_len = 0
+            last = gl.maximum(count, 1) - 1
+            tile = first + last
+            row = key_row(list_ptr, tile, F)
+            if nothing:
+                row = 0
+            stage = ks
+            ks, kp = load_keys(
+                k_desc, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, entries, head_k, F.K_STAGES, F,
+            )  # fmt: skip
+            post_columns(cols_s, keys[1], stage, list_ptr, tile, row, entries, nothing, F)
+            bound = gl.minimum(q_len, m * F.TOKENS + F.TOKENS)
+            for c in gl.static_range(F.CONSUMERS):
+                mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
+                mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
+                load_rows(
+                    q_desc, q_start, bound, m * F.TOKENS + c * F.SLOTS, head * F.PACK, q_full.index(c), q_s.index(c)
+                )
+            turn += 1
+            for i in range(0, last):
+                above = row
+                tile -= 1
+                row = key_row(list_ptr, tile, F)
+                stage = ks
+                ks, kp = load_keys(
+                    k_desc, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, entries, head_k, F.K_STAGES, F,
+                )  # fmt: skip
+                post_columns(cols_s, keys[1], stage, list_ptr, tile, row, entries, nothing, F)
+                vs, vp = load_keys(
+                    v_desc, values, vs, vp, v_row0, k_len, list_ptr, tile + 1, above, entries, head_k, F.V_STAGES, F,
+                )  # fmt: skip
+            vs, vp = load_keys(
+                v_desc, values, vs, vp, v_row0, k_len, list_ptr, tile, row, entries, head_k, F.V_STAGES, F,
+            )  # fmt: skip
+        position = coming
+        m, head, b, share, count, first, late, early = read_record(record_ptr, gl.minimum(position, num_tiles - 1))
+    post(info, turn, -1)
+
+
+@gluon.jit
+def score(q, keys, stage, phase, zeros):
+    """Start ``q k^T`` of a stage's keys."""
+    tiles, full, empty = keys
+    mbarrier.wait(full.index(stage), phase)
+    return warpgroup_mma(q, tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def attend(
+    acc, p, m_i, l_i, q, keys, values, cols_s, ks, kp, vs, vp, zeros, tokens, offset, k_len, window, qk_scale, softcap,
+    MASK: gl.constexpr, F: gl.constexpr,
+):  # fmt: skip
+    """Fold one more key tile into the running softmax, under the previous tile's product with the values."""
+    P_LAYOUT: gl.constexpr = p.type.layout
+    s = score(q, keys, ks, kp, zeros)
+    mbarrier.wait(values[1].index(vs), vp)
+    acc = warpgroup_mma(p, values[0].index(vs), acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    if MASK:
+        cols = cols_s.index(ks).load(gl.SliceLayout(0, s.type.layout))
+    mbarrier.arrive(keys[2].index(ks), count=1)
+    ks, kp = next_stage(ks, kp, F.K_STAGES)
+    if F.SOFTCAP:
+        s = cap_scores(s, qk_scale, softcap)
+    if MASK:
+        s = hide(s, tokens, cols, offset, k_len, window[0], window[1], F.CAUSAL, F.WINDOW)
+    probabilities, alpha, m_i, l_i = next_softmax(s, m_i, l_i, qk_scale, MASK)
+    acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+    mbarrier.arrive(values[2].index(vs), count=1)
+    vs, vp = next_stage(vs, vp, F.V_STAGES)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+    p = gl.convert_layout(probabilities.to(p.dtype), P_LAYOUT)
+    return acc, p, m_i, l_i, ks, kp, vs, vp
+
+
+@gluon.jit
+def consumer(CID: gl.constexpr, call, F: gl.constexpr):
+    """A warpgroup that computes: rows ``CID * 64 ..`` of every row tile that the producer posts."""
+    (
+        o_desc, queries, keys, values, info, cols_s, o_s, o_ptr, lse_ptr, sinks_ptr, record_ptr, spans, max_q, max_k,
+        o_rows, lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window, qk_scale, softcap,
+    ) = call  # fmt: skip
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.TILE_N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_DV, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    dtype: gl.constexpr = o_desc.dtype
+    q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr = spans
+    q_s, q_full, q_empty = queries
+    zeros = gl.zeros([64, F.TILE_N], gl.float32, S_LAYOUT)
+    ks = 0
+    kp = 0
+    vs = 0
+    vp = 0
+    turn = 0
+    position = receive(info, 0)
+    m, head, b, share, count, first, late, early = read_record(record_ptr, gl.maximum(position, 0))
+    while position >= 0:
+        q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, F.RAGGED_Q)
+        k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, F.RAGGED_K)
+        offset = k_len - q_len
+        row = gl.arange(0, 64, ROWS)  # of a tile: all its heads' first tokens, then their second ones
+        tokens = m * F.TOKENS + CID * F.SLOTS + row % F.SLOTS
+        acc = gl.zeros([64, F.BLOCK_DV], gl.float32, O_LAYOUT)
+
+        mbarrier.wait(q_full.index(CID), turn & 1)
+        if F.Q_REGISTERS:
+            q = q_s.index(CID).load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+            fence_async_shared()
+            mbarrier.arrive(q_empty.index(CID), count=1)
+        else:
+            q = q_s.index(CID)
+        s = score(q, keys, ks, kp, zeros)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        cols = cols_s.index(ks).load(gl.SliceLayout(0, S_LAYOUT))
+        mbarrier.arrive(keys[2].index(ks), count=1)
+        ks, kp = next_stage(ks, kp, F.K_STAGES)
+        if F.SOFTCAP:
+            s = cap_scores(s, qk_scale, softcap)
+        s = hide(s, tokens, cols, offset, k_len, window[0], window[1], F.CAUSAL, F.WINDOW)
+        m_i, probabilities, l_i = first_softmax(s, qk_scale)
+        p = gl.convert_layout(probabilities.to(dtype), P_LAYOUT)
+        late = gl.maximum(late, 1)
+        for i in range(1, late):
+            acc, p, m_i, l_i, ks, kp, vs, vp = attend(
+                acc, p, m_i, l_i, q, keys, values, cols_s, ks, kp, vs, vp, zeros, tokens, offset, k_len, window,
+                qk_scale, softcap, True, F,
+            )  # fmt: skip
+        whole = gl.maximum(count, 1)
+        if F.WINDOW:
+            whole = gl.maximum(count - early, late)
+        for i in range(late, whole):
+            acc, p, m_i, l_i, ks, kp, vs, vp = attend(
+                acc, p, m_i, l_i, q, keys, values, cols_s, ks, kp, vs, vp, zeros, tokens, offset, k_len, window,
+                qk_scale, softcap, False, F,
+            )  # fmt: skip
+        if F.WINDOW:
+            for i in range(whole, count):
+                acc, p, m_i, l_i, ks, kp, vs, vp = attend(
+                    acc, p, m_i, l_i, q, keys, values, cols_s, ks, kp, vs, vp, zeros, tokens, offset, k_len, window,
+                    qk_scale, softcap, True, F,
+                )  # fmt: skip
+        if not F.Q_REGISTERS and not F.O_IN_Q:
+            mbarrier.arrive(q_empty.index(CID), count=1)
+        mbarrier.wait(values[1].index(vs), vp)
+        acc = warpgroup_mma(p, values[0].index(vs), acc, is_async=True)
+        # The next tile's record travels under this tile's end.
+        turn += 1
+        position = receive(info, turn)
+        record = read_record(record_ptr, gl.maximum(position, 0))
+
+        l_i = row_sums(l_i, ROWS)
+        bound = gl.minimum(q_len, m * F.TOKENS + F.TOKENS)
+        inside = tokens < bound
+        heads = head * F.PACK + row // F.SLOTS
+        lse_at = b.to(gl.int64) * lse_stride_b + heads.to(gl.int64) * lse_stride_h + q_start + tokens
+        if F.SPLIT:
+            part = lse_ptr + share.to(gl.int64) * 2 * lse_split_stride + lse_at
+            gl.store(part, m_i * (qk_scale * LN2), mask=inside)
+            gl.store(part + lse_split_stride, l_i, mask=inside)
+        else:
+            gl.store(lse_ptr + lse_at, natural_lse(m_i, l_i, qk_scale), mask=inside)
+            if F.SINKS:
+                l_i = with_sink(m_i, l_i, gl.load(sinks_ptr + heads).to(gl.float32), qk_scale)
+            factor = 1.0 / gl.where(l_i > 0, l_i, 1.0)
+        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+        mbarrier.arrive(values[2].index(vs), count=1)
+        vs, vp = next_stage(vs, vp, F.V_STAGES)
+        q_start += b * o_rows
+        if F.SPLIT:
+            o_row = gl.convert_layout(q_start + tokens, O_ROWS).to(gl.int64) * (F.HEADS * F.DV)
+            o_row += gl.convert_layout(heads, O_ROWS) * F.DV
+            offs = gl.arange(0, F.BLOCK_DV, gl.SliceLayout(0, O_LAYOUT))
+            o_in = gl.convert_layout(inside, O_ROWS)[:, None] & (offs < F.DV)[None, :]
+            o_part = o_ptr + share.to(gl.int64) * o_split_stride
+            gl.store(o_part + o_row[:, None] + offs[None, :], acc, mask=o_in)
+        else:
+            acc = acc * gl.convert_layout(factor, O_ROWS)[:, None]
+            tma.store_wait(0)
+            o_s.index(CID).store(acc.to(dtype))
+            fence_async_shared()
+            store_rows(o_desc, q_start, bound, m * F.TOKENS + CID * F.SLOTS, head * F.PACK, o_s.index(CID))
+            if F.O_IN_Q:
+                tma.store_wait(0)
+        if F.O_IN_Q:
+            mbarrier.arrive(q_empty.index(CID), count=1)
+        m, head, b, share, count, first, late, early = record
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=NUMBERS)
+def forward_kernel(
+    q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, sinks_ptr, record_ptr, counter_ptr, count_ptr, index_ptr,
+    q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
+    mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_tiles, q_rows, k_rows, v_rows, o_rows,
+    lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window_left, window_right, qk_scale, softcap,
+    F: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """One program a multiprocessor (or half of one): row tiles as the schedule hands them out, until none is left.
+
+    ``CONSUMERS`` warpgroups of 64 rows make a row tile: ``PACK`` heads of a group, ``TOKENS`` query tokens each. Grid
+    (programs,). ``SPLIT`` leaves unnormalised float32 sums of a share of the keys at ``o_ptr`` and ``lse_ptr``.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    layout: gl.constexpr = tile_layout(2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    queries = ring(dtype, F.CONSUMERS, [64, F.BLOCK_D], layout, 1, 1)
+    keys = ring(dtype, F.K_STAGES, [F.TILE_N, F.BLOCK_D], layout, 2, F.CONSUMERS)
+    values = ring(dtype, F.V_STAGES, [F.TILE_N, F.BLOCK_DV], layout, 1, F.CONSUMERS)
+    info = ring(gl.int32, 2, [1], plain, 1, F.CONSUMERS)
+    cols_s = gl.allocate_shared_memory(gl.int32, [F.K_STAGES, F.TILE_N], plain)
+    if F.O_IN_Q:
+        o_s = queries[0]
+    else:
+        o_s = gl.allocate_shared_memory(dtype, [F.CONSUMERS, 64, F.BLOCK_DV], layout)
+    fence_async_shared()
+    spans = (q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr)
+    window = (window_left, window_right)
+    work = (
+        o_desc, queries, keys, values, info, cols_s, o_s, o_ptr, lse_ptr, sinks_ptr, record_ptr, spans, max_q, max_k,
+        o_rows, lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window, qk_scale, softcap,
+    )  # fmt: skip
+    loads = (
+        q_desc, k_desc, v_desc, queries, keys, values, info, cols_s, record_ptr, counter_ptr, count_ptr, index_ptr,
+        spans, mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_tiles, q_rows, k_rows, v_rows,
+    )  # fmt: skip
+    if F.CONSUMERS == 2:
+        gl.warp_specialize(
+            [(consumer, (0, work, F)), (consumer, (1, work, F)), (producer, (loads, F))], [4, 1], [REGISTERS, 24]
+        )
+    else:
+        gl.warp_specialize([(consumer, (0, work, F)), (producer, (loads, F))], [1], [24])
