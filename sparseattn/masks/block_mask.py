@@ -1,4 +1,4 @@
-"""BlockMask: which KV blocks every query block attends."""
+"""BlockMask: which KV blocks, and which single keys besides, every query block attends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.masks.checks import check_contents, check_fields
+from sparseattn.masks.algebra import intersection, union
+from sparseattn.masks.checks import check_columns, check_contents, check_fields, no_columns
+from sparseattn.masks.columns import scatter_columns, tidy_columns
 from sparseattn.masks.converters import Converters
 from sparseattn.masks.lists import compact, listed_entries, scatter_blocks
 from sparseattn.masks.visibility import Frame, visible_range, visible_tokens
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockMask(Converters):
-    """Which KV blocks every query block attends, and what is hidden inside those blocks.
+    """Which KV blocks every query block attends, which single keys besides, and what is hidden among all of these.
 
     The lists are FlexAttention's ``kv_num_blocks``/``kv_indices``, compact (as wide as the longest list needs, at most
     NB). Building a mask checks shapes, dtypes and devices only and never waits for a device; :meth:`validate` checks
@@ -52,6 +54,10 @@ class BlockMask(Converters):
         seqused_q: int32 ``[B]``, the true query lengths of a ragged batch. Blocks count from each sequence's own start,
             and the diagonal is aligned by its own lengths.
         seqused_k: int32 ``[B]``, likewise for keys.
+        column_indices: int32 ``[B|1, H, MB, C]``, single keys (tokens, counted from the sequence's own start) that
+            query block m attends besides its blocks: ascending, unique, outside the listed blocks, -1 padded at the
+            end; batch and heads are those of ``kv_num_blocks``. Causality, window and lengths hide tokens among them as
+            they do inside blocks. None is no columns; :meth:`with_columns` brings any lists to this form.
 
     Raises:
         TypeError: A field of the wrong type or dtype.
@@ -68,6 +74,7 @@ class BlockMask(Converters):
     window: tuple[int | None, int | None] | None = None
     seqused_q: Tensor | None = None
     seqused_k: Tensor | None = None
+    column_indices: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -77,7 +84,8 @@ class BlockMask(Converters):
 
         Raises:
             ValueError: A count that does not fit the lists, an index out of range, lists that are not ascending or hold
-                a duplicate, or a true length outside ``seq_lens``; the message names the field.
+                a duplicate, columns likewise or inside a listed block, or a true length outside ``seq_lens``; the
+                message names the field.
         """
         check_contents(self)
         return self
@@ -129,6 +137,7 @@ class BlockMask(Converters):
                 ", causal" if self.causal else "",
                 "" if self.window is None else f", window={self.window}",
                 ", ragged" if self.ragged else "",
+                "" if self.column_indices is None else f", columns={self.column_indices.shape[-1]}",
             ]
         )
         return (
@@ -140,33 +149,42 @@ class BlockMask(Converters):
     def densities(self) -> Tensor:
         """Share of the visible blocks that is listed, of every batch row and head.
 
-        A block is visible when causality, the window and the true lengths leave at least one of its tokens visible.
-        Where nothing is visible the share is 0.
+        A block is visible when causality, the window and the true lengths leave at least one of its tokens visible. A
+        column counts as the ``1 / block_kv`` of a block that it costs. Where nothing is visible the share is 0.
 
         Returns:
             float32 ``[batch, H]`` on the mask's device, without waiting for it.
         """
+        kept, visible = (t.sum(-1) for t in self._kept_and_visible())
+        return (kept / visible.clamp(min=1)).float()
+
+    def row_densities(self) -> Tensor:
+        """As :meth:`densities`, of every row of blocks: float32 ``[batch, H, MB]``."""
         kept, visible = self._kept_and_visible()
-        return (kept.double() / visible.clamp(min=1)).float()
+        return (kept / visible.clamp(min=1)).float()
 
     @property
     def density(self) -> float:
         """Share of all visible blocks that is listed. Waits for the device; :meth:`densities` does not."""
-        kept, visible = self._kept_and_visible()
-        return (kept.double().sum() / visible.sum().clamp(min=1)).item()
+        kept, visible = (t.sum() for t in self._kept_and_visible())
+        return (kept / visible.clamp(min=1)).item()
 
     def _kept_and_visible(self) -> tuple[Tensor, Tensor]:
-        """How many visible blocks are listed, and how many there are: int64 ``[batch, H]`` twice."""
-        first, last = visible_range(self.frame)
-        visible = (last + 1 - first).sum(-1).unsqueeze(-1)
-        first, last = first[:, None, :, None], last[:, None, :, None]
+        """How many visible blocks are listed, and how many there are: float64 and int64 ``[batch, H, MB]``."""
+        bounds = visible_range(self.frame)
+        visible = (bounds[1] + 1 - bounds[0]).unsqueeze(1)
+        first, last = (bound[:, None, :, None] for bound in bounds)
         kept = listed_entries(self.kv_num_blocks, self.kv_indices)
         kept = kept & (self.kv_indices >= first) & (self.kv_indices <= last)
-        kept = kept.sum((-1, -2))
-        return kept, visible.expand_as(kept)
+        blocks = kept.sum(-1).double()
+        if self.column_indices is not None:
+            block_kv = self.block_size[1]
+            columns = (self.column_indices >= first * block_kv) & (self.column_indices < (last + 1) * block_kv)
+            blocks = blocks + columns.sum(-1) / block_kv
+        return blocks, visible.expand_as(blocks)
 
     def to_blocks(self) -> Tensor:
-        """bool ``[B|1, H, MB, NB]``: which blocks are listed, visible or not."""
+        """bool ``[B|1, H, MB, NB]``: which blocks are listed, visible or not. Columns are no part of it."""
         return scatter_blocks(self.kv_num_blocks, self.kv_indices, self.num_kv_blocks).contiguous()
 
     def to_dense(self) -> Tensor:
@@ -174,13 +192,48 @@ class BlockMask(Converters):
 
         For tests and pictures: this is the one method whose memory grows with Sq * Sk tokens.
         """
-        blocks = scatter_blocks(self.kv_num_blocks, self.kv_indices, self.num_kv_blocks)
-        tokens = blocks[:, :, :, None, :, None].expand(-1, -1, -1, self.block_size[0], -1, self.block_size[1])
-        tokens = tokens.flatten(4).flatten(2, 3)[:, :, : self.seq_lens[0], : self.seq_lens[1]]
+        (sq, sk), (block_q, block_kv) = self.seq_lens, self.block_size
+        tokens = self.to_blocks()[..., None].expand(-1, -1, -1, -1, block_kv).flatten(3)[..., :sk]
+        if self.column_indices is not None:
+            tokens = tokens | scatter_columns(self.column_indices, sk)
+        tokens = tokens[:, :, :, None].expand(-1, -1, -1, block_q, -1).flatten(2, 3)[:, :, :sq]
         return tokens & visible_tokens(self.frame)
 
+    def column_counts(self) -> Tensor | None:
+        """int32 ``[B|1, H, MB]``, how many columns each row lists, on the device; None without columns."""
+        return None if self.column_indices is None else (self.column_indices >= 0).sum(-1, dtype=torch.int32)
+
+    def with_columns(self, columns: Tensor, *, sort: bool = False) -> BlockMask:
+        """This mask with other columns (it loses those it had). Never waits for the device.
+
+        Args:
+            columns: int32 ``[B|1, H|1, MB|1, C]``, or without leading dimensions: keys that the rows attend besides
+                their blocks. Negative entries and ones past the end are padding and may stand anywhere. What lies in a
+                listed block, or is hidden from all queries of the row, is left out. Batch rows and heads broadcast, on
+                either side.
+            sort: Sort the lists and remove duplicates. Without it they must ascend already.
+
+        Raises:
+            TypeError: ``columns`` is not int32.
+            ValueError: Its shape does not fit.
+        """
+        columns, shape = check_columns(columns, self)
+        counts = self.kv_num_blocks.expand(shape)
+        indices = self.kv_indices.expand(*shape, -1)
+        columns = tidy_columns(columns.expand(*shape, -1), counts, indices, self.frame, sort=sort)
+        return replace(self, kv_num_blocks=counts.contiguous(), kv_indices=indices.contiguous(), column_indices=columns)
+
+    def whole_blocks(self) -> BlockMask:
+        """This mask with the block of every column listed whole instead: a superset for what knows no columns."""
+        if self.column_indices is None:
+            return self
+        blocks = self.to_blocks() | scatter_columns(self.column_indices, self.num_kv_blocks, self.block_size[1])
+        width = min(self.num_kv_blocks, self.kv_indices.shape[-1] + self.column_indices.shape[-1])
+        counts, indices = compact(blocks, width)
+        return replace(self, kv_num_blocks=counts, kv_indices=indices, column_indices=None)
+
     def transposed(self) -> tuple[Tensor, Tensor]:
-        """Which query blocks attend each KV block: the lists of the backward pass.
+        """Which query blocks attend each KV block: the lists of the backward pass. Columns are no part of it.
 
         Built on the device without waiting for it, and kept on the mask. Under torch.compile or while a CUDA graph is
         being captured they are built anew, since the memory would belong to the graph.
@@ -217,6 +270,7 @@ class BlockMask(Converters):
             kv_indices=move(self.kv_indices),
             seqused_q=None if self.seqused_q is None else move(self.seqused_q),
             seqused_k=None if self.seqused_k is None else move(self.seqused_k),
+            column_indices=None if self.column_indices is None else move(self.column_indices),
         )
 
     def expand_heads(self, heads: int) -> BlockMask:
@@ -230,62 +284,37 @@ class BlockMask(Converters):
         if heads < 1 or heads % self.heads:
             raise argument_error("heads", f"a multiple of the mask's {self.heads} heads", heads)
         group = heads // self.heads
+        columns = self.column_indices
         return replace(
             self,
             kv_num_blocks=self.kv_num_blocks.repeat_interleave(group, dim=1),
             kv_indices=self.kv_indices.repeat_interleave(group, dim=1),
+            column_indices=None if columns is None else columns.repeat_interleave(group, dim=1),
         )
 
     def __or__(self, other: BlockMask) -> BlockMask:
-        """Blocks listed in either mask. One head or batch row broadcasts to many.
+        """Blocks and columns listed in either mask. One head or batch row broadcasts to many.
 
         Raises:
             ValueError: Blocks, lengths, causality or window differ: a union hides the same tokens in all its blocks.
         """
-        if not isinstance(other, BlockMask):
-            return NotImplemented
-        self._check_same(other, ("block_size", "seq_lens", "causal", "window", "device"))
-        blocks = self.to_blocks() | other.to_blocks()
-        return self._with_blocks(blocks, self.kv_indices.shape[-1] + other.kv_indices.shape[-1])
+        return union(self, other) if isinstance(other, BlockMask) else NotImplemented
 
     def __and__(self, other: BlockMask) -> BlockMask:
-        """Blocks listed in both masks, hiding what either hides. One head or batch row broadcasts to many.
+        """Tokens listed in both masks, hiding what either hides. One head or batch row broadcasts to many.
 
         Raises:
             ValueError: Blocks or lengths differ. Causality and window may: those of the result are the stricter ones.
         """
-        if not isinstance(other, BlockMask):
-            return NotImplemented
-        self._check_same(other, ("block_size", "seq_lens", "device"))
-        blocks = self.to_blocks() & other.to_blocks()
-        both = self._with_blocks(blocks, min(self.kv_indices.shape[-1], other.kv_indices.shape[-1]))
-        return replace(both, causal=self.causal or other.causal, window=_stricter(self.window, other.window))
-
-    def _with_blocks(self, blocks: Tensor, width: int) -> BlockMask:
-        counts, indices = compact(blocks, min(width, self.num_kv_blocks))
-        return replace(self, kv_num_blocks=counts, kv_indices=indices)
-
-    def _check_same(self, other: BlockMask, names: tuple[str, ...]) -> None:
-        for name in names:
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                raise argument_error(name, f"the same in both masks ({mine})", theirs)
-        for name in ("seqused_q", "seqused_k"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            # The same tensor needs no look at the device; another one with equal contents is as good.
-            if mine is not theirs and (mine is None or theirs is None or not torch.equal(mine, theirs)):
-                raise argument_error(name, "the same lengths in both masks", "different ones")
-        for name, mine, theirs, hint in (
-            ("heads", self.heads, other.heads, "Use expand_heads() to go from KV heads to query heads."),
-            ("batch", self.kv_num_blocks.shape[0], other.kv_num_blocks.shape[0], ""),
-        ):
-            if mine != theirs and 1 not in (mine, theirs):
-                raise argument_error(name, f"1 or the same in both masks ({mine})", theirs, hint)
+        return intersection(self, other) if isinstance(other, BlockMask) else NotImplemented
 
     def trimmed(self) -> BlockMask:
         """This mask with lists no wider than its longest row. Waits for the device to learn how wide that is."""
         width = int(self.kv_num_blocks.max().item()) if self.kv_num_blocks.numel() else 0
-        return replace(self, kv_indices=self.kv_indices[..., :width].contiguous())
+        columns, counts = self.column_indices, self.column_counts()
+        if columns is not None and counts is not None:
+            columns = columns[..., : int(counts.max().item()) if counts.numel() else 0].contiguous()
+        return replace(self, kv_indices=self.kv_indices[..., :width].contiguous(), column_indices=columns)
 
     def to_bsr(self) -> tuple[Tensor, Tensor]:
         """This mask as block-sparse rows. Waits for the device (the result's size depends on the contents).
@@ -294,7 +323,11 @@ class BlockMask(Converters):
             ``indptr`` int32 ``[B|1, H, MB + 1]``, offsets into ``indices`` int32 ``[nnz]``, which holds the lists of
             all rows, heads and batch rows one after another. The matrix of one head is
             ``indptr[b, h] - indptr[b, h, 0]`` with ``indices[indptr[b, h, 0]:indptr[b, h, -1]]``.
+
+        Raises:
+            ValueError: The mask has columns.
         """
+        no_columns(self, "to_bsr")
         counts, rows = self.kv_num_blocks, self.num_q_blocks
         offsets = torch.nn.functional.pad(counts.flatten().cumsum(0, dtype=torch.int32), (1, 0))
         # The end of one head's rows is the start of the next's.
@@ -319,7 +352,11 @@ class BlockMask(Converters):
 
         Returns:
             ``torch.nn.attention.flex_attention.BlockMask``.
+
+        Raises:
+            ValueError: The mask has columns, or ``num_heads`` does not fit.
         """
+        no_columns(self, "to_flex")
         from sparseattn.masks.flex import to_flex
 
         return to_flex(self, num_heads, self_contained=self_contained)
@@ -342,13 +379,3 @@ class BlockMask(Converters):
         from sparseattn.masks.plot import plot_mask
 
         return plot_mask(self, heads, batch=batch, path=path)
-
-
-def _stricter(
-    a: tuple[int | None, int | None] | None, b: tuple[int | None, int | None] | None
-) -> tuple[int | None, int | None] | None:
-    """Window that is visible through both."""
-    if a is None or b is None:
-        return b if a is None else a
-    left, right = (y if x is None else x if y is None else min(x, y) for x, y in zip(a, b, strict=True))
-    return left, right

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.masks.columns import in_blocks
 from sparseattn.masks.lists import listed_entries
 
 if TYPE_CHECKING:
@@ -95,6 +96,14 @@ def check_fields(mask: BlockMask) -> None:
         raise argument_error("kv_num_blocks", "at least one batch row and one head", f"shape {tuple(counts.shape)}")
     if indices.device != counts.device:
         raise argument_error("kv_indices", f"device {counts.device} like kv_num_blocks", indices.device)
+    if mask.column_indices is not None:
+        columns = check_tensor("column_indices", mask.column_indices, 4)
+        if columns.shape[:3] != counts.shape:
+            raise argument_error(
+                "column_indices", f"shape {[*counts.shape]} + [C] like kv_num_blocks", f"shape {tuple(columns.shape)}"
+            )
+        if columns.device != counts.device:
+            raise argument_error("column_indices", f"device {counts.device} like kv_num_blocks", columns.device)
     for name, used in (("seqused_q", mask.seqused_q), ("seqused_k", mask.seqused_k)):
         if used is None:
             continue
@@ -137,3 +146,60 @@ def check_contents(mask: BlockMask) -> None:
     for name, wrong_length, limit in zip(("seqused_q", "seqused_k"), bad[4:], mask.seq_lens, strict=True):
         if wrong_length:
             raise argument_error(name, f"lengths in 0..{limit}", "a value outside", "seq_lens holds the longest.")
+    if mask.column_indices is not None:
+        _check_column_contents(mask, mask.column_indices)
+
+
+def _check_column_contents(mask: BlockMask, columns: Tensor) -> None:
+    sk, hint = mask.seq_lens[1], "with_columns(..., sort=True) brings any lists to this form."
+    before, after = columns[..., :-1], columns[..., 1:]
+    both = (before >= 0) & (after >= 0)
+    repeats = in_blocks(columns, mask.kv_num_blocks, mask.kv_indices, mask.block_size[1])
+    outside = (columns < -1) | (columns >= sk)
+    problems = [
+        outside.any(),
+        ((before < 0) & (after >= 0)).any(),
+        (both & (after < before)).any(),
+        (both & (after == before)).any(),
+        repeats.any(),
+    ]
+    bad = torch.stack(problems).tolist()
+    if bad[0]:
+        expected = f"tokens in [0, {sk}), or -1 for padding"
+        raise argument_error("column_indices", expected, columns[outside][0].item(), hint)
+    if bad[1]:
+        raise argument_error(
+            "column_indices", "padding (-1) at the end of a list only", "padding before an entry", hint
+        )
+    if bad[2]:
+        raise argument_error("column_indices", "ascending lists", "an unsorted one", hint)
+    if bad[3]:
+        raise argument_error("column_indices", "unique entries", "a duplicate", hint)
+    if bad[4]:
+        shown = f"{columns[repeats][0].item()}, which would be attended twice"
+        raise argument_error("column_indices", "keys outside the row's listed blocks", shown, hint)
+
+
+def check_columns(columns: object, mask: BlockMask) -> tuple[Tensor, tuple[int, ...]]:
+    """The argument of ``with_columns`` as a 4-D tensor, and the ``(batch, heads, MB)`` that it and the lists give."""
+    if not isinstance(columns, Tensor):
+        raise argument_error("columns", "a torch.Tensor", type(columns).__name__, kind=TypeError)
+    if columns.dtype != torch.int32:
+        raise argument_error("columns", "int32", columns.dtype, "Convert with .int().", kind=TypeError)
+    counts = mask.kv_num_blocks
+    if columns.device != counts.device:
+        raise argument_error("columns", f"device {counts.device} like the mask", columns.device)
+    if 1 <= columns.dim() <= 4:
+        columns = columns[(None,) * (4 - columns.dim())]
+        pairs = list(zip(columns.shape[:3], counts.shape, strict=True))
+        if pairs[2][0] in (1, counts.shape[2]) and all(a == b or 1 in (a, b) for a, b in pairs[:2]):
+            return columns, (*(b if a == 1 else a for a, b in pairs[:2]), counts.shape[2])
+    expected = f"[B|1, H|1, MB|1, C] that broadcasts with the mask's lists {tuple(counts.shape)}"
+    raise argument_error("columns", expected, f"shape {tuple(columns.shape)}")
+
+
+def no_columns(mask: BlockMask, what: str) -> None:
+    """Raise for a mask with columns, on behalf of what knows blocks only."""
+    if mask.column_indices is not None:
+        hint = "mask.whole_blocks() lists the blocks of the columns whole, which shows more."
+        raise argument_error("column_indices", f"None, since {what} knows blocks only", "columns", hint)

@@ -61,13 +61,13 @@ def _floor_div(x: Tensor, y: int) -> Tensor:
     return torch.div(x, y, rounding_mode="floor")
 
 
-def visible_range(frame: Frame) -> tuple[Tensor, Tensor]:
-    """First and last block (inclusive) that holds a token visible to some row of each row of blocks.
+def visible_span(frame: Frame) -> tuple[Tensor, Tensor]:
+    """First and last token (inclusive) visible to some row of each row of blocks.
 
     Returns:
         int32 ``[B|1, MB]`` twice; ``(0, -1)`` where nothing is visible.
     """
-    block_q, block_kv = frame.block_size
+    block_q = frame.block_size[0]
     sq, sk = frame.lengths()
     top = torch.arange(frame.blocks[0], dtype=torch.int32, device=frame.device) * block_q
     bottom = torch.minimum(top + block_q, sq) - 1
@@ -75,7 +75,17 @@ def visible_range(frame: Frame) -> tuple[Tensor, Tensor]:
     low = torch.zeros_like(bottom + shift) if frame.left is None else (top + shift - frame.left).clamp(min=0)
     high = sk - 1 if frame.right is None else torch.minimum(bottom + shift + frame.right, sk - 1)
     empty = (top >= sq) | (high < low)
-    return torch.where(empty, 0, low // block_kv), torch.where(empty, -1, _floor_div(high, block_kv))
+    return torch.where(empty, 0, low), torch.where(empty, -1, high)
+
+
+def visible_range(frame: Frame) -> tuple[Tensor, Tensor]:
+    """First and last block (inclusive) that holds a token visible to some row of each row of blocks.
+
+    Returns:
+        int32 ``[B|1, MB]`` twice; ``(0, -1)`` where nothing is visible.
+    """
+    low, high = visible_span(frame)
+    return low // frame.block_size[1], _floor_div(high, frame.block_size[1])
 
 
 def full_range(frame: Frame) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,33 @@ def masks(draw: st.DrawFn, ragged: bool = True) -> BlockMask:
     return BlockMask.from_blocks(draw(blocks_for(frame)), **frame)
 
 
+@st.composite
+def columns_for(draw: st.DrawFn, blocks: Tensor, frame: dict) -> Tensor:
+    """Random int32 ``[B, H, MB, C]`` columns for masks over ``blocks``: unsorted, repeated, padded, also in blocks."""
+    sk = frame["seq_lens"][1]
+    width = draw(st.integers(0, 12))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    return torch.randint(-3, sk + 3, (*blocks.shape[:3], width), generator=generator, dtype=torch.int32)
+
+
+@st.composite
+def masks_with_columns(draw: st.DrawFn, ragged: bool = True) -> BlockMask:
+    frame = draw(frames(ragged))
+    blocks = draw(blocks_for(frame))
+    return BlockMask.from_blocks(blocks, **frame).with_columns(draw(columns_for(blocks, frame)), sort=True)
+
+
+def repeat_columns(columns: Tensor, frame: dict) -> Tensor:
+    """bool ``[B, H, Sq, Sk]``: the columns of every row as tokens, by a loop."""
+    (sq, sk), block_q = frame["seq_lens"], frame["block_size"][0]
+    out = torch.zeros(*columns.shape[:2], sq, sk, dtype=torch.bool)
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in out.shape[:3])).tolist():
+        for j in columns[b, h, i // block_q].tolist():
+            if 0 <= j < sk:
+                out[b, h, i, j] = True
+    return out
+
+
 def visible_tokens(frame: dict) -> Tensor:
     """bool ``[B|1, 1, Sq, Sk]``: the contract of causality, window and true lengths, sequence by sequence."""
     sq, sk = frame["seq_lens"]
