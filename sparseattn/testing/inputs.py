@@ -41,10 +41,9 @@ def make_qkv(
     device: torch.device | str = "cpu",
     layout: str = "bshd",
     seed: int = 0,
+    on_device: bool = False,
 ) -> QKV:
     """Standard normal q ``[B, Sq, Hq, D]``, k ``[B, Sk, Hkv, D]`` and v ``[B, Sk, Hkv, Dv]``.
-
-    Drawn on the CPU, so every device gets the same numbers.
 
     Args:
         batch: B.
@@ -59,11 +58,14 @@ def make_qkv(
         layout: Strides: "bshd" contiguous; "bhsd" views of contiguous ``[B, H, S, D]``; "wide" views of rows twice as
             long, as slices of a fused projection are.
         seed: Of the generator.
+        on_device: Draw where the numbers go, which is fast at any length. By default they are drawn on the CPU, so
+            that every device gets the same ones.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device if on_device else "cpu").manual_seed(seed)
 
     def draw(seq: int, heads: int, dim: int) -> Tensor:
-        t = torch.randn((batch, seq, heads, dim), generator=generator, dtype=torch.float32).to(device, dtype)
+        shape = (batch, seq, heads, dim)
+        t = torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device).to(device, dtype)
         if layout == "bhsd":
             return t.transpose(1, 2).contiguous().transpose(1, 2)
         if layout == "wide":
@@ -80,6 +82,48 @@ def make_qkv(
     )
 
 
+def random_blocks(
+    seq_lens: tuple[int, int],
+    block_size: tuple[int, int],
+    heads: int,
+    batch: int = 1,
+    *,
+    density: float = 0.5,
+    diagonal: bool = False,
+    hidden: bool = True,
+    empty_rows: float = 0.0,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Tensor:
+    """Every block with the same probability, independently: bool [batch, heads, MB, NB].
+
+    Args:
+        seq_lens: ``(Sq, Sk)``.
+        block_size: ``(block_q, block_kv)``.
+        heads: Mask heads.
+        batch: Mask batch.
+        density: Probability of a block.
+        diagonal: Also list the blocks that a row's own (bottom-right aligned) keys lie in, so no row is empty.
+        hidden: List blocks wholly above the diagonal like others; False leaves them out.
+        empty_rows: Share of the rows of blocks that list nothing at all.
+        device: Where the result goes; it is drawn on the CPU, so that every device gets the same.
+        seed: Of the generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    (sq, sk), (bq, bk) = seq_lens, block_size
+    mb, nb = -(-sq // bq), -(-sk // bk)
+    blocks = torch.rand((batch, heads, mb, nb), generator=generator) < density
+    first = torch.arange(mb)[:, None] * bq + sk - sq
+    col = torch.arange(nb)[None, :] * bk
+    below = col < (first + bq).clamp(max=sk)
+    if diagonal:
+        blocks |= below & (col + bk > first)
+    if not hidden:
+        blocks &= below
+    blocks &= torch.rand((batch, heads, mb, 1), generator=generator) >= empty_rows
+    return blocks.to(device)
+
+
 def random_block_mask(
     seq_lens: tuple[int, int],
     block_size: tuple[int, int],
@@ -90,39 +134,35 @@ def random_block_mask(
     causal: bool = True,
     window: tuple[int | None, int | None] | None = None,
     diagonal: bool = False,
+    hidden: bool = True,
     empty_rows: float = 0.0,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> BlockMask:
-    """A mask that lists every block with the same probability, independently.
+    """A mask over ``random_blocks``, which says what the other arguments are.
 
-    Blocks above the diagonal of a causal mask are listed like others: an operator must not count on their absence.
+    Blocks above the diagonal of a causal mask are listed like others unless ``hidden`` is False: an operator must not
+    count on their absence.
 
     Args:
-        seq_lens: ``(Sq, Sk)``.
-        block_size: ``(block_q, block_kv)``.
-        heads: Mask heads.
-        batch: Mask batch.
-        density: Probability of a block.
+        seq_lens: As ``random_blocks``.
+        block_size: Likewise.
+        heads: Likewise.
+        batch: Likewise.
+        density: Likewise.
         causal: Make the mask causal.
         window: Of the mask.
-        diagonal: Also list the blocks that a row's own (bottom-right aligned) keys lie in, so no row is empty.
-        empty_rows: Share of the rows of blocks that list nothing at all.
-        device: Of the mask.
-        seed: Of the generator.
+        diagonal: As ``random_blocks``.
+        hidden: Likewise.
+        empty_rows: Likewise.
+        device: Likewise.
+        seed: Likewise.
     """
-    generator = torch.Generator().manual_seed(seed)
-    (sq, sk), (bq, bk) = seq_lens, block_size
-    mb, nb = -(-sq // bq), -(-sk // bk)
-    blocks = torch.rand((batch, heads, mb, nb), generator=generator) < density
-    if diagonal:
-        first = torch.arange(mb)[:, None] * bq + sk - sq
-        col = torch.arange(nb)[None, :] * bk
-        blocks |= (col < (first + bq).clamp(max=sk)) & (col + bk > first)
-    blocks &= torch.rand((batch, heads, mb, 1), generator=generator) >= empty_rows
-    return BlockMask.from_blocks(
-        blocks.to(device), block_size=block_size, seq_lens=seq_lens, causal=causal, window=window
-    )
+    blocks = random_blocks(
+        seq_lens, block_size, heads, batch, density=density, diagonal=diagonal, hidden=hidden, empty_rows=empty_rows,
+        device=device, seed=seed,
+    )  # fmt: skip
+    return BlockMask.from_blocks(blocks, block_size=block_size, seq_lens=seq_lens, causal=causal, window=window)
 
 
 def poison_unselected(k: Tensor, v: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor]:
