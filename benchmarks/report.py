@@ -1,37 +1,59 @@
 """Tables and a plot from benchmark rows.
 
     python -m benchmarks.report                      # print the tables of benchmarks/results/*.jsonl
-    python -m benchmarks.report --plot docs/benchmarks.png --readme README.md
+    python -m benchmarks.report --plot docs/benchmarks.png --readme README.md --docs docs/benchmarks.md
 
-``--readme`` rewrites what stands between the two marker comments, so that a number in a document is always a row.
+``--readme`` and ``--docs`` rewrite what stands between two marker comments, so that a number in a document is always a
+row: the main tables there, those of the other sets of workloads here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import RESULTS, Row
+from sparseattn.testing.timing import break_even
 
 BEGIN = "<!-- benchmarks: begin (written by python -m benchmarks.report) -->"
 END = "<!-- benchmarks: end -->"
 NAMES = {
+    "sparseattn_gluon": "**sparseattn** (Gluon)",
+    "sparseattn_gluon_deterministic": "**sparseattn** (Gluon), deterministic",
+    "sparseattn_triton": "**sparseattn** (Triton)",
     "sparseattn": "**sparseattn** (Triton)",
-    "sparseattn_dense": "sparseattn, dense",
     "sparseattn_xattention": "**sparseattn_xattention**",
+    "fa4": "FlashAttention-4",
+    "flashinfer_variable": "FlashInfer, variable blocks",
+    "flashinfer_bsr": "FlashInfer, equal blocks",
+    "flashprefill": "FlashPrefill",
     "flex_attention": "FlexAttention",
+    "sparseattn_gluon_dense": "sparseattn (Gluon), dense",
+    "sparseattn_triton_dense": "sparseattn (Triton), dense",
+    "sparseattn_dense": "sparseattn, dense",
     "cudnn_dense": "cuDNN, dense",
+    "fa4_dense": "FlashAttention-4, dense",
+    "fa4_dense_deterministic": "FlashAttention-4, dense, deterministic",
+    "flashinfer_dense": "FlashInfer, dense",
     "sdpa": "sdpa (Transformers' default)",
     "sdpa_cudnn": "sdpa, cuDNN forced",
 }
+OURS = ("sparseattn_gluon", "sparseattn_triton")
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
     """Rows of JSON-lines files, those without a time left out."""
     rows = [json.loads(line) for path in sorted(paths) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if "ms" in row]
+    return [row for row in rows if "ms" in row or "first_call_s" in row]
+
+
+def of_set(rows: list[Row], name: str) -> list[Row]:
+    """Timed rows of a set of block-sparse workloads; rows from before there were sets are ``targets``."""
+    found = [row for row in rows if row["bench"] == "block_sparse" and "ms" in row]
+    return [row for row in found if row.get("set", "targets") == name]
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
@@ -49,7 +71,7 @@ def milliseconds(ms: float) -> str:
 
 
 def where(rows: list[Row]) -> str:
-    """One line for the environments of rows: device, versions, commits."""
+    """One line for the environments of rows: device, versions, commits, and clocks where rows have them."""
     seen = []
     for row in rows:
         env = row["env"]
@@ -57,34 +79,159 @@ def where(rows: list[Row]) -> str:
         line = ", ".join(str(part) for part in parts)
         if line not in seen:
             seen.append(line)
+    clocks = [row["gpu"]["sm_mhz"] for row in rows if (row.get("gpu") or {}).get("sm_mhz")]
+    if clocks:
+        seen.append(f"SM clock right after a measurement {min(clocks):.0f} to {max(clocks):.0f} MHz")
     return "; ".join(seen)
 
 
+Key = tuple[Any, ...]
+
+
+def density_table(rows: list[Row], header: Sequence[str], key: Callable[[Row], Key]) -> str:
+    """A line for every ``key`` and implementation, a column for every density.
+
+    A cell holds TFLOP/s and milliseconds, after a plus sign those of building the mask or the plan where a row has
+    them, and for our kernels the speed relative to FlashAttention-4's in the same run.
+    """
+    densities = sorted({row["density"] for row in rows}, reverse=True)
+    found = {(key(row), row["impl"], row["density"]): row for row in rows}
+    # Rows of one run share an environment, down to the second it was looked at.
+    rivals = {(key(row), row["density"], row["env"].get("time")): row["tflops"] for row in rows if row["impl"] == "fa4"}
+
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return ""
+        taken = f"{milliseconds(row['ms'])} ms"
+        extra = row.get("plan_ms", row.get("build_ms"))
+        if extra is not None:
+            taken += f" + {milliseconds(extra)} ms"
+        rival = rivals.get((key(row), row["density"], row["env"].get("time"))) if row["impl"] in OURS else None
+        if rival:
+            taken += f", {row['tflops'] / rival:.2f}x"
+        return f"{row['tflops']:.0f} ({taken})"
+
+    lines = []
+    for group in sorted({key(row) for row in rows}):
+        for impl, name in NAMES.items():
+            cells = [found.get((group, impl, density)) for density in densities]
+            if any(cells):
+                lines.append([*(shown(part) for part in group), name, *map(cell, cells)])
+    return table([*header, "", *[f"density {density:g}" for density in densities]], lines)
+
+
+def shown(part: object) -> object:
+    """A key's part as a table shows it: lengths in thousands, ranked words without their rank."""
+    if isinstance(part, tuple):
+        return part[1]
+    return thousand(part) if isinstance(part, int) else part
+
+
+def by_pass(row: Row) -> tuple[int, str]:
+    """Sorts forward before backward."""
+    return (("forward", "backward").index(row["op"]), row["op"])
+
+
+def by_lists(row: Row) -> tuple[int, str]:
+    heads = row["mask_heads"]
+    name = {1: "one for all", row["kv_heads"]: "by KV head", row["heads"]: "by head"}.get(heads, str(heads))
+    return heads, name
+
+
+def shape_of(row: Row) -> str:
+    dims = row["head_dim"], row.get("head_dim_v", row["head_dim"])
+    dim = str(dims[0]) if dims[0] == dims[1] else f"{dims[0]} (values {dims[1]})"
+    return f"{row['dtype']}, batch 1, {row['heads']} query and {row['kv_heads']} KV heads of {dim}"
+
+
+RATIO = "x: speed relative to FlashAttention-4's block-sparse kernels in the same run."
+
+
 def block_sparse(rows: list[Row]) -> str:
-    rows = [row for row in rows if row["bench"] == "block_sparse"]
+    timed = of_set(rows, "targets")
+    if not timed:
+        return ""
+    body = density_table(timed, ["pass", "tokens"], lambda row: (by_pass(row), row["n"]))
+    head = timed[0]
+    ratio = f" {RATIO}" if any(row["impl"] == "fa4" for row in timed) else ""
+    text = (
+        f"Block-sparse attention over random masks of {head['block']} x {head['block']} blocks, causal; "
+        f"{shape_of(head)}. TFLOP/s of the selected blocks, diagonal blocks counted whole (median time).{ratio}"
+    )
+    calls = [row for row in rows if "first_call_s" in row and row.get("set") == "targets"]
+    said = ", ".join(f"{row['op']} {row['first_call_s']:.1f} s ({NAMES[row['impl']]})" for row in calls)
+    first = f"\n\nFirst call of a process that finds nothing compiled: {said}." if calls else ""
+    return f"{text}\n\n{body}{first}\n\n{where(timed)}."
+
+
+def _set(rows: list[Row], name: str, title: str, header: Sequence[str], key: Callable[[Row], Key]) -> str:
+    rows = of_set(rows, name)
     if not rows:
         return ""
-    densities = sorted({row["density"] for row in rows}, reverse=True)
-    found = {(row["op"], row["n"], row["impl"], row["density"]): row for row in rows}
-    lines = []
-    for op, n in sorted({(row["op"], row["n"]) for row in rows}, key=lambda key: (key[0] != "forward", key[1])):
-        for impl in NAMES:
-            cells = [found.get((op, n, impl, density)) for density in densities]
-            if any(cells):
-                shown = [f"{row['tflops']:.0f} ({milliseconds(row['ms'])} ms)" if row else "" for row in cells]
-                lines.append([op, thousand(n), NAMES[impl], *shown])
-    head = rows[0]
-    shape = f"{head['dtype']}, batch 1, {head['heads']} query and {head['kv_heads']} KV heads of {head['head_dim']}"
-    return (
-        f"Block-sparse attention over random masks of {head['block']} x {head['block']} blocks, causal; {shape}. "
-        f"TFLOP/s of the selected blocks, diagonal blocks counted whole (median time).\n\n"
-        + table(["pass", "tokens", "", *[f"density {density:g}" for density in densities]], lines)
-        + f"\n\n{where(rows)}."
+    ratio = f" {RATIO}" if any(row["impl"] == "fa4" for row in rows) else ""
+    return f"{title}{ratio}\n\n{density_table(rows, header, key)}\n\n{where(rows)}."
+
+
+def shared(rows: list[Row]) -> str:
+    title = "Lists that all heads or the heads of a group share, and lists by head; causal, 128 x 128 blocks."
+    return _set(rows, "shared", title, ["tokens", "lists"], lambda row: (row["n"], by_lists(row)))
+
+
+def short(rows: list[Row]) -> str:
+    title = "The last queries of a sequence of 64K keys; causal, 128 x 128 blocks."
+    return _set(rows, "short", title, ["queries", "lists"], lambda row: (row["nq"], by_lists(row)))
+
+
+def dims(rows: list[Row]) -> str:
+    def key(row: Row) -> Key:
+        dim, value = row["head_dim"], row["head_dim_v"]
+        return by_pass(row), (dim, str(dim) if dim == value else f"{dim}, values {value}")
+
+    return _set(rows, "dims", "Head dims, at 16K tokens; causal, 128 x 128 blocks.", ["pass", "head dim"], key)
+
+
+def blocks(rows: list[Row]) -> str:
+    def key(row: Row) -> Key:
+        return by_pass(row), (-row["block_q"] * row["block"], f"{row['block_q']} x {row['block']}")
+
+    return _set(rows, "blocks", "Block sizes (queries x keys), at 16K tokens; causal.", ["pass", "blocks"], key)
+
+
+def flashinfer(rows: list[Row]) -> str:
+    title = (
+        "FlashInfer's workload: 20 x 50 blocks of equal size, not causal; 32 heads of 128, fp16. After the plus sign: "
+        "building our mask, on the device, and FlashInfer's plan."
     )
+    return _set(rows, "flashinfer", title, ["tokens", "lists"], lambda row: (row["n"], by_lists(row)))
+
+
+def breakeven(rows: list[Row]) -> str:
+    """The density up to which our kernels are no slower than dense cuDNN, and what lists cost at density 1."""
+    rows = of_set(rows, "breakeven")
+    dense = {row["n"]: row["ms"] for row in rows if row["impl"] == "cudnn_dense"}
+    lines = []
+    for n in sorted({row["n"] for row in rows}):
+        for impl in OURS:
+            sparse = {row["density"]: row for row in rows if (row["n"], row["impl"]) == (n, impl)}
+            own = next((r["ms"] for r in rows if (r["n"], r["impl"]) == (n, f"{impl}_dense")), None)
+            if not sparse or n not in dense:
+                continue
+            selected = [row["selected"] for row in sparse.values()]
+            density = break_even(selected, [row["ms"] for row in sparse.values()], dense[n])
+            said = "none: dense is faster at every measured density" if density is None else f"{density:.2f}"
+            full = sparse[1.0]["ms"] if 1.0 in sparse else None
+            cost = f"{100 * (full / own - 1):+.1f}%" if full and own else ""
+            cells = ["" if ms is None else milliseconds(ms) for ms in (dense[n], own, full)]
+            lines.append([thousand(n), NAMES[impl], *cells, cost, said])
+    if not lines:
+        return ""
+    header = ["tokens", "", "cuDNN dense ms", "own dense ms", "density 1 ms", "cost of lists", "break-even density"]
+    title = "Break-even: the highest density at which block-sparse attention is as fast as dense cuDNN (forward)."
+    return f"{title}\n\n{table(header, lines)}\n\n{where(rows)}."
 
 
 def xattention(rows: list[Row]) -> str:
-    rows = [row for row in rows if row["bench"] == "xattention"]
+    rows = [row for row in rows if row["bench"] == "xattention" and row.get("kinds", ["blend"]) == ["blend"]]
     sparse = [row for row in rows if row["impl"] == "sparseattn"]
     if not sparse:
         return ""
@@ -132,10 +279,20 @@ def ttft(rows: list[Row]) -> str:
     )
 
 
+def joined(parts: Iterable[str], otherwise: str) -> str:
+    return "\n\n".join(part for part in parts if part) or otherwise
+
+
 def tables(rows: list[Row]) -> str:
-    """All tables of these rows, in markdown."""
-    parts = [part for part in (block_sparse(rows), xattention(rows), ttft(rows)) if part]
-    return "\n\n".join(parts) or "No rows yet: `python -m benchmarks.block_sparse` on a GPU writes some."
+    """The main tables, in markdown."""
+    otherwise = "No rows yet: `python -m benchmarks.block_sparse` on a GPU writes some."
+    return joined((block_sparse(rows), xattention(rows), ttft(rows)), otherwise)
+
+
+def details(rows: list[Row]) -> str:
+    """The tables of the other sets of block-sparse workloads, in markdown."""
+    otherwise = "No rows of these sets yet: `python -m benchmarks.block_sparse --set shared` on a GPU writes some."
+    return joined((one(rows) for one in (shared, short, dims, blocks, flashinfer, breakeven)), otherwise)
 
 
 def inject(document: str, text: str) -> str:
@@ -158,7 +315,7 @@ def plot(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in rows if row["bench"] == "block_sparse"]
+    rows = of_set(rows, "targets")
     panels = sorted({(row["op"], row["n"]) for row in rows}, key=lambda key: (key[0] != "forward", key[1]))
     figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(4 * max(1, len(panels)), 3.4), squeeze=False)
     for axis, (op, n) in zip(axes[0], panels, strict=False):
@@ -182,15 +339,15 @@ def plot(rows: list[Row], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Tables and a plot from rows.")
     parser.add_argument("rows", type=Path, nargs="*", help="JSON-lines files; default benchmarks/results/*.jsonl")
-    parser.add_argument("--readme", type=Path, help="rewrite the tables between the markers of this file")
+    parser.add_argument("--readme", type=Path, help="rewrite the main tables between the markers of this file")
+    parser.add_argument("--docs", type=Path, help="rewrite the tables of the other sets in this one")
     parser.add_argument("--plot", type=Path, help="write a PNG")
     options = parser.parse_args(argv)
     rows = read(options.rows or RESULTS.glob("*.jsonl"))
-    text = tables(rows)
-    print(text)
-    if options.readme:
-        document = options.readme.read_text(encoding="utf-8")
-        options.readme.write_text(inject(document, text), encoding="utf-8")
+    print(tables(rows), details(rows), sep="\n\n")
+    for document, text in ((options.readme, tables(rows)), (options.docs, details(rows))):
+        if document:
+            document.write_text(inject(document.read_text(encoding="utf-8"), text), encoding="utf-8")
     if options.plot:
         plot(rows, options.plot)
 

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 import sparseattn
-from benchmarks import oracle
-from benchmarks.block_sparse import DTYPES
-from benchmarks.harness import Row, Unsupported, Writer, arguments, finish, quietly, time_ms
+from benchmarks.harness import Row, Writer, arguments, finish, quietly
+from sparseattn.testing import sampled
+from sparseattn.testing.baselines import Unsupported
+from sparseattn.testing.timing import time_ms
+from sparseattn.testing.workloads import DTYPES
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-3.1-8b": {
@@ -75,7 +77,7 @@ def gate(shape: str, dtype: torch.dtype, device: torch.device, n: int) -> Row:
     model.set_attn_implementation("sparseattn_xattention")
     with sparseattn.options(threshold=1.0, min_seq_len=1):
         got = prefill(model, ids)
-    return oracle.gate(("logits",), (got,), (exact,), (eager,))
+    return sampled.gate(("logits",), (got,), (exact,), (eager,))
 
 
 @contextmanager

@@ -18,12 +18,13 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from benchmarks import oracle
-from benchmarks.block_sparse import DTYPES, attend_blocks
-from benchmarks.harness import Row, Writer, arguments, cudnn_dense, finish, quietly, time_ms
-from benchmarks.inputs import structured_qkv
+from benchmarks.harness import Row, Writer, arguments, finish, quietly
+from benchmarks.rivals.ours import attend_blocks
 from sparseattn import XAttentionConfig, xattention
 from sparseattn.ops.scores import antidiagonal_scores
+from sparseattn.testing import baselines, sampled, structured
+from sparseattn.testing.timing import time_ms
+from sparseattn.testing.workloads import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,26 +37,27 @@ class Problem:
     head_dim: int
     dtype: str
     device: torch.device
+    kinds: tuple[str, ...] = ("blend",)
 
     @cached_property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         shape = (self.n, self.heads, self.kv_heads, self.head_dim)
-        return structured_qkv(*shape, DTYPES[self.dtype], self.device)
+        return structured.structured_qkv(*shape, DTYPES[self.dtype], self.device, kinds=self.kinds)
 
     @cached_property
     def rows(self) -> Tensor:
-        return oracle.sample(self.n, min(self.n, 64), self.device)
+        return sampled.sample(self.n, min(self.n, 64), self.device)
 
     @cached_property
     def dense_lse(self) -> Tensor:
         """float64 LSE of the sampled rows over all visible keys: what recall is measured against."""
-        return oracle.attend(*self.qkv, oracle.Selected(None, (1, 1)), self.rows, torch.float64)[1]
+        return sampled.attend(*self.qkv, sampled.Selected(None), self.rows, torch.float64)[1]
 
-    def gate(self, o: Tensor, selected: oracle.Selected) -> tuple[Row, Tensor]:
+    def gate(self, o: Tensor, selected: sampled.Selected) -> tuple[Row, Tensor]:
         """Gate the output; also the float64 LSE of the sampled rows over the selected blocks."""
-        exact, lse = oracle.attend(*self.qkv, selected, self.rows, torch.float64)
-        eager = oracle.attend(*self.qkv, selected, self.rows, DTYPES[self.dtype])[0]
-        return oracle.gate(("o",), (o[0, self.rows],), (exact,), (eager,)), lse
+        exact, lse = sampled.attend(*self.qkv, selected, self.rows, torch.float64)
+        eager = sampled.attend(*self.qkv, selected, self.rows, DTYPES[self.dtype])[0]
+        return sampled.gate(("o",), (o[0, self.rows],), (exact,), (eager,)), lse
 
 
 def gate_selection(q: Tensor, k: Tensor, config: XAttentionConfig, slack: float = 0.01) -> Row:
@@ -102,7 +104,7 @@ def measure(problem: Problem, phase: str, config: XAttentionConfig, budget_ms: f
         return attend_blocks(q, k, v, xattention(q, k, config))
 
     run = both if phase == "both" else partial(attend_blocks, q, k, v, mask)
-    gate, lse = problem.gate(run(), oracle.Selected(blocks, mask.block_size))
+    gate, lse = problem.gate(run(), sampled.Selected.of(mask))
     recall = (lse - problem.dense_lse).exp()
     row |= gate | {"recall": round(recall.mean().item(), 4), "recall_min": round(recall.min().item(), 4)}
     row |= time_ms(run, problem.device, budget_ms=budget_ms)
@@ -114,8 +116,8 @@ def measure_dense(problem: Problem, impl: str, block: int, budget_ms: float) -> 
     said: Row = {}
     run: Callable[[], Tensor] = partial(attend_blocks, *problem.qkv)
     if impl == "cudnn_dense":
-        run, said = cudnn_dense(*problem.qkv)
-    gate, _ = problem.gate(run(), oracle.Selected(None, (1, 1)))
+        run, said = baselines.sdpa(*problem.qkv, cudnn=True)
+    gate, _ = problem.gate(run(), sampled.Selected(None))
     timing = time_ms(run, problem.device, budget_ms=budget_ms)
     num_blocks = -(-problem.n // block)
     flops = problem.heads * num_blocks * (num_blocks + 1) / 2 * 4.0 * problem.head_dim * block**2
@@ -132,13 +134,15 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--kinds", nargs="+", choices=[*structured.KINDS, "blend"], default=["blend"], help="of heads")
     options = parser.parse_args(argv)
     budget = 100.0 if options.quick else 600.0
     shape = (options.heads, options.kv_heads, options.head_dim, options.dtype, torch.device(options.device))
+    kinds = tuple(options.kinds)
     with Writer(options.out, "xattention", options.commit) as writer, ExitStack() as stack:
         quietly(stack)
         for n in options.n[:1] if options.quick else options.n:
-            problem = Problem(n, *shape)
+            problem = Problem(n, *shape, kinds)
             common = dataclasses.asdict(problem) | {"device": options.device, "block": options.block}
             for impl in ("cudnn_dense", "sparseattn_dense"):
                 row = common | {"phase": "attention", "impl": impl}
