@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from sparseattn.cli.bench import bench
 from sparseattn.cli.demo import demo
 from sparseattn.cli.doctor import doctor
 from sparseattn.cli.inspect import inspect
@@ -15,5 +16,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, run, inspect, doctor):
+for command in (demo, run, bench, inspect, doctor):
     app.command()(command)

@@ -77,7 +77,7 @@ def test_help_needs_no_heavy_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "run", "inspect", "doctor"):
+    for command in ("demo", "run", "bench", "inspect", "doctor"):
         assert command in done.stdout
 
 
