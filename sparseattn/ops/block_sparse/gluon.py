@@ -126,6 +126,11 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, backward: b
     return None
 
 
+def _processors(device: torch.device) -> int:
+    # The few of a CPU are for the tests, which emulate these kernels there.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def _unmappable(name: str, t: Tensor) -> str | None:
     """Why no tensor map can describe a tensor, or None."""
     *batch, seq, head, last = t.stride()
@@ -173,9 +178,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) 
         lse.fill_(float("-inf"))
     if q.numel() == 0 or g.max_q == 0:
         return o, lse
-    tiles, pack, tokens, splits, programs = plan(
-        q, k, v, g, torch.cuda.get_device_properties(q.device).multi_processor_count
-    )
+    tiles, pack, tokens, splits, programs = plan(q, k, v, g, _processors(q.device))
     masked = g.kv_num_blocks is not None
     mask_group = heads // g.kv_num_blocks.shape[1] if g.kv_num_blocks is not None else heads
     block = (g.block_q, g.block_kv) if masked else (tokens, tiles.tile_n)

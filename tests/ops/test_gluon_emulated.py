@@ -1,0 +1,120 @@
+"""The Hopper kernels' logic on a CPU: barriers, stages, copies, masks and sums, run by the emulator beside this file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from block_sparse_cases import CASES, Case, Problem, build, dense_result
+
+from sparseattn.ops.block_sparse.checks import make_geometry
+from sparseattn.ops.block_sparse.geometry import Geometry
+from sparseattn.ops.sequences import resolve_sequences
+from sparseattn.testing import assert_close_to_oracle, poison_unselected
+
+pytest.importorskip("triton", reason="needs Triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="emulated where there is no GPU")
+
+F16 = torch.float16
+# What the shared cases are too small for: several key tiles a row, several row tiles a program, every tile shape.
+HOPPER_CASES = [
+    Case("d64-per-head", seq=(300, 300), heads=(4, 2), dim=(64, 64), block=(128, 128), mask_heads=4, dtype=F16),
+    Case("d128-shared", seq=(200, 520), heads=(8, 2), dim=(128, 128), block=(128, 128), mask_heads=2, dtype=F16),
+    Case("d128-64-blocks", seq=(260, 260), heads=(2, 1), dim=(128, 128), block=(64, 64), mask_heads=2, dtype=F16),
+    Case("d128-gathered", seq=(200, 300), heads=(4, 1), dim=(128, 128), block=(64, 32), mask_heads=1, dtype=F16),
+    Case("d192-128", seq=(140, 270), heads=(2, 2), dim=(192, 128), block=(128, 128), mask_heads=2, dtype=F16),
+    Case("d256", seq=(140, 270), heads=(2, 1), dim=(256, 256), block=(128, 64), mask_heads=2, dtype=F16, sinks=True),
+    Case("dense-split", seq=(9, 700), heads=(4, 1), dim=(64, 64), block=None, dtype=F16, sinks=True, softcap=4.0),
+    Case("long-window", seq=(400, 400), dim=(64, 64), block=None, window=(150, 0), dtype=F16),
+    Case("bf16-blocks-256", seq=(300, 300), dim=(64, 64), block=(256, 256), dtype=torch.bfloat16, density=0.7),
+]
+
+
+def _geometry(case: Case, problem: Problem) -> Geometry:
+    layout = {n: x for n, x in problem.kwargs.items() if "seqlen" in n or "ranges" in n}
+    return make_geometry(
+        problem.q, problem.k, problem.v, problem.mask, problem.kwargs["causal"], case.scale, case.window, case.softcap,
+        problem.sinks, "auto", resolve_sequences(problem.q, problem.k, **layout),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch):
+    """The Gluon implementation with its kernels on the emulator; the argument is the seed of the copies' order."""
+    from gluon_emulator import Emulated
+
+    from sparseattn.ops.block_sparse import gluon
+
+    kernel = gluon.forward_kernel
+
+    def prepare(order: int = 0):
+        monkeypatch.setattr(gluon, "forward_kernel", Emulated(kernel, order=order))
+        return gluon
+
+    return prepare
+
+
+def _takes(case: Case) -> bool:
+    return case.block is None or case.block[1] in (16, 32, 64) or case.block[1] % 128 == 0
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if _takes(c)] + HOPPER_CASES, ids=str)
+def test_forward_matches_oracle(case: Case, emulated) -> None:
+    case = case if case.dtype == torch.bfloat16 else replace(case, dtype=F16)
+    problem = build(case)
+    o, lse = emulated().forward(problem.q, problem.k, problem.v, problem.sinks, _geometry(case, problem))
+    sinks = problem.sinks
+    exact = dense_result(
+        case, problem, *(t.double() for t in problem[:3]), None if sinks is None else sinks.double()
+    )  # fmt: skip
+    eager = dense_result(case, problem, *problem[:3], sinks)
+    for name, actual, oracle, low in zip(("o", "lse"), (o, lse), exact, eager, strict=True):
+        assert_close_to_oracle(actual, oracle, low, name=name)
+
+
+@pytest.mark.parametrize("case", HOPPER_CASES[:5], ids=str)
+def test_unselected_keys_may_hold_nan(case: Case, emulated) -> None:
+    problem = build(case)
+    g = _geometry(case, problem)
+    assert problem.mask is not None
+    clean = emulated().forward(*problem[:3], None, g)
+    k, v = poison_unselected(problem.k, problem.v, problem.mask)
+    poisoned = emulated().forward(problem.q, k, v, None, g)
+    assert all(torch.equal(a, b) for a, b in zip(clean, poisoned, strict=True))
+
+
+def test_padding_may_hold_nan(emulated) -> None:
+    case = Case("static", batch=2, seq=(40, 300), dim=(64, 64), block=None, dtype=F16, heads=(4, 2),
+                ranges=(((0, 40), (0, 170)), ((3, 35), (20, 290))))  # fmt: skip
+    problem = build(case)
+    g = _geometry(case, problem)
+    clean = emulated().forward(*problem[:3], None, g)
+    for b, ((q0, q1), (k0, k1)) in enumerate(problem.spans):
+        for t, (first, last) in ((problem.q, (q0, q1)), (problem.k, (k0, k1)), (problem.v, (k0, k1))):
+            t[b, :first] = torch.nan
+            t[b, last:] = torch.nan
+    poisoned = emulated().forward(*problem[:3], None, g)
+    assert all(torch.equal(a, b) for a, b in zip(clean, poisoned, strict=True))
+
+
+def test_the_order_of_copies_changes_no_bit(emulated) -> None:
+    case = HOPPER_CASES[0]
+    problem = build(case)
+    g = _geometry(case, problem)
+    first = emulated(0).forward(*problem[:3], None, g)
+    for order in range(1, 6):
+        again = emulated(order).forward(*problem[:3], None, g)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_future_keys_change_no_bit(emulated) -> None:
+    case = HOPPER_CASES[0]
+    problem = build(case)
+    g = _geometry(case, problem)
+    before = emulated().forward(*problem[:3], None, g)[0]
+    problem.k[:, 200:] += 1
+    problem.v[:, 200:] -= 1
+    after = emulated().forward(*problem[:3], None, g)[0]
+    assert torch.equal(before[:, :200], after[:, :200])
+    assert not torch.equal(before, after)
