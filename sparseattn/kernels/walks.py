@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
-from sparseattn.kernels.attention import sequence_span
 
 # Fields of a record.
 X0 = tl.constexpr(0)  # first stationary row of the tile, within its sequence
@@ -41,7 +40,7 @@ _OTHERS = 256
 
 @triton.jit
 def first_query_tile(q_start, b, max_q, PACKED: tl.constexpr):
-    """Number of a sequence's first tile of 64 query rows: sequences have whole tiles, and packed ones no gaps between."""
+    """Number of a sequence's first tile of 64 query rows: every sequence has whole tiles, packed or not."""
     if PACKED:
         tile = q_start // 64 + b
     else:
@@ -128,7 +127,7 @@ def walk_kernel(
     BLOCK_Y: tl.constexpr, STEP: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, RAGGED_Q: tl.constexpr,
     RAGGED_K: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
-    """One program: records and walks of ``TILES`` tiles, each written to the place in the order that its length gives it.
+    """One program: records and walks of ``TILES`` tiles, each written to its place in the order of their lengths.
 
     Grid (tiles / TILES,). Tiles are ordered [sequence, stationary head, 128 rows]; a stationary head walks past
     ``HEADS`` heads of the other side. ``section`` tiles in a row (those of one KV head) start together, longest first;

@@ -1,0 +1,523 @@
+"""The Hopper backward kernels of block-sparse attention: one fused pass, and two that give the same bits every time.
+
+``gradients_kernel`` keeps 128 keys of one KV head in shared memory and walks the query rows that see them, 64 at a
+time, through every query head of its share of the group: five products a step, of which dQ leaves the chip by
+tensor-map additions into float32 tiles. Without dQ it is the first of the deterministic pair, ``dq_kernel`` the second.
+
+Three partitions: a loading warp, and two warpgroups of 64 keys (or, in ``dq_kernel``, query rows) each. The loader
+alone walks the lists; it hands over a record a tile and two numbers a step, steps with element masks first, so that
+the warpgroups run two plain loops. Every ring has two stages, of which step ``it`` takes ``it & 1``.
+"""
+
+# Layouts are parameters of kernels here, so annotations must stay objects: no ``from __future__ import annotations``.
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sparseattn.kernels.hopper import async_load, async_reduce_add, load_rows, ring, store_rows, view
+from sparseattn.kernels.walks import (
+    HEAD,
+    MASKED_STEPS,
+    OFFSET,
+    OUT_ROW,
+    RECORD,
+    SEQUENCE,
+    STEPS,
+    TILE,
+    X0,
+    X_LENGTH,
+    X_START,
+    Y_LENGTH,
+    Y_START,
+)
+
+# Integer arguments that change with the prompt: specialising on them would compile a kernel per length.
+LENGTHS = [
+    "total", "mask_stride_b", "mask_stride_h", "idx_width", "row_tiles", "q_rows", "k_rows", "v_rows", "do_rows",
+    "reach_back", "reach_ahead", "heads", "group", "mask_group", "block_q", "block_kv",
+]  # fmt: skip
+# A query row that no key is seen from.
+NEVER: gl.constexpr = gl.constexpr(1 << 30)
+
+
+@gluon.jit
+def opaque_zero():
+    """A 0 that no pass sees through.
+
+    Descriptors of tiles that stay in place are loop invariants; hoisted, they cost registers that the loop does not
+    have. Indexed by this, they are computed where they are used.
+    """
+    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def field(record, at: gl.constexpr):
+    """A number of a record in shared memory, for every thread of a warpgroup."""
+    return gl.max(record.slice(at, 1).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def probabilities(s, norm, qk_scale, softcap, SOFTCAP: gl.constexpr):
+    """``exp2(scaled scores - norm)`` of raw scores, and the soft cap's derivative.
+
+    With a soft cap ``qk_scale`` gives twice the base-2 logits over the cap, and ``softcap`` is in base 2.
+    """
+    slope = 1.0
+    if SOFTCAP:
+        capped = 1.0 - 2.0 / (1.0 + gl.exp2(s * qk_scale))  # tanh
+        slope = 1.0 - capped * capped
+        p = gl.exp2(capped * softcap - norm)
+    else:
+        p = gl.exp2(s * qk_scale - norm)
+    return p, slope
+
+
+@gluon.jit
+def hide(p, keys, rows, offset, k_len, reach_back, reach_ahead):
+    """Probabilities, 0 where query ``rows`` may not see ``keys``; shapes that broadcast.
+
+    ``offset`` is ``Sk - Sq``; a row sees from ``reach_back`` keys before its diagonal to ``reach_ahead`` after it. The
+    limits are numbers of a key in the transposed products, where a thread has two of those and sixteen rows.
+    """
+    first = gl.where(keys < k_len, keys - offset - reach_ahead, NEVER)
+    last = keys - offset + reach_back
+    return gl.where((rows >= first) & (rows <= last), p, 0.0)
+
+
+# ---------------------------------------------------------------- the loader: which query rows come next
+
+
+@gluon.jit
+def next_place(ranges_ptr, part, at, end):
+    """The step after ``at``, in this range of a walk or the first of a later one."""
+    at += 1
+    while at >= end:
+        part += 1
+        at = gl.load(ranges_ptr + 2 * part)
+        end = gl.load(ranges_ptr + 2 * part + 1)
+    return part, at, end
+
+
+@gluon.jit
+def step_row(list_ptr, at, block, STEP: gl.constexpr, MASKED: gl.constexpr):
+    """First row of step ``at`` of a block list, or of all rows."""
+    if MASKED:
+        entry = at * STEP // block
+        row = gl.load(list_ptr + entry) * block + at * STEP - entry * block
+    else:
+        row = at * STEP
+    return row
+
+
+@gluon.jit
+def post_tile(record_ptr, tiles, full, empty, turn):
+    """Hand the record of tile number ``turn`` of this program to the warpgroups; ``record_ptr`` may point to a stop."""
+    slot = turn & 1
+    mbarrier.wait(empty.index(slot), ((turn >> 1) & 1) ^ 1)
+    fields = gl.arange(0, RECORD, gl.BlockedLayout([1], [32], [1], [0]))
+    tiles.index(slot).store(gl.load(record_ptr + fields))
+    mbarrier.arrive(full.index(slot), count=1)
+
+
+@gluon.jit
+def load_query_step(
+    q_desc, do_desc, numbers_desc, q_s, do_s, numbers_s, steps_s, q_full, q_empty, do_full, do_empty,
+    it, q_start, do_start, q_len, row, head, tile,
+):  # fmt: skip
+    """Ask for the 64 query rows at ``row`` of one head: Q and the row numbers together, dO on its own."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    stage = it & 1
+    parity = ((it >> 1) & 1) ^ 1
+    mbarrier.wait(q_empty.index(stage), parity)
+    steps_s.index(2 * (it & 3)).store(gl.full([1], tile, gl.int32, one))
+    steps_s.index(2 * (it & 3) + 1).store(gl.full([1], row, gl.int32, one))
+    mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + numbers_desc.block_type.nbytes)
+    load_rows(q_desc, q_start, q_len, row, head, q_full.index(stage), q_s.index(stage))
+    async_load(numbers_desc, [tile * 128], q_full.index(stage), numbers_s.index(stage))
+    mbarrier.wait(do_empty.index(stage), parity)
+    mbarrier.expect(do_full.index(stage), do_desc.block_type.nbytes)
+    load_rows(do_desc, do_start, q_len, row, head, do_full.index(stage), do_s.index(stage))
+
+
+@gluon.jit
+def gradients_loader(
+    q_desc, do_desc, numbers_desc, k_desc, v_desc, q_s, do_s, numbers_s, k_s, v_s, steps_s, tiles_s,
+    q_full, q_empty, do_full, do_empty, kv_full, kv_empty, tile_full, tile_empty,
+    record_ptr, ranges_ptr, counter_ptr, index_ptr, total, mask_stride_b, mask_stride_h, idx_width, row_tiles,
+    q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv, MASKED: gl.constexpr,
+):  # fmt: skip
+    """The loading warp of ``gradients_kernel``: claims tiles, and feeds K and V once and query rows step by step."""
+    it = 0
+    turn = 0
+    position = gl.program_id(0)
+    while position < total:
+        record = record_ptr + position * RECORD
+        post_tile(record, tiles_s, tile_full, tile_empty, turn)
+        x0 = gl.load(record + X0)
+        first_head = gl.load(record + HEAD) * heads
+        b = gl.load(record + SEQUENCE)
+        k_start = gl.load(record + X_START)
+        k_len = gl.load(record + X_LENGTH)
+        q_start = gl.load(record + Y_START)
+        q_len = gl.load(record + Y_LENGTH)
+        base = gl.load(record + TILE)
+        steps = gl.load(record + STEPS)
+        list_base = index_ptr + (b.to(gl.int64) * mask_stride_b + x0 // block_kv) * idx_width
+        walk = ranges_ptr + position * (6 * heads)
+        part = -1
+        at = -1
+        end = 0
+        for i in range(steps + 1):
+            # Step 0 goes ahead of K and V, whose tiles the previous epilogue still uses.
+            if (i == 1) | (steps == 0):
+                mbarrier.wait(kv_empty, (turn & 1) ^ 1)
+                mbarrier.expect(kv_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
+                for half in gl.static_range(2):
+                    load_rows(k_desc, b * k_rows + k_start, k_len, x0 + 64 * half, first_head // group, kv_full,
+                              k_s.index(half))  # fmt: skip
+                for half in gl.static_range(2):
+                    load_rows(v_desc, b * v_rows + k_start, k_len, x0 + 64 * half, first_head // group, kv_full,
+                              v_s.index(half))  # fmt: skip
+            if i < steps:
+                part, at, end = next_place(walk, part, at, end)
+                head = first_head + part % heads
+                list_ptr = list_base + (head // mask_group * mask_stride_h).to(gl.int64) * idx_width
+                row = step_row(list_ptr, at, block_q, 64, MASKED)
+                load_query_step(
+                    q_desc, do_desc, numbers_desc, q_s, do_s, numbers_s, steps_s, q_full, q_empty, do_full, do_empty,
+                    it, b * q_rows + q_start, b * do_rows + q_start, q_len, row, head,
+                    head * row_tiles + base + row // 64,
+                )  # fmt: skip
+                it += 1
+        turn += 1
+        # Claimed only now: a tile claimed while a long one runs would wait for it.
+        position = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
+    post_tile(record_ptr + total * RECORD, tiles_s, tile_full, tile_empty, turn)
+
+
+# ---------------------------------------------------------------- the warpgroups: gradients of 64 keys
+
+
+@gluon.jit
+def issue_dq(ds_s, k_s, slot, zeros, zero, CID: gl.constexpr, SHARED: gl.constexpr):
+    """Start dQ of 64 query rows: this warpgroup's half of the columns from all 128 keys, or all columns of its keys."""
+    if SHARED:
+        dq = warpgroup_mma(
+            ds_s.index(2 * slot).permute((1, 0)), k_s.index(zero).slice(64 * CID, 64, 1), zeros, use_acc=False,
+            is_async=True,
+        )  # fmt: skip
+        dq = warpgroup_mma(
+            ds_s.index(2 * slot + 1).permute((1, 0)), k_s.index(zero + 1).slice(64 * CID, 64, 1), dq, is_async=True
+        )
+    else:
+        dq = warpgroup_mma(
+            ds_s.index(2 * slot + CID).permute((1, 0)), k_s.index(zero + CID), zeros, use_acc=False, is_async=True
+        )
+    return dq
+
+
+@gluon.jit
+def emit_dq(dq, dq_desc, out_s, tile, CID: gl.constexpr, SHARED: gl.constexpr):
+    """Add a [64, 64] piece of dQ to its float32 tile, in the order in which the accumulator's threads hold it.
+
+    A thread's four neighbours in that order are 16 bytes and a warp's 512, so neither the stores to shared memory nor
+    the addition meet a conflict; ``convert_kernel`` puts rows and columns back. A negative tile is out of the map's
+    bounds: nothing is added.
+    """
+    flat = gl.reshape(gl.permute(gl.reshape(dq, [4, 2, 8, 8, 4, 2]), (3, 0, 2, 4, 1, 5)), [4096])
+    flat = gl.convert_layout(flat, gl.BlockedLayout([4], [32], [4], [0]), assert_trivial=True)
+    if SHARED:
+        piece = 2 * tile + CID
+    else:
+        piece = tile
+    tma.store_wait(0)
+    view(out_s, gl.float32, [4096], gl.SwizzledSharedLayout(1, 1, 1, [0])).store(flat)
+    fence_async_shared()
+    async_reduce_add(dq_desc, [piece * 32, 0], out_s)
+
+
+@gluon.jit
+def gradient_step(
+    dk, dv, earlier, zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s,
+    q_full, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free, ds_release, dq_desc,
+    it, x0, offset, k_len, reach_back, reach_ahead, qk_scale, softcap,
+    CID: gl.constexpr, MASK: gl.constexpr, WITH_DQ: gl.constexpr, SHARED: gl.constexpr, SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """One step: S and dP, then dV, then dK, and dQ of the step before.
+
+    dQ waits a step (``earlier`` is the tile it goes to) so that the warpgroups, which exchange their halves of dS
+    through shared memory, may run a little apart. A tile's last dQ is made after its steps; its first step has none to
+    make, and sends the product of what is there to tile -1, which is nowhere: cheaper than a branch around it.
+    """
+    S_LAYOUT: gl.constexpr = zeros.type.layout
+    A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    COLS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    dtype: gl.constexpr = q_s.dtype
+    stage = it & 1
+    other = stage ^ 1
+    parity = (it >> 1) & 1
+    zero = opaque_zero()
+    mbarrier.wait(q_full.index(stage), parity)
+    s = warpgroup_mma(
+        k_s.index(CID + zero), q_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
+    )  # [keys, rows]
+    mbarrier.wait(do_full.index(stage), parity)
+    dp = warpgroup_mma(
+        v_s.index(CID + zero), do_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
+    )  # [keys, rows]
+    norm = numbers_s.index(stage).slice(0, 64, 0).load(COLS)
+    tile = field(steps_s.index(2 * (it & 3)), 0)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    p, slope = probabilities(s, norm[None, :], qk_scale, softcap, SOFTCAP)
+    if MASK:
+        rows = field(steps_s.index(2 * (it & 3) + 1), 0) + gl.arange(0, 64, COLS)
+        keys = x0 + 64 * CID + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
+        p = hide(p, keys[:, None], rows[None, :], offset, k_len, reach_back, reach_ahead)
+    pa = gl.convert_layout(p.to(dtype), A_LAYOUT)
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    dv = warpgroup_mma(pa, do_s.index(stage), dv, is_async=True)
+    delta = numbers_s.index(stage).slice(64, 64, 0).load(COLS)
+    if SOFTCAP:
+        p = p * slope
+    ds = (p * (dp - delta[None, :])).to(dtype)
+    dsa = gl.convert_layout(ds, A_LAYOUT)
+    if WITH_DQ:
+        mbarrier.wait(ds_other.index(other), ((it - 1) >> 1) & 1)
+        dq = issue_dq(ds_s, k_s, other, zeros, zero, CID, SHARED)
+    dk = warpgroup_mma(dsa, q_s.index(stage), dk, is_async=True)
+    if WITH_DQ:
+        mbarrier.wait(ds_free.index(stage), parity ^ 1)
+        ds_s.index(2 * stage + CID).store(ds)
+        fence_async_shared()
+        mbarrier.arrive(ds_mine.index(stage), count=1)
+        dv, pa = warpgroup_mma_wait(3 if SHARED else 2, deps=(dv, pa))
+        mbarrier.arrive(do_empty.index(stage), count=1)
+        dq = warpgroup_mma_wait(1, deps=(dq,))
+        mbarrier.arrive(ds_release.index(other), count=1, pred=it > 0)
+        emit_dq(dq, dq_desc, out_s, earlier, CID, SHARED)
+    else:
+        dv, pa = warpgroup_mma_wait(1, deps=(dv, pa))
+        mbarrier.arrive(do_empty.index(stage), count=1)
+    dk, dsa = warpgroup_mma_wait(0, deps=(dk, dsa))
+    mbarrier.arrive(q_empty.index(stage), count=1)
+    return dk, dv, tile
+
+
+@gluon.jit
+def ahead_step(
+    dk, dv, p, zeros, q_s, do_s, numbers_s, k_s, v_s, steps_s, q_full, q_empty, do_full, do_empty,
+    it, more, x0, offset, k_len, reach_back, reach_ahead, qk_scale, CID: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """One step without dQ: dP, dV and dK of this step, and S of the next under them.
+
+    ``p`` is this step's, the result the next one's; after the last step it is of no use (``more`` is false).
+    """
+    S_LAYOUT: gl.constexpr = zeros.type.layout
+    A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    COLS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    dtype: gl.constexpr = q_s.dtype
+    stage = it & 1
+    other = stage ^ 1
+    parity = (it >> 1) & 1
+    zero = opaque_zero()
+    mbarrier.wait(do_full.index(stage), parity)
+    dp = warpgroup_mma(v_s.index(CID + zero), do_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    pa = gl.convert_layout(p.to(dtype), A_LAYOUT)
+    dv = warpgroup_mma(pa, do_s.index(stage), dv, is_async=True)
+    dp = warpgroup_mma_wait(1, deps=(dp,))
+    delta = numbers_s.index(stage).slice(64, 64, 0).load(COLS)
+    dsa = gl.convert_layout((p * (dp - delta[None, :])).to(dtype), A_LAYOUT)
+    mbarrier.wait(q_full.index(other), ((it + 1) >> 1) & 1, pred=more)
+    s = warpgroup_mma(k_s.index(CID + zero), q_s.index(other).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    dv, pa = warpgroup_mma_wait(1, deps=(dv, pa))
+    mbarrier.arrive(do_empty.index(stage), count=1)
+    dk = warpgroup_mma(dsa, q_s.index(stage), dk, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    p = next_probabilities(
+        s, numbers_s.index(other), steps_s, it + 1, x0, offset, k_len, reach_back, reach_ahead, qk_scale, CID, MASK
+    )
+    dk, dsa = warpgroup_mma_wait(0, deps=(dk, dsa))
+    mbarrier.arrive(q_empty.index(stage), count=1)
+    return dk, dv, p
+
+
+@gluon.jit
+def next_probabilities(
+    s, numbers, steps_s, it, x0, offset, k_len, reach_back, reach_ahead, qk_scale, CID: gl.constexpr,
+    MASK: gl.constexpr,
+):  # fmt: skip
+    """Probabilities of step ``it`` from its raw scores."""
+    S_LAYOUT: gl.constexpr = s.type.layout
+    COLS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    norm = numbers.slice(0, 64, 0).load(COLS)
+    p, _ = probabilities(s, norm[None, :], qk_scale, 0.0, False)
+    if MASK:
+        rows = field(steps_s.index(2 * (it & 3) + 1), 0) + gl.arange(0, 64, COLS)
+        keys = x0 + 64 * CID + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
+        p = hide(p, keys[:, None], rows[None, :], offset, k_len, reach_back, reach_ahead)
+    return p
+
+
+@gluon.jit
+def gradients_consumer(
+    dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s, tiles_s,
+    q_full, q_empty, do_full, do_empty, kv_full, kv_empty, tile_full, tile_empty,
+    ds_mine, ds_other, ds_free, ds_release, reach_back, reach_ahead, qk_scale, softcap, scale,
+    CID: gl.constexpr, BLOCK_D: gl.constexpr, WITH_DQ: gl.constexpr, SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup of ``gradients_kernel``: dK and dV of 64 keys, and its part of dQ."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    SHARED: gl.constexpr = BLOCK_D == 128
+    AHEAD: gl.constexpr = not WITH_DQ and not SOFTCAP
+    dtype: gl.constexpr = q_s.dtype
+    zeros = gl.zeros([64, 64], gl.float32, S_LAYOUT)
+    rows_s = view(out_s, dtype, [64, BLOCK_D], k_s.layout)
+    it = 0
+    turn = 0
+    mbarrier.wait(tile_full.index(0), 0)
+    head = field(tiles_s.index(0), HEAD)
+    while head >= 0:
+        record = tiles_s.index(turn & 1)
+        x0 = field(record, X0)
+        out_row = field(record, OUT_ROW)
+        k_len = field(record, X_LENGTH)
+        masked = field(record, MASKED_STEPS)
+        steps = field(record, STEPS)
+        offset = field(record, OFFSET)
+        mbarrier.arrive(tile_empty.index(turn & 1), count=1)
+        dk = gl.zeros([64, BLOCK_D], gl.float32, LAYOUT)
+        dv = gl.zeros([64, BLOCK_D], gl.float32, LAYOUT)
+        mbarrier.wait(kv_full, turn & 1)
+        if AHEAD:
+            mbarrier.wait(q_full.index(it & 1), (it >> 1) & 1, pred=steps > 0)
+            s = warpgroup_mma(k_s.index(CID), q_s.index(it & 1).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            p = next_probabilities(
+                s, numbers_s.index(it & 1), steps_s, it, x0, offset, k_len, reach_back, reach_ahead, qk_scale, CID, True
+            )
+            for i in range(0, masked - 1):
+                dk, dv, p = ahead_step(
+                    dk, dv, p, zeros, q_s, do_s, numbers_s, k_s, v_s, steps_s, q_full, q_empty, do_full, do_empty,
+                    it + i, i + 1 < steps, x0, offset, k_len, reach_back, reach_ahead, qk_scale, CID, True,
+                )  # fmt: skip
+            for i in range(gl.maximum(masked - 1, 0), steps):
+                dk, dv, p = ahead_step(
+                    dk, dv, p, zeros, q_s, do_s, numbers_s, k_s, v_s, steps_s, q_full, q_empty, do_full, do_empty,
+                    it + i, i + 1 < steps, x0, offset, k_len, reach_back, reach_ahead, qk_scale, CID, False,
+                )  # fmt: skip
+            it += steps
+        else:
+            tile = steps * 0 - 1
+            for i in range(0, masked):
+                dk, dv, tile = gradient_step(
+                    dk, dv, tile, zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s,
+                    q_full, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free, ds_release, dq_desc,
+                    it + i, x0, offset, k_len, reach_back, reach_ahead, qk_scale, softcap,
+                    CID, True, WITH_DQ, SHARED, SOFTCAP,
+                )  # fmt: skip
+            for i in range(masked, steps):
+                dk, dv, tile = gradient_step(
+                    dk, dv, tile, zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s,
+                    q_full, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free, ds_release, dq_desc,
+                    it + i, x0, offset, k_len, reach_back, reach_ahead, qk_scale, softcap,
+                    CID, False, WITH_DQ, SHARED, SOFTCAP,
+                )  # fmt: skip
+            it += steps
+            if WITH_DQ:
+                # The dQ that the last step left; the next tile's first step gives its dS back.
+                last = (it - 1) & 1
+                mbarrier.wait(ds_other.index(last), ((it - 1) >> 1) & 1)
+                dq = issue_dq(ds_s, k_s, last, zeros, 0, CID, SHARED)
+                dq = warpgroup_mma_wait(0, deps=(dq,))
+                emit_dq(dq, dq_desc, out_s, tile, CID, SHARED)
+        # The next record is asked for before the stores are waited for.
+        turn += 1
+        mbarrier.wait(tile_full.index(turn & 1), (turn >> 1) & 1)
+        next_head = field(tiles_s.index(turn & 1), HEAD)
+        v_s.index(CID).store(dv.to(dtype))
+        fence_async_shared()
+        store_rows(dv_desc, out_row, k_len, x0 + 64 * CID, head, v_s.index(CID))
+        tma.store_wait(1)
+        rows_s.store((dk * scale).to(dtype))
+        fence_async_shared()
+        store_rows(dk_desc, out_row, k_len, x0 + 64 * CID, head, rows_s)
+        tma.store_wait(1)
+        mbarrier.arrive(kv_empty, count=1)
+        head = next_head
+    tma.store_wait(0)
+
+
+@gluon.jit
+def one_barrier_a_stage():
+    """Two barriers that count one arrival each."""
+    barriers = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(barriers.index(i), count=1)
+    return barriers
+
+
+@gluon.jit(do_not_specialize=LENGTHS)
+def gradients_kernel(
+    q_desc, do_desc, numbers_desc, k_desc, v_desc, dk_desc, dv_desc, dq_desc,
+    record_ptr, ranges_ptr, counter_ptr, index_ptr, total, mask_stride_b, mask_stride_h, idx_width, row_tiles,
+    q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv,
+    reach_back, reach_ahead, qk_scale, softcap, scale,
+    BLOCK_D: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr, WITH_DQ: gl.constexpr,
+):  # fmt: skip
+    """Persistent programs: dK and dV of 128 keys of one KV head over ``heads`` query heads, and what they add to dQ.
+
+    Grid: any number of programs, at most a tile each. Tiles, their order and the steps of each come from
+    ``walk_kernel``. Without ``WITH_DQ`` nothing is added across programs, so the results are deterministic.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    tile_2d: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_s, q_full, q_empty = ring(dtype, 2, [64, BLOCK_D], tile_2d, 1, 2)
+    do_s, do_full, do_empty = ring(dtype, 2, [64, BLOCK_D], tile_2d, 1, 2)
+    tiles_s, tile_full, tile_empty = ring(gl.int32, 2, [RECORD], plain, 1, 2)
+    k_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], tile_2d)
+    v_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], tile_2d)
+    out_s = gl.allocate_shared_memory(gl.float32, [2, 32, 128], dq_desc.layout)
+    numbers_s = gl.allocate_shared_memory(gl.float32, [2, 128], numbers_desc.layout)
+    steps_s = gl.allocate_shared_memory(gl.int32, [8, 1], plain)
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    kv_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(kv_full, count=1)
+    mbarrier.init(kv_empty, count=2)
+    # A warpgroup's dS halves are at 0 and 2 or at 1 and 3. Their barriers are allocations of their own: the compiler
+    # orders uses of one allocation with barriers across the warpgroup.
+    ds_s = gl.allocate_shared_memory(dtype, [4 if WITH_DQ else 1, 64, 64], tile_2d)
+    full_0 = one_barrier_a_stage()
+    full_1 = one_barrier_a_stage()
+    free_0 = one_barrier_a_stage()
+    free_1 = one_barrier_a_stage()
+    fence_async_shared()
+    # A warpgroup that needs no other's dS waits for its own.
+    ALONE: gl.constexpr = BLOCK_D != 128
+    gl.warp_specialize([
+        (gradients_consumer, (
+            dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s.index(0), steps_s, tiles_s,
+            q_full, q_empty, do_full, do_empty, kv_full, kv_empty, tile_full, tile_empty,
+            full_0, full_0 if ALONE else full_1, free_0, free_0 if ALONE else free_1,
+            reach_back, reach_ahead, qk_scale, softcap, scale, 0, BLOCK_D, WITH_DQ, SOFTCAP,
+        )),
+        (gradients_consumer, (
+            dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s.index(1), steps_s, tiles_s,
+            q_full, q_empty, do_full, do_empty, kv_full, kv_empty, tile_full, tile_empty,
+            full_1, full_1 if ALONE else full_0, free_1, free_1 if ALONE else free_0,
+            reach_back, reach_ahead, qk_scale, softcap, scale, 1, BLOCK_D, WITH_DQ, SOFTCAP,
+        )),
+        (gradients_loader, (
+            q_desc, do_desc, numbers_desc, k_desc, v_desc, q_s, do_s, numbers_s, k_s, v_s, steps_s, tiles_s,
+            q_full, q_empty, do_full, do_empty, kv_full, kv_empty, tile_full, tile_empty,
+            record_ptr, ranges_ptr, counter_ptr, index_ptr, total, mask_stride_b, mask_stride_h, idx_width, row_tiles,
+            q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv, MASKED,
+        )),
+    ], [4, 1], [240, 24])  # fmt: skip

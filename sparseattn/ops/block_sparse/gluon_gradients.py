@@ -1,0 +1,344 @@
+"""Launches of the Hopper backward pass: what it takes, how the work is cut, and which kernels run in which order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sparseattn.kernels import LAUNCH
+from sparseattn.kernels.gradients import dq_from_sums_kernel, sum_parts_kernel, tile_numbers_kernel
+from sparseattn.kernels.hopper import row_tiles, tile_layout
+from sparseattn.kernels.walks import UNBOUNDED, walk_kernel, walks
+from sparseattn.ops.block_sparse.geometry import Geometry
+from sparseattn.ops.block_sparse.gluon_backward import gradients_kernel
+from sparseattn.ops.block_sparse.gluon_backward_dq import dq_kernel
+
+LOG2E = 1.4426950408889634
+
+
+def unsupported_backward_reason(
+    q: Tensor, k: Tensor, v: Tensor, g: Geometry, deterministic: bool = False
+) -> str | None:
+    """Why these kernels cannot run the call, or None."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"the Hopper backward takes bfloat16 and float16, not {q.dtype}"
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "the Hopper backward needs a GPU of compute capability 9.0"
+    if g.scale <= 0:
+        return f"the Hopper backward needs a positive scale, not {g.scale}"
+    dim = max(q.shape[-1], v.shape[-1])
+    if dim > 128 or q.shape[-1] % 8 or v.shape[-1] % 8:
+        return f"the Hopper backward takes head dimensions up to 128, multiples of 8, not {q.shape[-1]}/{v.shape[-1]}"
+    if g.kv_num_blocks is not None:
+        rows = 128 if deterministic else 64
+        if g.block_q % rows or g.block_kv % 128:
+            blocks = f"{g.block_q} by {g.block_kv}"
+            return f"the Hopper backward takes mask blocks of multiples of {rows} by 128, not {blocks}"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not _copyable(t, g.packed):
+            return (
+                f"the Hopper backward takes last strides of 1, others of whole 16 bytes, and batch strides of whole "
+                f"rows, not the strides {tuple(t.stride())} of {name}"
+            )
+    return None
+
+
+def _copyable(t: Tensor, packed: bool) -> bool:
+    """Whether a tensor map with ``row_tiles``'s strides describes the tensor."""
+    strides = [s for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1]
+    whole = all(s > 0 and s * t.element_size() % 16 == 0 for s in strides)
+    whole = whole and t.stride(-3) * t.element_size() % 16 == 0 and t.stride(-2) * t.element_size() % 16 == 0
+    rows = packed or t.shape[0] == 1 or (t.stride(1) > 0 and t.stride(0) % t.stride(1) == 0)
+    return t.stride(-1) == 1 and whole and rows and t.stride(-3) > 0 and t.data_ptr() % 16 == 0
+
+
+def _batch_rows(t: Tensor, packed: bool) -> int:
+    """Rows between the sequences of a batch."""
+    return 0 if packed or t.shape[0] == 1 else t.stride(0) // t.stride(1)
+
+
+def _strides(t: Tensor, packed: bool) -> tuple[int, ...]:
+    return (0, *t.stride()) if packed else t.stride()
+
+
+def _lists(counts: Tensor | None, indices: Tensor | None) -> tuple[Tensor, Tensor, int, int, int] | None:
+    """Block lists as kernel arguments: pointers, list rows per batch entry and per head, width of a list."""
+    if counts is None or indices is None:
+        return None
+    batch, heads, rows = counts.shape
+    if indices.shape[-1] == 0:  # no list has an entry; nothing is read
+        indices = counts[..., None]
+    return counts.contiguous(), indices.contiguous(), 0 if batch == 1 else heads * rows, rows, indices.shape[-1]
+
+
+def heads_per_program(group: int, tiles: int, processors: int) -> int:
+    """Query heads of a group that one program walks; the others' partial dK and dV are summed afterwards.
+
+    Longer walks amortise a tile's keys and need no sums, shorter ones balance better. On an H200 at 16K, 128-blocks
+    and four heads a group, two heads beat four by 7 % dense and 3 % at a tenth; at 32K four win where blocks are
+    skipped.
+    """
+    heads = group
+    while heads > 2 and heads % 2 == 0 and tiles * group < 12 * processors * heads:
+        heads //= 2
+    return heads
+
+
+def _score_factors(g: Geometry) -> tuple[float, float]:
+    """Factors on raw scores and of the cap, as ``probabilities`` takes them."""
+    if g.softcap > 0:
+        return 2 * LOG2E * g.scale / g.softcap, g.softcap * LOG2E
+    return g.scale * LOG2E, 0.0
+
+
+def backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    g: Geometry,
+    deterministic: bool = False,
+    heads: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and the sinks; see ``reference.backward``, which this matches.
+
+    Args:
+        deterministic: Give the same bits every time, at the price of two more products (10-15 %).
+        heads: Query heads of a group that one program walks, instead of ``heads_per_program``'s choice.
+    """
+    ragged_q, ragged_k = g.q_start is not None, g.k_start is not None
+    # Contiguous whatever the inputs' strides: that is what a traced graph was told. Rows outside a sequence stay zero.
+    dq = (torch.zeros if ragged_q else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = ((torch.zeros if ragged_k else torch.empty)(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
+    if q.numel() == 0 or k.numel() == 0 or g.max_q == 0 or g.max_k == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), None if sinks is None else torch.zeros_like(sinks)
+    if not _copyable(do, g.packed):
+        do = do.contiguous()
+    numbers, sums, dsink = _row_numbers(do, dlse, q, v, o, lse, sinks, g, not deterministic)
+    _keys_pass(do, q, k, v, dq, dk, dv, numbers, sums, g, heads)
+    if deterministic:
+        _queries_pass(do, q, k, v, dq, numbers, g)
+    else:
+        tiles = triton.cdiv(g.max_q, 64)
+        dq_from_sums_kernel[(tiles, q.shape[-2], g.batch)](
+            sums, dq, *_spans(g, lse)[:2], _strides(dq, g.packed), g.max_q, _row_tiles(q, g), g.scale,
+            D=q.shape[-1], BLOCK_D=_padded(q, v), RAGGED_Q=ragged_q, PACKED=g.packed, num_warps=8, **LAUNCH,
+        )  # fmt: skip
+    if sinks is None:
+        return dq, dk, dv, None
+    over = (1,) if g.packed else (0, 2)
+    return dq, dk, dv, dsink.sum(over).to(sinks.dtype)
+
+
+def _padded(q: Tensor, v: Tensor) -> int:
+    return 64 if max(q.shape[-1], v.shape[-1]) <= 64 else 128
+
+
+def _processors(q: Tensor) -> int:
+    return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 3
+
+
+def _row_tiles(q: Tensor, g: Geometry) -> int:
+    """Tiles of 64 query rows of one head, whole ones for every sequence; ``first_query_tile`` numbers them."""
+    return q.shape[0] // 64 + g.batch if g.packed else g.batch * triton.cdiv(g.max_q, 64)
+
+
+def _spans(g: Geometry, stand_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q_start, q_end = (stand_in, stand_in) if g.q_start is None else (g.q_start, g.q_end)
+    k_start, k_end = (stand_in, stand_in) if g.k_start is None else (g.k_start, g.k_end)
+    return q_start, q_end, k_start, k_end  # type: ignore[return-value]
+
+
+def _row_numbers(
+    do: Tensor, dlse: Tensor | None, q: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks: Tensor | None, g: Geometry,
+    zero: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Row numbers, zeroed float32 sums for dQ (if asked for), and each row's share of the sink's gradient."""
+    heads = q.shape[-2]
+    tiles = _row_tiles(q, g)
+    block_d = _padded(q, v)
+    numbers = torch.empty(heads * tiles * 128, dtype=torch.float32, device=q.device)
+    # The tensor map of a pass that adds nothing still wants memory.
+    sums = torch.empty(heads * tiles * 64 * block_d if zero else 4096, dtype=torch.float32, device=q.device)
+    dsink = lse if sinks is None else torch.zeros_like(lse)
+    rows = q.shape[0] if g.packed else q.shape[1]
+    tile_numbers_kernel[(triton.cdiv(g.max_q, 64), heads, g.batch)](
+        o, do, lse, lse if dlse is None else dlse.contiguous(), lse if sinks is None else sinks,
+        numbers, sums, dsink, *_spans(g, lse)[:2], _strides(o, g.packed), _strides(do, g.packed),
+        0 if g.packed else heads * rows, rows, g.max_q, tiles,
+        DV=v.shape[-1], BLOCK_DV=max(16, triton.next_power_of_2(v.shape[-1])), BLOCK_D=block_d,
+        SINKS=sinks is not None, DLSE=dlse is not None, ZERO=zero, RAGGED_Q=g.q_start is not None, PACKED=g.packed,
+        num_warps=4, **LAUNCH,
+    )  # fmt: skip
+    return numbers, sums, dsink
+
+
+def _maps(q: Tensor, k: Tensor, v: Tensor, do: Tensor, key_rows: int, cols: int) -> tuple[TensorDescriptor, ...]:
+    return (
+        row_tiles(q, 1, 64, cols),
+        row_tiles(do, 1, 64, cols),
+        row_tiles(k, 1, key_rows, cols),
+        row_tiles(v, 1, key_rows, cols),
+    )
+
+
+def _reach(g: Geometry) -> tuple[int, int]:
+    """Keys that a row sees before and after its diagonal."""
+    ahead = 0 if g.causal else g.window_right
+    return UNBOUNDED if g.window_left < 0 else g.window_left, UNBOUNDED if ahead < 0 else ahead
+
+
+def _keys_pass(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, numbers: Tensor, sums: Tensor,
+    g: Geometry, heads: int | None,
+) -> None:  # fmt: skip
+    """dK and dV, and dQ's sums unless ``sums`` is too small to hold any."""
+    heads_q, heads_k = q.shape[-2], k.shape[-2]
+    group = heads_q // heads_k
+    block_d = _padded(q, v)
+    processors = _processors(q)
+    with_dq = sums.numel() == numbers.numel() // 2 * block_d
+    if heads is None:
+        tiles = g.batch * heads_k * triton.cdiv(g.max_k, 128)
+        heads = heads_per_program(group, tiles, processors) if with_dq else group
+    parts = group // heads
+    dk_part, dv_part = dk, dv
+    if parts > 1:
+        make = torch.empty if g.k_start is None else torch.zeros
+        dk_part, dv_part = (
+            make((*t.shape[:-2], heads_k * parts, t.shape[-1]), dtype=t.dtype, device=t.device) for t in (k, v)
+        )
+    masked = g.kv_num_blocks is not None
+    lists = _lists(g.q_num_blocks, g.q_indices) if masked else None
+    mask_group = heads_q // g.kv_num_blocks.shape[1] if g.kv_num_blocks is not None else 1
+    records, ranges, counter, total = walks(
+        lists, _spans(g, numbers), keys=True, batch=g.batch, lengths=(g.max_q, g.max_k), window=_reach(g),
+        heads=heads_k * parts, per_head=heads, section_heads=parts, mask_group=mask_group,
+        blocks=(g.block_kv, g.block_q) if masked else (128, 64), step=64,
+        out_rows=0 if g.packed else k.shape[1], packed=g.packed,
+        ragged=(g.q_start is not None, g.k_start is not None), processors=processors, device=q.device,
+    )  # fmt: skip
+    q_map, do_map, k_map, v_map = _maps(q, k, v, do, 64, block_d)
+    numbers_map = TensorDescriptor(numbers, [numbers.numel()], [1], [128], NVMMASharedLayout(0, 32, 1))
+    sums_map = TensorDescriptor(sums, [sums.numel() // 128, 128], [128, 1], [32, 128], NVMMASharedLayout(0, 32, 2))
+    _, indices, *strides = lists or (records, records, 0, 0, 0)
+    factor, cap = _score_factors(g)
+    gradients_kernel[(min(total, processors),)](
+        q_map, do_map, numbers_map, k_map, v_map, row_tiles(dk_part, 1, 64, block_d),
+        row_tiles(dv_part, 1, 64, block_d), sums_map, records, ranges, counter, indices, total, *strides,
+        _row_tiles(q, g), *(_batch_rows(t, g.packed) for t in (q, k, v, do)), heads, group, mask_group, g.block_q,
+        g.block_kv, *_reach(g), factor, cap, g.scale, BLOCK_D=block_d, MASKED=masked, SOFTCAP=g.softcap > 0,
+        WITH_DQ=with_dq, num_warps=4, **LAUNCH,
+    )  # fmt: skip
+    if parts > 1:
+        largest = max(dk.numel(), dv.numel())
+        sum_parts_kernel[(triton.cdiv(largest, 2048),)](
+            dk_part, dv_part, dk, dv, dk.numel(), dv.numel(), D=dk.shape[-1], DV=dv.shape[-1], PARTS=parts,
+            BLOCK=2048, num_warps=4, **LAUNCH,
+        )  # fmt: skip
+
+
+def _queries_pass(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, numbers: Tensor, g: Geometry
+) -> None:  # fmt: skip
+    """dQ by query rows, added up in one program each."""
+    heads_q, heads_k = q.shape[-2], k.shape[-2]
+    group = heads_q // heads_k
+    block_d = _padded(q, v)
+    processors = _processors(q)
+    masked = g.kv_num_blocks is not None
+    lists = _lists(g.kv_num_blocks, g.kv_indices)
+    mask_group = heads_q // g.kv_num_blocks.shape[1] if g.kv_num_blocks is not None else 1
+    records, ranges, counter, total = walks(
+        lists, _spans(g, numbers), keys=False, batch=g.batch, lengths=(g.max_q, g.max_k), window=_reach(g),
+        heads=heads_q, per_head=1, section_heads=group, mask_group=mask_group,
+        blocks=(g.block_q, g.block_kv) if masked else (128, 128), step=128,
+        out_rows=0 if g.packed else q.shape[1], packed=g.packed,
+        ragged=(g.q_start is not None, g.k_start is not None), processors=processors, device=q.device,
+    )  # fmt: skip
+    q_map, do_map, k_map, v_map = _maps(q, k, v, do, 128, block_d)
+    _, indices, *strides = lists or (records, records, 0, 0, 0)
+    factor, cap = _score_factors(g)
+    dq_kernel[(min(total, processors),)](
+        q_map, do_map, k_map, v_map, row_tiles(dq, 1, 64, block_d), numbers, records, ranges, counter, indices, total,
+        *strides, _row_tiles(q, g), *(_batch_rows(t, g.packed) for t in (q, k, v, do)), group, mask_group, g.block_q,
+        g.block_kv, *_reach(g), factor, cap, g.scale, BLOCK_D=block_d, MASKED=masked, SOFTCAP=g.softcap > 0,
+        num_warps=4, **LAUNCH,
+    )  # fmt: skip
+
+
+def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[Any, Any], int, int]]:
+    """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
+    cases = []
+    for dim in (64, 128):
+        for variant, flags in (
+            ("fused", {"WITH_DQ": True}),
+            ("fused-dense", {"WITH_DQ": True, "MASKED": False}),
+            ("fused-softcap", {"WITH_DQ": True, "SOFTCAP": True}),
+            ("keys", {}),
+            ("keys-softcap", {"SOFTCAP": True}),
+        ):
+            cases.append((f"gradients-{variant}-{dim}-sm90", *_offline(gradients_kernel, dim, 64, flags), 4, 1))
+        for variant, flags in (("plain", {}), ("softcap", {"SOFTCAP": True})):
+            cases.append((f"dq-hopper-{variant}-{dim}-sm90", *_offline(dq_kernel, dim, 128, flags), 4, 1))
+        cases.append((f"numbers-{dim}", *_offline(tile_numbers_kernel, dim, 64, _ALL), 4, 1))
+        cases.append((f"from-sums-{dim}", *_offline(dq_from_sums_kernel, dim, 64, _ALL), 8, 1))
+    cases.append(("sum-parts", *_offline(sum_parts_kernel, 128, 64, {}), 4, 1))
+    cases.append(("walk-keys", *_offline(walk_kernel, 128, 64, {**_ALL, "KEYS": True}), 4, 1))
+    cases.append(("walk-queries", *_offline(walk_kernel, 128, 64, {**_ALL, "STEP": 128}), 4, 1))
+    return cases
+
+
+_ALL = dict.fromkeys(("SINKS", "DLSE", "ZERO", "RAGGED_Q", "RAGGED_K", "PACKED"), True)
+
+
+def _offline(
+    function: Any, dim: int, key_rows: int, flags: dict[str, Any]
+) -> tuple[Any, dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Kernel, signature, constexprs and attributes of a bfloat16 call with contiguous tensors and 128-blocks."""
+    constants: dict[str, Any] = {
+        "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "HEADS": 2, "HEADS_P2": 2, "GROUP": 4, "MASK_GROUP": 1,
+        "BLOCK_Q": 128, "BLOCK_KV": 128, "BLOCK_X": 128, "BLOCK_Y": 128, "STEP": 64, "ROWS": 128, "TILES": 64,
+        "OTHERS": 256, "PARTS": 2, "BLOCK": 2048, "MASKED": True, **flags,
+    }  # fmt: skip
+    tile = f"tensordesc<bf16[1, 1, 1, {{}}, {dim}],{tile_layout()!r}>"
+    maps = {
+        "numbers_desc": f"tensordesc<fp32[128],{NVMMASharedLayout(0, 32, 1)!r}>",
+        "dq_desc": f"tensordesc<fp32[32, 128],{NVMMASharedLayout(0, 32, 2)!r}>",
+        "k_desc": tile.format(key_rows),
+        "v_desc": tile.format(key_rows),
+    }
+    if function is dq_kernel:
+        maps["dq_desc"] = tile.format(64)
+    floats = {"lse_ptr", "dlse_ptr", "numbers_ptr", "sums_ptr", "sinks_ptr", "dsink_ptr"}
+    integers = {"record_ptr", "ranges_ptr", "counter_ptr", "index_ptr", "count_ptr"}
+    signature: dict[str, Any] = {}
+    constexprs: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for i, param in enumerate(function.params):
+        name = param.name
+        if param.is_constexpr:
+            signature[name] = "constexpr"
+            constexprs[(i,)] = constants.get(name, False)
+        elif name.endswith("_desc"):
+            signature[name] = maps.get(name, tile.format(64))
+        elif name in ("stride_o", "stride_do", "stride_dq"):
+            signature[name] = ("i32", "i32", "i32", "constexpr")
+            constexprs[(i, 3)] = 1
+            attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
+        elif name.endswith("_ptr"):
+            integer = name in integers or name[2:] in ("start_ptr", "end_ptr")
+            signature[name] = "*fp32" if name in floats else "*i32" if integer else "*bf16"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name in ("scale", "softcap", "qk_scale") else "i32"
+    return function, signature, constexprs, attributes
