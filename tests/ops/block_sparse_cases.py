@@ -41,6 +41,8 @@ class Case:
     layout: str = "bshd"
     lengths: tuple[tuple[int, int], ...] = ()
     ranges: tuple[Span, ...] = ()
+    columns: int = 0  # drawn for each row of blocks; what lies in its blocks is dropped
+    means: bool = False
     interpret: bool = True  # also under Triton's interpreter, which takes seconds for what it compiles in none
 
     def __str__(self) -> str:
@@ -99,6 +101,34 @@ CASES = [
         "padding-and-empty", interpret=False, batch=3, seq=(40, 60), mask_batch=3,
         ranges=(((0, 40), (3, 50)), ((9, 9), (0, 60)), ((5, 40), (20, 20))),
     ),
+    Case("columns-per-head", columns=20, density=0.3, heads=(4, 2), mask_heads=4, seq=(75, 75)),
+    Case("columns-per-kv-head", interpret=False, columns=90, density=0.2, heads=(4, 2), mask_heads=2, seq=(60, 120)),
+    Case("columns-shared-fp16", columns=70, density=0.1, heads=(4, 2), seq=(70, 101), dtype=F16, block=(32, 16)),
+    Case("columns-alone", interpret=False, columns=9, density=0.0, heads=(4, 2), mask_heads=4, sinks=True, dtype=F16),
+    Case(
+        "columns-window-softcap", columns=40, density=0.2, window=(30, 5), mask_window=(25, None), softcap=3.0,
+        causal=False, mask_causal=False, seq=(64, 90), mask_heads=2,
+    ),
+    Case("columns-packed", columns=25, density=0.3, lengths=((17, 50), (5, 0), (40, 23)), mask_batch=3, mask_heads=2),
+    Case(
+        "columns-left-padding", interpret=False, columns=25, density=0.3, batch=2, seq=(50, 50),
+        ranges=(((0, 50), (0, 50)), ((13, 50), (13, 50))),
+    ),
+    Case("columns-bf16", interpret=False, columns=30, density=0.2, dtype=torch.bfloat16, heads=(4, 2), mask_heads=4),
+    Case("means-per-head", means=True, density=0.2, heads=(4, 2), mask_heads=4, seq=(90, 90)),
+    Case("means-shared-fp16", means=True, density=0.1, heads=(4, 2), seq=(50, 107), dtype=F16, block=(32, 16)),
+    Case("means-alone", interpret=False, means=True, density=0.0, sinks=True, dtype=F16, seq=(64, 100)),
+    Case(
+        "means-window-softcap", means=True, density=0.2, window=(60, 9), softcap=3.0, causal=False, mask_causal=False,
+        seq=(70, 130), mask_heads=2,
+    ),
+    Case("means-packed", means=True, density=0.3, lengths=((17, 50), (5, 0), (40, 33)), mask_batch=3, mask_heads=2),
+    Case(
+        "means-left-padding", interpret=False, means=True, density=0.3, batch=2, seq=(80, 80),
+        ranges=(((0, 80), (0, 80)), ((13, 80), (13, 80))),
+    ),
+    Case("means-and-columns", means=True, columns=30, density=0.2, heads=(4, 2), mask_heads=2, seq=(60, 91)),
+    Case("means-bf16", interpret=False, means=True, density=0.2, dtype=torch.bfloat16, heads=(4, 2), mask_heads=4),
 ]  # fmt: skip
 
 # Shapes that are slow under the interpreter and meant for real tensor cores.
@@ -171,6 +201,12 @@ def build(case: Case, device: str = "cpu", dtype: torch.dtype | None = None, see
             window=case.mask_window, empty_rows=case.empty_rows, device=device, seed=seed,
         )  # fmt: skip
         kwargs["causal"] = case.causal or None
+        if case.columns:
+            shape = (case.mask_batch, case.mask_heads, mask.num_q_blocks, case.columns)
+            columns = torch.randint(lengths[1], shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+            mask = mask.with_columns(columns.to(device), sort=True)
+        if case.means:
+            kwargs["mean_correction"] = True
     sinks = None
     if case.sinks:
         generator = torch.Generator().manual_seed(seed + 1)
@@ -179,7 +215,12 @@ def build(case: Case, device: str = "cpu", dtype: torch.dtype | None = None, see
 
 
 def visible_tokens(case: Case, problem: Problem, sequence: int) -> Tensor:
-    """bool ``[1, H, sq, sk]`` of one sequence, from the definitions: listed block, diagonal, windows."""
+    """bool ``[1, H, sq, sk]`` of one sequence, from the definitions: listed block or column, diagonal, windows."""
+    return _framed(case, problem, sequence) & _listed(case, problem, sequence)
+
+
+def _framed(case: Case, problem: Problem, sequence: int) -> Tensor:
+    """bool ``[1, 1, sq, sk]``: what diagonal and windows leave visible."""
     (q0, q1), (k0, k1) = problem.spans[sequence]
     i = torch.arange(q1 - q0, device=problem.q.device)[:, None] + (k1 - k0) - (q1 - q0)
     j = torch.arange(k1 - k0, device=problem.q.device)[None, :]
@@ -191,13 +232,70 @@ def visible_tokens(case: Case, problem: Problem, sequence: int) -> Tensor:
             seen &= j >= i - left
         if right is not None:
             seen &= j <= i + right
+    return seen[None, None]
+
+
+def _listed(case: Case, problem: Problem, sequence: int) -> Tensor:
+    """bool ``[1, H, sq, sk]``: tokens in listed blocks, and columns."""
+    (q0, q1), (k0, k1) = problem.spans[sequence]
+    device = problem.q.device
     if problem.mask is None or case.block is None:
-        return seen[None, None]
+        return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
     blocks = problem.mask.to_blocks()
-    blocks = blocks[sequence if blocks.shape[0] > 1 else 0]
-    rows = torch.arange(q1 - q0, device=seen.device) // case.block[0]
-    cols = torch.arange(k1 - k0, device=seen.device) // case.block[1]
-    return (seen & blocks[:, rows][:, :, cols])[None]
+    row = sequence if blocks.shape[0] > 1 else 0
+    rows = torch.arange(q1 - q0, device=device) // case.block[0]
+    cols = torch.arange(k1 - k0, device=device) // case.block[1]
+    listed = blocks[row][:, rows][:, :, cols]
+    if problem.mask.column_indices is not None:
+        tokens = torch.arange(k1 - k0, device=device)
+        listed = listed | (problem.mask.column_indices[row][:, rows, :, None] == tokens).any(2)
+    return listed[None]
+
+
+def _means(case: Case, problem: Problem, sequence: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean keys and values ``[1, NB, Hkv, D]`` of a sequence's blocks, and for each row how many keys each stands for.
+
+    A block counts for a row if all of its tokens are visible to it and it is not listed; columns are taken off.
+    """
+    assert problem.mask is not None
+    assert case.block is not None
+    framed, listed = _framed(case, problem, sequence), _listed(case, problem, sequence)
+    listed = listed.expand(1, problem.mask.heads, *framed.shape[2:])
+    blocks = problem.mask.to_blocks()[sequence if problem.mask.to_blocks().shape[0] > 1 else 0]
+    rows = torch.arange(framed.shape[2], device=k.device) // case.block[0]
+    keys, values, weights = [], [], []
+    for j, first in enumerate(range(0, k.shape[1], case.block[1])):
+        tokens = slice(first, min(first + case.block[1], k.shape[1]))
+        keys.append(k[:, tokens].mean(1))
+        values.append(v[:, tokens].mean(1))
+        skipped = ~blocks[:, rows, j] & framed[0, :, :, tokens].all(-1)
+        weights.append(skipped * (~listed[0, :, :, tokens]).sum(-1))
+    return torch.stack(keys, 1), torch.stack(values, 1), torch.stack(weights, -1)[None]
+
+
+def _attend_with_means(
+    case: Case, problem: Problem, sequence: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``dense_attention`` of one sequence with the mean correction, in the tensors' dtype."""
+    group = q.shape[2] // k.shape[2]
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    allowed = visible_tokens(case, problem, sequence)
+    mean_k, mean_v, weights = _means(case, problem, sequence, k, v)
+    k, v = torch.cat([k, mean_k], 1), torch.cat([v, mean_v], 1)
+    weights = torch.cat([allowed.expand(*weights.shape[:3], -1).to(work), weights.to(work)], -1)
+    qt, kt, vt = q.transpose(1, 2), *(t.transpose(1, 2).repeat_interleave(group, dim=1) for t in (k, v))
+    if weights.shape[1] not in (1, q.shape[2]):
+        weights = weights.repeat_interleave(group, dim=1)
+    scores = (qt @ kt.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if case.scale is None else case.scale)
+    if case.softcap:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    scores = scores.to(work) + weights.log()
+    empty = ~(weights > 0).any(-1, keepdim=True).expand(*scores.shape[:-1], 1)
+    safe = scores.masked_fill(empty, 0.0)
+    lse = safe.logsumexp(-1)
+    joined = lse if sinks is None else torch.logaddexp(lse, sinks.to(work)[:, None])
+    p = torch.exp(safe - joined[..., None]).masked_fill(empty, 0.0)
+    return (p.to(q.dtype) @ vt).transpose(1, 2), lse.masked_fill(empty[..., 0], -torch.inf)
 
 
 def dense_result(
@@ -219,10 +317,14 @@ def dense_result(
         if order is not None:
             keys = keys[torch.randperm(k1 - k0, generator=torch.Generator().manual_seed(order))]
         keys = keys.to(q.device)
-        part_o, part_lse = dense_attention(
-            q[row : row + 1, q0:q1], k[row : row + 1, keys], v[row : row + 1, keys],
-            visible_tokens(case, problem, b)[..., keys - k0], case.scale, case.softcap, sinks,
-        )  # fmt: skip
+        if case.means and k1 > k0:
+            spans = q[row : row + 1, q0:q1], k[row : row + 1, k0:k1], v[row : row + 1, k0:k1]
+            part_o, part_lse = _attend_with_means(case, problem, b, *spans, sinks)
+        else:
+            part_o, part_lse = dense_attention(
+                q[row : row + 1, q0:q1], k[row : row + 1, keys], v[row : row + 1, keys],
+                visible_tokens(case, problem, b)[..., keys - k0], case.scale, case.softcap, sinks,
+            )  # fmt: skip
         o[row] = torch.cat([o[row][:, :q0], part_o, o[row][:, q1:]], dim=1)
         lse[row] = torch.cat([lse[row][..., :q0], part_lse, lse[row][..., q1:]], dim=2)
     whole_o, whole_lse = torch.cat(o), torch.cat(lse)

@@ -28,11 +28,12 @@ def block_sparse_attention(
     max_seqlen_k: int | None = None,
     ranges_q: Tensor | None = None,
     ranges_k: Tensor | None = None,
+    mean_correction: bool = False,
     return_lse: bool = False,
     deterministic: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention over exactly the key blocks that a mask lists; dense attention without one.
+    """Softmax attention over exactly the key blocks and columns that a mask lists; dense attention without one.
 
     Differentiable in q, k, v and sinks, through the output and through the LSE. Works under
     ``torch.compile(fullgraph=True)`` and, with the Triton kernels, in a CUDA graph. A query row that sees no key gives
@@ -43,8 +44,8 @@ def block_sparse_attention(
             strides; packed ``[total_q, Hq, D]`` with ``cu_seqlens_q``.
         k: Keys ``[B, Sk, Hkv, D]`` of the same dtype; Hq must be a multiple of Hkv.
         v: Values ``[B, Sk, Hkv, Dv]``; Dv may differ from D.
-        mask: Which key blocks every query block attends, with 1, Hkv or Hq heads and batch 1 or B, for exactly these
-            lengths (of ragged batches, the longest). None: every key.
+        mask: Which key blocks, and which single keys besides, every query block attends, with 1, Hkv or Hq heads and
+            batch 1 or B, for exactly these lengths (of ragged batches, the longest). None: every key.
         causal: Query i sees key j only if ``j <= i + Sk - Sq`` (bottom-right aligned, lengths of the sequence itself).
             None: as the mask says, or True without a mask. True on a mask that is not causal applies both; False on
             one that is causal is an error.
@@ -60,6 +61,14 @@ def block_sparse_attention(
         ranges_q: int32 [B, 2], valid rows ``[start, end)`` of every row of a padded batch (left or right padding).
             Rows outside give output 0, LSE -inf and gradient 0.
         ranges_k: int32 [B, 2], likewise for keys and values (padding, caches longer than their content).
+        mean_correction: Attend the blocks that the mask skips by their means, the zero-order correction of
+            FlashPrefill v2: to query i, every key block j that is not listed for its row of blocks and that it sees
+            whole (all n of its keys lie before the end, under the diagonal and in the window; a block cut short by the
+            end of its sequence is whole with fewer) is one more key, the mean of the block's keys, with the mean of
+            its values, counted n times. Its score is that of any key plus log n:
+            ``softcap(scale * q_i . mean_j) + log n``, in output and LSE alike. Keys that the row attends as columns are
+            not counted again: they are taken off n, not out of the mean. Gradients flow through the means. Blocks that
+            the diagonal or a window cuts contribute nothing. Without a mask nothing is skipped.
         return_lse: Also return the LSE.
         deterministic: Gradients must be the same bits in every run, which "gluon" then computes by another, slower
             kernel. Outputs always are, and so are gradients of the other implementations.
@@ -80,6 +89,7 @@ def block_sparse_attention(
             q, k, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k, ranges_q=ranges_q, ranges_k=ranges_k,
         ),
+        mean_correction,
     )  # fmt: skip
     if not isinstance(deterministic, bool):
         raise argument_error("deterministic", "a bool", repr(deterministic), kind=TypeError)
@@ -104,6 +114,7 @@ def unsupported_reason(
     max_seqlen_k: int | None = None,
     ranges_q: Tensor | None = None,
     ranges_k: Tensor | None = None,
+    mean_correction: bool = False,
     impl: str = "auto",
 ) -> str | None:
     """Why ``block_sparse_attention`` with these arguments and this ``impl`` would not run, or None if it would.
@@ -116,5 +127,6 @@ def unsupported_reason(
             q, k, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k, ranges_q=ranges_q, ranges_k=ranges_k,
         ),
+        mean_correction,
     )  # fmt: skip
     return resolve(q, k, v, g, impl)[2]

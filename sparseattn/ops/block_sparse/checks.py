@@ -29,6 +29,7 @@ def make_geometry(
     sinks: Tensor | None,
     impl: str,
     seq: Sequences,
+    mean_correction: bool = False,
 ) -> Geometry:
     """Check everything but the layout (``resolve_sequences`` did) and bring it to one form."""
     if impl != "auto" and impl not in IMPLEMENTATIONS:
@@ -36,7 +37,10 @@ def make_geometry(
     _check_tensors(q, k, v)
     if causal is not None and not isinstance(causal, bool):
         raise argument_error("causal", "True, False or None", repr(causal), kind=TypeError)
+    if not isinstance(mean_correction, bool):
+        raise argument_error("mean_correction", "True or False", repr(mean_correction), kind=TypeError)
     left, right = _window(window, "window")
+    columns: tuple[Tensor | None, Tensor | None] = (None, None)
     if mask is None:
         is_causal = causal is not False
         lists: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -49,6 +53,8 @@ def make_geometry(
             )
         is_causal = bool(causal) or mask.causal
         lists = (mask.kv_num_blocks, mask.kv_indices)
+        if mask.column_indices is not None and mask.column_indices.shape[-1] > 0:
+            columns = (mask.column_counts(), mask.column_indices)
         block_q, block_kv = mask.block_size
         mask_left, mask_right = _window(mask.window, "mask.window")
         left, right = _narrower(left, mask_left), _narrower(right, mask_right)
@@ -74,6 +80,9 @@ def make_geometry(
         -1 if is_causal else right,
         q.shape[-1] ** -0.5 if scale is None else _number("scale", scale),
         _softcap(softcap),
+        *columns,
+        # Without a mask nothing is skipped.
+        mean_correction and mask is not None,
     )
 
 

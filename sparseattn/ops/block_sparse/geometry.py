@@ -30,6 +30,9 @@ class Geometry(NamedTuple):
         window_right: Keys above ``i + Sk - Sq + window_right`` are hidden; -1 means unbounded.
         scale: Factor on q . k.
         softcap: ``cap * tanh(score / cap)`` on scaled scores; 0 means none.
+        column_counts: int32 [B|1, H, MB], how many columns each row of blocks lists; None without columns.
+        column_indices: int32 [B|1, H, MB, C], the columns of the BlockMask, or None.
+        mean_correction: Blocks that a row sees whole and that are not listed are attended by their means.
     """
 
     kv_num_blocks: Tensor | None
@@ -51,3 +54,6 @@ class Geometry(NamedTuple):
     window_right: int
     scale: float
     softcap: float
+    column_counts: Tensor | None = None
+    column_indices: Tensor | None = None
+    mean_correction: bool = False

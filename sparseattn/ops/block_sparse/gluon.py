@@ -112,6 +112,8 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, backward: b
         return f"the Gluon kernels take bfloat16 and float16, not {q.dtype}"
     if g.scale <= 0:
         return f"the Gluon kernels need a positive scale, not {g.scale}"
+    if g.column_indices is not None or g.mean_correction:
+        return "the Gluon kernels attend listed blocks only: no columns, no mean correction"
     for name, dim in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
         if dim > 256 or dim % 8:
             return f"the Gluon kernels take head dimensions up to 256 in multiples of 8, not {dim} of {name}"

@@ -78,7 +78,7 @@ _GEOMETRY = (
     "Tensor? kv_num_blocks, Tensor? kv_indices, Tensor? q_num_blocks, Tensor? q_indices, "
     "SymInt block_q, SymInt block_kv, Tensor? q_start, Tensor? q_end, Tensor? k_start, Tensor? k_end, "
     "SymInt batch, SymInt max_q, SymInt max_k, bool packed, bool causal, SymInt window_left, SymInt window_right, "
-    "float scale, float softcap"
+    "float scale, float softcap, Tensor? column_counts, Tensor? column_indices, bool mean_correction"
 )
 _LIBRARY.define(
     f"block_sparse_fwd(Tensor q, Tensor k, Tensor v, Tensor? sinks, str impl, {_GEOMETRY}) -> (Tensor, Tensor)"
@@ -197,8 +197,8 @@ class BlockSparse(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         g = Geometry(*geometry)
         o, lse = _forward_op(q, k, v, sinks, impl, *g._replace(q_num_blocks=None, q_indices=None))
-        ctx.save_for_backward(q, k, v, o, lse, sinks, *g[:4], *g[6:10])
-        ctx.numbers = (impl, deterministic, g[4:6], g[10:])
+        ctx.save_for_backward(q, k, v, o, lse, sinks, *g[:4], *g[6:10], *g[19:21])
+        ctx.numbers = (impl, deterministic, g[4:6], g[10:19], g[21:])
         ctx.set_materialize_grads(False)
         return o, lse
 
@@ -206,10 +206,9 @@ class BlockSparse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, o, lse, sinks, *tensors = ctx.saved_tensors
-        impl, deterministic, blocks, rest = ctx.numbers
+        impl, deterministic, blocks, numbers, flags = ctx.numbers
         if do is None:
             do = torch.zeros_like(o)
-        dq, dk, dv, dsinks = _backward_op(
-            do, dlse, q, k, v, o, lse, sinks, impl, deterministic, *tensors[:4], *blocks, *tensors[4:], *rest
-        )
+        geometry = (*tensors[:4], *blocks, *tensors[4:8], *numbers, *tensors[8:], *flags)
+        dq, dk, dv, dsinks = _backward_op(do, dlse, q, k, v, o, lse, sinks, impl, deterministic, *geometry)
         return dq, dk, dv, None if sinks is None else dsinks, None, None, *([None] * len(Geometry._fields))

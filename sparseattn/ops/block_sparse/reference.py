@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.ops.block_sparse.extra_keys import Extra, ExtraKeys
 from sparseattn.ops.block_sparse.geometry import Geometry
 
 # Rows of a tile when there is no mask to say, and scores a tile may hold before KV heads are taken one at a time. On a
@@ -40,6 +41,7 @@ class _Tile(NamedTuple):
         keys: Token range ``(first, last)`` when the listed blocks are adjacent, else int32 block numbers.
         right: Column from which some row must not see a key, or None.
         left: Column up to which some row must not see a key, or None.
+        extra: Columns and means of skipped blocks, behind the keys of the listed blocks; or None.
     """
 
     kv_heads: slice
@@ -48,6 +50,7 @@ class _Tile(NamedTuple):
     keys: tuple[int, int] | Tensor
     right: int | None
     left: int | None
+    extra: Extra | None
 
 
 class _Sequence:
@@ -81,6 +84,7 @@ class _Sequence:
         step = _DENSE_ROWS if lists is None else self.g.block_q
         for head in range(mask_heads):
             table = None if lists is None else lists.rows(self.index, head)
+            extra_rows = None if lists is None or lists.extra is None else lists.extra.rows(self.index, head)
             if mask_heads == 1:
                 kv_heads, per_kv = range(self.heads_k), group
             else:
@@ -88,10 +92,18 @@ class _Sequence:
                 kv_heads = range(head * per_kv // group, head * per_kv // group + 1)
             for m, r0 in enumerate(range(0, self.len_q, step)):
                 r1 = min(r0 + step, self.len_q)
-                span = self._span(r0, r1) if table is None else self._listed(r0, r1, table, m)
-                if span is None:
+                low, high = self.lo(r0), self.hi(r1 - 1)
+                if low > high:
                     continue
-                keys, columns, right, left = span
+                keys, columns, right, left = self._span(r0, r1) if table is None else self._listed(r0, r1, table, m)
+                extra = None
+                if lists is not None and lists.extra is not None and table is not None:
+                    extra = lists.extra.of_tile(
+                        extra_rows, m, table.blocks[m][: table.counts[m]], low, high, self.len_k
+                    )
+                    columns += len(extra)
+                if columns == 0:
+                    continue
                 shared = len(kv_heads) * per_kv * (r1 - r0) * columns <= budget
                 for first in kv_heads[:1] if shared else kv_heads:
                     count = len(kv_heads) if shared else 1
@@ -103,13 +115,12 @@ class _Sequence:
                         keys,
                         right,
                         left,
+                        extra,
                     )
 
-    def _span(self, r0: int, r1: int) -> tuple[tuple[int, int], int, int | None, int | None] | None:
+    def _span(self, r0: int, r1: int) -> tuple[tuple[int, int], int, int | None, int | None]:
         """Keys of rows ``r0..r1`` of dense attention: one token range."""
         first, last = self.lo(r0), self.hi(r1 - 1) + 1
-        if first >= last:
-            return None
         right = max(0, self.hi(r0) + 1 - first)
         left = min(self.lo(r1 - 1), last) - first
         columns = last - first
@@ -117,14 +128,14 @@ class _Sequence:
 
     def _listed(
         self, r0: int, r1: int, table: _Rows, m: int
-    ) -> tuple[tuple[int, int] | Tensor, int, int | None, int | None] | None:
+    ) -> tuple[tuple[int, int] | Tensor, int, int | None, int | None]:
         """Keys of a row of blocks: its list, less the blocks that no row of it can see."""
         size = self.g.block_kv
         blocks = table.blocks[m][: table.counts[m]]
         a = bisect_left(blocks, self.lo(r0) // size)
         c = bisect_right(blocks, self.hi(r1 - 1) // size)
-        if a >= c or self.hi(r1 - 1) < 0:
-            return None
+        if a >= c:
+            return (0, 0), 0, None, None
         # Blocks up to `full` lie below every row's last visible key; those from `seen` on above every row's first.
         full = bisect_left(blocks, (self.hi(r0) + 1) // size, a, c)
         seen = bisect_left(blocks, -(-self.lo(r1 - 1) // size), a, c)
@@ -148,7 +159,8 @@ class _Rows(NamedTuple):
 class _Lists:
     """The mask's lists, brought to the host one head at a time."""
 
-    def __init__(self, counts: Tensor, indices: Tensor) -> None:
+    def __init__(self, counts: Tensor, indices: Tensor, extra: ExtraKeys | None) -> None:
+        self.extra = extra
         self.shared = counts.shape[0] == 1
         self.heads = counts.shape[1]
         self.counts = counts.cpu()
@@ -161,6 +173,16 @@ class _Lists:
         return _Rows(self.counts[b, head].tolist(), indices.tolist(), indices)
 
 
+def _lists(g: Geometry, work: torch.dtype, device: torch.device) -> _Lists | None:
+    """The mask of a call, or None for dense attention."""
+    if g.kv_num_blocks is None or g.kv_indices is None:
+        return None
+    extra = None
+    if g.column_indices is not None or g.mean_correction:
+        extra = ExtraKeys(g.column_indices, g.mean_correction, g.block_kv, work, device)
+    return _Lists(g.kv_num_blocks, g.kv_indices, extra)
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks.
 
@@ -171,7 +193,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) 
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     o = q.new_zeros((*q.shape[:-1], v.shape[-1]))
     lse = _full_lse(q, work)
-    lists = None if g.kv_num_blocks is None or g.kv_indices is None else _Lists(g.kv_num_blocks, g.kv_indices)
+    lists = _lists(g, work, q.device)
     sink = None if sinks is None else sinks.to(work)[:, None]
     for seq in _sequences(q, k, g):
         keys = _Keys(k[seq.k_rows], v[seq.k_rows], seq, work, lists is None)
@@ -223,7 +245,7 @@ def backward(
     """
     work = lse.dtype
     dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    lists = None if g.kv_num_blocks is None or g.kv_indices is None else _Lists(g.kv_num_blocks, g.kv_indices)
+    lists = _lists(g, work, q.device)
     sink = None if sinks is None else sinks.to(work)[:, None]
     dsink = None if sinks is None else torch.zeros_like(sinks, dtype=work)
     for seq in _sequences(q, k, g):
@@ -245,16 +267,17 @@ def backward(
             n = kt.shape[0]
             at = (tile.q_heads, tile.rows)
             s = _scores(qs, kt, keys, tile, g)
-            cap = (s / g.softcap).square_().neg_().add_(1) if g.softcap else None
+            cap = _cap_slope(s, tile, g.softcap) if g.softcap else None
             p = s.sub_(ls[at].reshape(n, -1, 1)).exp_()
             do_t = dos[at].reshape(n, -1, dos.shape[-1])
-            keys.add(dvs, tile, torch.bmm(p.transpose(1, 2), do_t))
+            keys.add(1, dvs, tile, torch.bmm(p.transpose(1, 2), do_t))
             ds = torch.bmm(do_t, vt.transpose(1, 2)).sub_(delta[at].reshape(n, -1, 1)).mul_(p)
             if cap is not None:
                 # Hidden scores are -inf, where the factor is too; their weight is exactly 0.
                 ds = ds.mul_(cap.masked_fill_(cap == -math.inf, 0))
             dqs[at] = torch.bmm(ds, kt).view(-1, tile.rows.stop - tile.rows.start, kt.shape[-1])
-            keys.add(dks, tile, torch.bmm(ds.transpose(1, 2), qs[at].reshape(n, -1, qs.shape[-1])))
+            keys.add(0, dks, tile, torch.bmm(ds.transpose(1, 2), qs[at].reshape(n, -1, qs.shape[-1])))
+        keys.spread_means(dks, dvs)
         dq[seq.q_rows] = (dqs * g.scale).transpose(0, 1).to(dq.dtype)
         # Padded rows of different sequences never overlap, so each is written once.
         dk[seq.k_rows] = (dks[:, : seq.len_k] * g.scale).transpose(0, 1).to(dk.dtype)
@@ -276,27 +299,58 @@ class _Keys:
         rows = torch.arange(seq.len_q, device=k.device)[:, None]
         self.hi = rows * 0 + (seq.len_k - 1) if seq.shift_hi is None else (rows + seq.shift_hi).clamp(max=seq.len_k - 1)
         self.lo = None if seq.shift_lo is None else rows + seq.shift_lo
+        self.means: tuple[Tensor, Tensor] | None = None
+        if seq.g.mean_correction and not dense:
+            first = torch.arange(0, length, self.size, device=k.device)
+            self.block_lengths = (seq.len_k - first).clamp(max=self.size)[:, None]
+            self.means = (self._mean(self.k), self._mean(self.v))
+            self.mean_grads = (torch.zeros_like(self.means[0]), torch.zeros_like(self.means[1]))
+
+    def _mean(self, t: Tensor) -> Tensor:
+        """``[H, NB, head dim]``, the mean of every block's tokens (padding is zero)."""
+        return t.unflatten(1, (-1, self.size)).sum(2) / self.block_lengths
 
     def gather(self, tile: _Tile) -> tuple[Tensor, Tensor]:
-        """``[KV heads of the tile, its keys, head dim]`` of K and V."""
-        return self._gather(self.k, tile), self._gather(self.v, tile)
+        """``[KV heads of the tile, its keys, head dim]`` of K and V; extra keys last."""
+        return self._gather(0, self.k, tile), self._gather(1, self.v, tile)
 
-    def _gather(self, t: Tensor, tile: _Tile) -> Tensor:
+    def _gather(self, which: int, t: Tensor, tile: _Tile) -> Tensor:
         t = t[tile.kv_heads]
-        if isinstance(tile.keys, tuple):
-            return t[:, tile.keys[0] : tile.keys[1]]
         n, _, dim = t.shape
-        return t.view(n, -1, self.size * dim).index_select(1, tile.keys).view(n, -1, dim)
+        if isinstance(tile.keys, tuple):
+            listed = t[:, tile.keys[0] : tile.keys[1]]
+        else:
+            listed = t.view(n, -1, self.size * dim).index_select(1, tile.keys).view(n, -1, dim)
+        if tile.extra is None:
+            return listed
+        parts = [listed, t.index_select(1, tile.extra.columns)]
+        if self.means is not None:
+            parts.append(self.means[which][tile.kv_heads].index_select(1, tile.extra.blocks))
+        return torch.cat(parts, 1)
 
-    def add(self, grad: Tensor, tile: _Tile, value: Tensor) -> None:
-        """Add the gradient of what ``gather`` returned. Blocks of a list are unique, so this is deterministic."""
+    def add(self, which: int, grad: Tensor, tile: _Tile, value: Tensor) -> None:
+        """Add the gradient of what ``gather`` returned. Entries of a list are unique, so this is deterministic."""
         grad = grad[tile.kv_heads]
+        if tile.extra is not None:
+            listed = value.shape[1] - len(tile.extra)
+            value, columns, means = value.split(
+                [listed, tile.extra.columns.shape[0], tile.extra.blocks.shape[0]], dim=1
+            )
+            grad.index_add_(1, tile.extra.columns, columns)
+            if self.means is not None:
+                self.mean_grads[which][tile.kv_heads].index_add_(1, tile.extra.blocks, means)
         if isinstance(tile.keys, tuple):
             grad[:, tile.keys[0] : tile.keys[1]] += value
         else:
             n, _, dim = grad.shape
             flat = self.size * dim
             grad.view(n, -1, flat).index_add_(1, tile.keys, value.view(n, -1, flat))
+
+    def spread_means(self, dk: Tensor, dv: Tensor) -> None:
+        """Give every token its share of the gradient of its block's mean."""
+        if self.means is not None:
+            for grad, mean_grad in zip((dk, dv), self.mean_grads, strict=True):
+                grad += (mean_grad / self.block_lengths).repeat_interleave(self.size, 1)
 
     def columns(self, tile: _Tile, part: slice) -> Tensor:
         """Token positions of some of the tile's columns; ``part`` starts and ends between blocks."""
@@ -314,8 +368,15 @@ def _scores(qs: Tensor, kt: Tensor, keys: _Keys, tile: _Tile, g: Geometry) -> Te
     s = qt.new_empty((n, qt.shape[1], columns)).baddbmm_(qt, kt.transpose(1, 2), beta=0, alpha=g.scale)
     if g.softcap:
         s.div_(g.softcap).tanh_().mul_(g.softcap)
+    by_row = s.view(-1, tile.rows.stop - tile.rows.start, columns)
+    if tile.extra is not None:
+        extra = by_row[..., columns - len(tile.extra) :].add_(tile.extra.bias)
+        hidden = tile.extra.last > keys.hi[tile.rows]
+        if keys.lo is not None:
+            hidden = hidden | (tile.extra.first < keys.lo[tile.rows])
+        extra.masked_fill_(hidden, -math.inf)
+        by_row = by_row[..., : columns - len(tile.extra)]
     if tile.right is not None or tile.left is not None:
-        by_row = s.view(-1, tile.rows.stop - tile.rows.start, columns)
         if tile.right is not None:
             hidden = keys.columns(tile, slice(tile.right, None)) > keys.hi[tile.rows]
             by_row[..., tile.right :].masked_fill_(hidden, -math.inf)
@@ -323,6 +384,14 @@ def _scores(qs: Tensor, kt: Tensor, keys: _Keys, tile: _Tile, g: Geometry) -> Te
             hidden = keys.columns(tile, slice(None, tile.left)) < keys.lo[tile.rows]
             by_row[..., : tile.left].masked_fill_(hidden, -math.inf)
     return s
+
+
+def _cap_slope(s: Tensor, tile: _Tile, softcap: float) -> Tensor:
+    """Derivative of the soft cap, from the scores that ``_scores`` returned; -inf where those are hidden."""
+    slope = s / softcap
+    if tile.extra is not None:
+        slope[..., s.shape[-1] - len(tile.extra) :] -= tile.extra.bias / softcap
+    return slope.square_().neg_().add_(1)
 
 
 def _kept_by_sink(lse: Tensor, sink: Tensor) -> Tensor:

@@ -134,6 +134,8 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, backward: b
         return f"the Triton kernels take head dimensions up to 256, not {max(q.shape[-1], v.shape[-1])}"
     if g.scale <= 0:
         return f"the Triton kernels need a positive scale, not {g.scale}"
+    if g.column_indices is not None or g.mean_correction:
+        return "the Triton kernels attend listed blocks only: no columns, no mean correction"
     if not q.is_cuda and not triton.knobs.runtime.interpret:
         return f"the Triton kernels need a CUDA tensor (or TRITON_INTERPRET=1), not one on {q.device}"
     if not q.is_cuda and q.dtype == torch.bfloat16:
