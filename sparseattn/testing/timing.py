@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
@@ -18,8 +19,8 @@ import sparseattn
 
 # Larger than any L2 there is.
 _FLUSH_BYTES = 256 * 2**20
-# Clock cycles for which the GPU waits while the host queues a run: about half a millisecond.
-_QUEUEING_CYCLES = 1_000_000
+# Clock cycles for which the GPU waits while the host queues a run: half a millisecond to fifteen.
+_QUEUEING_CYCLES = (1_000_000, 30_000_000)
 
 
 def time_ms(
@@ -28,8 +29,8 @@ def time_ms(
     """Time ``run`` with a cold L2.
 
     On a GPU a buffer larger than any L2 is written before each run, events bracket the run, and all of it is queued
-    behind a short sleep, so that the time Python takes to launch, which a model hides behind earlier kernels, is in
-    nobody's time. On a CPU it is wall-clock time.
+    behind a sleep as long as the host needs for that, so that the time Python takes to launch, which a model hides
+    behind earlier kernels, is in nobody's time. On a CPU it is wall-clock time.
 
     Args:
         run: What to time; it has been called once already, so that nothing compiles inside.
@@ -42,14 +43,13 @@ def time_ms(
     """
     cuda = device.type == "cuda"
     flush = torch.empty(_FLUSH_BYTES if cuda else 0, dtype=torch.int8, device=device)
+    cycles = _QUEUEING_CYCLES[0]
 
     def once() -> float:
         if not cuda:
-            start = time.perf_counter()
-            run()
-            return (time.perf_counter() - start) * 1e3
+            return _seconds(run) * 1e3
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(_QUEUEING_CYCLES)
+        torch.cuda._sleep(cycles)
         flush.zero_()
         begin.record()
         run()
@@ -57,6 +57,10 @@ def time_ms(
         end.synchronize()
         return begin.elapsed_time(end)
 
+    if cuda:
+        # At 2 GHz, half as long again as launching took.
+        cycles = min(max(cycles, int(3e9 * _seconds(run))), _QUEUEING_CYCLES[1])
+        torch.cuda.synchronize(device)
     warm = once()
     count = max(runs[0], min(runs[1], int(budget_ms / max(warm, 1e-3))))
     times = sorted(once() for _ in range(count))
@@ -68,15 +72,24 @@ def time_ms(
     }
 
 
+def _seconds(run: Callable[[], object]) -> float:
+    """How long a call keeps the host."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def wall_ms(run: Callable[[], object], device: torch.device, *, runs: int = 5) -> float:
     """Median wall-clock milliseconds from a quiet device to a quiet device: what work on the host costs, too."""
+
+    def settled() -> None:
+        run()
+        _synchronize(device)
+
     times = []
     for _ in range(runs):
         _synchronize(device)
-        start = time.perf_counter()
-        run()
-        _synchronize(device)
-        times.append((time.perf_counter() - start) * 1e3)
+        times.append(_seconds(settled) * 1e3)
     return round(statistics.median(times), 4)
 
 
@@ -139,49 +152,54 @@ def package_version(package: str) -> str | None:
         return None
 
 
-# What nvidia-smi calls what a row keeps, in the order it is asked for.
-_GPU_FIELDS = {
-    "clocks.sm": "sm_mhz",
+# What nvidia-smi calls what a row keeps: what changes from one moment to the next, and what does not.
+_MOVING = {"clocks.sm": "sm_mhz", "power.draw": "power_w"}
+_FIXED = {
     "clocks.max.sm": "sm_max_mhz",
-    "clocks.mem": "memory_mhz",
-    "power.draw": "power_w",
+    "clocks.max.mem": "memory_max_mhz",
     "power.limit": "power_limit_w",
     "driver_version": "driver",
 }
 
 
 def gpu_state() -> dict[str, Any] | None:
-    """Clocks, power and driver of the current GPU at this moment; None without a GPU.
+    """Clock and power of the current GPU at this moment, their limits and the driver; None without a GPU.
 
-    A GPU that has just been busy still shows the clocks it worked at: ask right after a measurement. Fields that
-    nobody answers for are None.
+    A GPU that has just been busy still shows the clock it worked at: ask right after a measurement. Fields that nobody
+    answers for are None.
     """
     if not torch.cuda.is_available():
         return None
-    state: dict[str, Any] = dict.fromkeys(_GPU_FIELDS.values())
-    answer = _nvidia_smi()
-    if len(answer) == len(_GPU_FIELDS):
-        state.update(zip(_GPU_FIELDS.values(), map(_number, answer), strict=True))
-    if state["sm_mhz"] is None:
-        try:
-            state["sm_mhz"] = float(torch.cuda.clock_rate())
-        except Exception:  # needs NVML and its Python package; without them the clock is unknown, not wrong
-            state["sm_mhz"] = None
-    return state
+    return {**_moving(), **_fixed(torch.cuda.current_device())}
 
 
-def _nvidia_smi() -> list[str]:
+def _moving() -> dict[str, Any]:
+    try:
+        return {"sm_mhz": float(torch.cuda.clock_rate()), "power_w": torch.cuda.power_draw() / 1e3}
+    except Exception:  # they need NVML's Python package; starting a program instead is slower, and as good
+        return _nvidia_smi(_MOVING)
+
+
+@functools.cache
+def _fixed(device: int) -> dict[str, Any]:
+    return _nvidia_smi(_FIXED)
+
+
+def _nvidia_smi(fields: dict[str, str]) -> dict[str, Any]:
+    """What nvidia-smi answers for ``fields`` of the current GPU, under our names; None for each without an answer."""
     # The driver counts the machine's GPUs, torch those it may see; the UUID is the same in both.
-    index = str(torch.cuda.current_device())
-    uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
-    which = f"GPU-{uuid}" if uuid is not None and os.environ.get("CUDA_VISIBLE_DEVICES") else index
-    command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits", "-i", which]
+    index = torch.cuda.current_device()
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    which = f"GPU-{uuid}" if uuid is not None and os.environ.get("CUDA_VISIBLE_DEVICES") else str(index)
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", which]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
-        return []
-    lines = done.stdout.strip().splitlines()
-    return [field.strip() for field in lines[0].split(",")] if lines else []
+        return dict.fromkeys(fields.values())
+    answer = done.stdout.strip().split(",")
+    if len(answer) != len(fields):
+        return dict.fromkeys(fields.values())
+    return dict(zip(fields.values(), (_number(field.strip()) for field in answer), strict=True))
 
 
 def _number(text: str) -> float | str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -80,48 +81,62 @@ def test_environment_is_data() -> None:
     assert timing.package_version("no-such-package") is None
 
 
+def no_nvml() -> int:
+    raise ModuleNotFoundError("pynvml does not seem to be installed")
+
+
 @pytest.fixture
-def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="abc"))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-
-@pytest.mark.usefixtures("a_gpu")
-def test_gpu_state_reads_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """A machine with a GPU and nvidia-smi but without NVML's Python package; what nvidia-smi was asked."""
+    answers = {
+        "--query-gpu=clocks.sm,power.draw": "1755, [N/A]\n",
+        "--query-gpu=clocks.max.sm,clocks.max.mem,power.limit,driver_version": "1980, 3201, 700.00, 580.159.04\n",
+    }
+    asked: list[list[str]] = []
 
     def run(command: list[str], **_: object) -> SimpleNamespace:
         asked.append(command)
-        return SimpleNamespace(stdout="1755, 1980, 3201, [N/A], 700.00, 580.159.04\n")
+        return SimpleNamespace(stdout=answers[command[1]])
 
     monkeypatch.setattr(subprocess, "run", run)
-    expected = {"sm_mhz": 1755.0, "sm_max_mhz": 1980.0, "memory_mhz": 3201.0, "power_w": None, "power_limit_w": 700.0}
-    assert timing.gpu_state() == {**expected, "driver": "580.159.04"}
-    assert asked[-1][-2:] == ["-i", "1"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="abc"))
+    monkeypatch.setattr(torch.cuda, "clock_rate", no_nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    timing._fixed.cache_clear()
+    yield asked
+    timing._fixed.cache_clear()
+
+
+FIXED = {"sm_max_mhz": 1980.0, "memory_max_mhz": 3201.0, "power_limit_w": 700.0, "driver": "580.159.04"}
+
+
+def test_gpu_state_reads_nvidia_smi(a_gpu: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert timing.gpu_state() == {"sm_mhz": 1755.0, "power_w": None, **FIXED}
+    assert a_gpu[-1][-2:] == ["-i", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # the driver's numbering is another one then
     timing.gpu_state()
-    assert asked[-1][-2:] == ["-i", "GPU-abc"]
+    assert a_gpu[-1][-2:] == ["-i", "GPU-abc"]
+    assert len(a_gpu) == 3, "what does not change is asked once"
 
 
 @pytest.mark.usefixtures("a_gpu")
-def test_gpu_state_without_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_state_prefers_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "clock_rate", lambda: 1830)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda: 512_500)
+    assert timing.gpu_state() == {"sm_mhz": 1830.0, "power_w": 512.5, **FIXED}
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_gpu_state_when_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(*_: object, **__: object) -> None:
         raise FileNotFoundError("nvidia-smi")
 
-    def no_nvml() -> int:
-        raise ModuleNotFoundError("pynvml does not seem to be installed")
-
     monkeypatch.setattr(subprocess, "run", absent)
-    monkeypatch.setattr(torch.cuda, "clock_rate", no_nvml)
     state = timing.gpu_state()
     assert state is not None
     assert set(state.values()) == {None}
-    monkeypatch.setattr(torch.cuda, "clock_rate", lambda: 1830)
-    state = timing.gpu_state()
-    assert state is not None
-    assert state["sm_mhz"] == 1830.0
 
 
 @pytest.mark.gpu
