@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.rivals.registry import Prepared, implementation
 from sparseattn import BlockMask, block_sparse_attention
-from sparseattn.ops.block_sparse import IMPLEMENTATIONS, unsupported_reason
+from sparseattn.ops.block_sparse import unsupported_reason
 from sparseattn.testing.baselines import Unsupported
 from sparseattn.testing.timing import time_ms, wall_ms
 from sparseattn.testing.workloads import Problem
@@ -26,8 +25,6 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = None
 
 
 def _prepare(problem: Problem, impl: str, *, dense: bool = False, **options: Any) -> Prepared:
-    if impl not in IMPLEMENTATIONS:
-        raise Unsupported(f"this version has no implementation {impl!r}")
     mask = None if dense else problem.mask
     options |= {"causal": problem.causal} if dense else {}
     reason = unsupported_reason(*problem.qkv, mask, impl=impl, causal=options.get("causal"))
@@ -38,19 +35,22 @@ def _prepare(problem: Problem, impl: str, *, dense: bool = False, **options: Any
         # Where patterns change, building the mask is paid, too: on the device, and with the host's part.
         built = time_ms(problem.build_mask, problem.device, budget_ms=100.0)
         said = {"build_ms": built["ms"], "build_wall_ms": wall_ms(problem.build_mask, problem.device)}
-    return Prepared(partial(attend_blocks, *problem.qkv, mask, impl=impl, **options), said)
 
+    def run() -> Tensor:
+        try:
+            return attend_blocks(*problem.qkv, mask, impl=impl, **options)
+        except ValueError as error:  # some run a call but not its gradient, and say so only when one is asked for
+            if str(error).startswith("impl: "):
+                raise Unsupported(str(error)) from error
+            raise
 
-def _deterministic(problem: Problem, impl: str) -> Prepared:
-    if "deterministic" not in inspect.signature(block_sparse_attention).parameters:
-        raise Unsupported("this version has no argument 'deterministic'")
-    return _prepare(problem, impl, deterministic=True)
+    return Prepared(run, said)
 
 
 for _impl in _KERNELS:
     implementation(f"sparseattn_{_impl}")(partial(_prepare, impl=_impl))
     implementation(f"sparseattn_{_impl}_dense", dense=True)(partial(_prepare, impl=_impl, dense=True))
-implementation("sparseattn_gluon_deterministic", ops=("backward",))(partial(_deterministic, impl="gluon"))
+implementation("sparseattn_gluon_deterministic", ops=("backward",))(partial(_prepare, impl="gluon", deterministic=True))
 
 
 @implementation("sparseattn_reference")

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from sparseattn.cli.common import UserError, clean_errors, describe_device, notes, pick_device, settle_threads
 from sparseattn.ops.block_sparse import IMPLEMENTATIONS, block_sparse_attention, unsupported_reason
+from sparseattn.ops.block_sparse.library import AUTO
 from sparseattn.testing import baselines
 from sparseattn.testing.timing import break_even, environment
 from sparseattn.testing.workloads import DTYPES, Problem
@@ -147,8 +148,11 @@ def _measure(problems: list[Problem], impl: str, flex: bool, budget_ms: float) -
 
 
 def _ours(problem: Problem, impl: str, masked: bool = True) -> baselines.Prepared:
+    """Our operator, over the mask or dense, and which implementation that is."""
     mask = problem.mask if masked else None
-    return partial(block_sparse_attention, *problem.qkv, mask, impl=impl), {}  # type: ignore[return-value]
+    names = AUTO.get(problem.device.type, ("reference",)) if impl == "auto" else (impl,)
+    runs = [name for name in names if unsupported_reason(*problem.qkv, mask, impl=name) is None]
+    return partial(block_sparse_attention, *problem.qkv, mask, impl=impl), {"impl": runs[0] if runs else impl}  # type: ignore[return-value]
 
 
 def _entry(
@@ -162,8 +166,8 @@ def _entry(
         result = {"reason": str(reason)}
     except AssertionError as error:
         result = {"reason": f"wrong result: {error}", "wrong": True}
-    except (RuntimeError, ValueError, NotImplementedError) as error:  # a compiler or a backend that does not do this
-        if name in (OURS, OURS_DENSE):
+    except Exception as error:  # compilers and backends that do not do this fail in all sorts of ways
+        if name in (OURS, OURS_DENSE) and not str(error).startswith("impl: "):
             raise
         result = {"reason": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"}
     if "reason" in result:
@@ -233,4 +237,5 @@ def _cells(entry: Entry, dense: float | None) -> tuple[str, ...]:
     color = "green" if ratio is not None and ratio >= 1 else "red"
     speed = "" if ratio is None else f"[{color}]{ratio:.2f}x[/]"
     name = f"[bold]{entry.name}[/]" if entry.name == OURS else entry.name
+    name += f" ({result['impl']})" if "impl" in result else ""
     return name, f"{entry.density:.3g}", ms, f"{result['tflops']:.3g}", speed
