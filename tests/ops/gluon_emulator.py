@@ -220,7 +220,8 @@ class Memory:
         count = math.prod(shape)
         storage = torch.full((count,), -(2**31) if not torch_dtype(dtype).is_floating_point else math.nan)
         storage = storage.to(torch_dtype(dtype))
-        return Memory(storage, torch.ones(count, dtype=torch.bool), {}, places(shape, layout, dtype), layout)
+        fenced = torch.ones(count * storage.element_size(), dtype=torch.bool)
+        return Memory(storage, fenced, {}, places(shape, layout, dtype), layout)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -255,12 +256,13 @@ class Memory:
         if tuple(tile.shape) != self.shape:
             raise EmulationError(f"a tile of shape {tile.shape} stored to memory of shape {self.shape}")
         self.storage[self.places] = tile.data.to(self.storage.dtype)
-        self.fenced[self.places] = False
-        context().written.append((self.fenced, self.places))
+        first_bytes = self.places * self.storage.element_size()
+        self.fenced[first_bytes] = False
+        context().written.append((self.fenced, first_bytes))
 
     def asynchronous(self, what: str) -> Tensor:
         """What the tensor cores or the copy engine read."""
-        if not bool(self.fenced[self.places].all()):
+        if not bool(self.fenced[self.places * self.storage.element_size()].all()):
             raise EmulationError(f"{what} reads shared memory that was written without a fence")
         return self.storage[self.places]
 
@@ -282,16 +284,16 @@ def places(shape: Sequence[int], layout: Any, dtype: Any) -> Tensor:
 
 
 def view(memory: Memory, dtype: Any, shape: Any, layout: Any) -> Memory:
-    """The same bytes under another shape and layout."""
-    if torch_dtype(dtype) != memory.dtype:
-        raise EmulationError("the emulator reinterprets shapes only, not dtypes")
+    """The same bytes under another dtype, shape and layout."""
     order = memory.places.reshape(-1).sort().values
     base = int(order[0])
     if not torch.equal(order, torch.arange(base, base + order.numel())):
         raise EmulationError("a view of memory that is not one piece")
     layout = unwrap(layout)
     shape = [int(unwrap(n)) for n in unwrap(shape)]
-    return Memory(memory.storage, memory.fenced, memory.barriers, base + places(shape, layout, dtype), layout)
+    storage = memory.storage.view(torch_dtype(dtype))
+    first = base * memory.storage.element_size() // storage.element_size()
+    return Memory(storage, memory.fenced, memory.barriers, first + places(shape, layout, dtype), layout)
 
 
 class Context(threading.local):

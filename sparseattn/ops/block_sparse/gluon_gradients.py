@@ -27,8 +27,6 @@ def unsupported_backward_reason(
     """Why these kernels cannot run the call, or None."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"the Hopper backward takes bfloat16 and float16, not {q.dtype}"
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
-        return "the Hopper backward needs a GPU of compute capability 9.0"
     if g.scale <= 0:
         return f"the Hopper backward needs a positive scale, not {g.scale}"
     dim = max(q.shape[-1], v.shape[-1])
@@ -45,6 +43,8 @@ def unsupported_backward_reason(
                 f"the Hopper backward takes last strides of 1, others of whole 16 bytes, and batch strides of whole "
                 f"rows, not the strides {tuple(t.stride())} of {name}"
             )
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "the Hopper backward needs a GPU of compute capability 9.0"
     return None
 
 

@@ -1,0 +1,211 @@
+"""The Hopper backward's logic on a CPU, run by the emulator beside this file, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from block_sparse_cases import Case, Problem, build, dense_result, with_gradients, worst_eager
+from torch import Tensor
+
+from sparseattn.ops.block_sparse import reference
+from sparseattn.ops.block_sparse.checks import make_geometry
+from sparseattn.ops.block_sparse.geometry import Geometry
+from sparseattn.ops.sequences import resolve_sequences
+from sparseattn.testing import assert_close_to_oracle
+
+pytest.importorskip("triton", reason="needs Triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="emulated where there is no GPU")
+
+# The interpreter, which runs the small kernels, truncates where bfloat16 should be rounded: float16 is the better test.
+F16 = torch.float16
+
+
+def _case(id: str, **fields: Any) -> Case:
+    shape = {"seq": (300, 300), "heads": (4, 2), "dim": (128, 128), "block": (128, 128), "mask_heads": 4}
+    return Case(id, **{"dtype": F16, **shape, **fields})
+
+
+CASES = [
+    _case("d128-per-head"),
+    _case("d64-per-kv-head-batch", dim=(64, 64), mask_heads=2, batch=2, mask_batch=2, seq=(200, 300)),
+    _case("bf16-mask-shared", dtype=torch.bfloat16, mask_heads=1, batch=2, seq=(129, 257)),
+    _case("not-causal-dim-80-40", causal=False, mask_causal=False, dim=(80, 40), seq=(270, 390)),
+    _case("dense-chunk", block=None, seq=(150, 401)),
+    _case("dense-full-d64", block=None, causal=False, dim=(64, 64), seq=(250, 130)),
+    _case("dense-window-more-queries", block=None, window=(100, 0), seq=(420, 300)),
+    _case("two-sided-window", window=(90, 70), causal=False, mask_causal=False, density=0.9, seq=(390, 400)),
+    _case("softcap-sinks", softcap=3.0, sinks=True, dim=(96, 96)),
+    _case("block-64x128", block=(64, 128), dim=(64, 64)),
+    _case("block-128x256", block=(128, 256), seq=(200, 600), mask_heads=2),
+    _case("block-256x128-three-heads", block=(256, 128), heads=(3, 1), mask_heads=3),
+    _case("empty-rows", empty_rows=0.6, density=0.2, sinks=True),
+    _case("all-rows-empty", density=0.0),
+    _case(
+        "packed", lengths=((140, 140), (0, 0), (65, 210), (16, 16), (70, 30)), mask_batch=5, sinks=True, dim=(64, 64)
+    ),
+    _case("packed-dense", lengths=((140, 260), (0, 70), (129, 129), (5, 0)), block=None),
+    _case(
+        "ranges", batch=3, seq=(200, 300), mask_batch=3,
+        ranges=(((0, 200), (3, 250)), ((9, 9), (0, 300)), ((50, 200), (20, 20))),
+    ),
+    _case("bhsd-view", layout="bhsd", batch=2),
+    _case("wide-rows-one-head", layout="wide", heads=(1, 1), mask_heads=1, batch=2),
+]  # fmt: skip
+
+
+def _geometry(case: Case, problem: Problem) -> Geometry:
+    layout = {n: x for n, x in problem.kwargs.items() if "seqlen" in n or "ranges" in n}
+    g = make_geometry(
+        problem.q, problem.k, problem.v, problem.mask, problem.kwargs["causal"], case.scale, case.window, case.softcap,
+        problem.sinks, "auto", resolve_sequences(problem.q, problem.k, **layout),
+    )  # fmt: skip
+    if problem.mask is None:
+        return g
+    q_num_blocks, q_indices = problem.mask.transposed()
+    return g._replace(q_num_blocks=q_num_blocks, q_indices=q_indices)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch):
+    """The launches with their kernels on the emulator; the argument is the seed of the copies' order."""
+    from gluon_emulator import Emulated
+
+    from sparseattn.ops.block_sparse import gluon_gradients
+
+    kernels = {name: getattr(gluon_gradients, name) for name in ("gradients_kernel", "dq_kernel")}
+
+    def prepare(order: int = 0):
+        for name, kernel in kernels.items():
+            monkeypatch.setattr(gluon_gradients, name, Emulated(kernel, order=order))
+        return gluon_gradients
+
+    return prepare
+
+
+def _upstream(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients that ``with_gradients`` sends back."""
+    generator = torch.Generator().manual_seed(7)
+    do = torch.randn(o.shape, generator=generator).to(o)
+    dlse = torch.randn(lse.shape, generator=generator).to(lse)
+    return do, torch.where(lse.isfinite(), dlse, 0.0)
+
+
+def _poisoned(case: Case, problem: Problem) -> list[Tensor]:
+    """q, k and v with NaN where no sequence is: in padding, or behind each row of a larger tensor."""
+    tensors = []
+    for t, axis in ((problem.q, 0), (problem.k, 1), (problem.v, 1)):
+        if case.layout != "bshd" or case.lengths:
+            tensors.append(t)
+            continue
+        wide = t.new_full((t.shape[0], t.shape[1] + 130, *t.shape[2:]), torch.nan)
+        for b, span in enumerate(problem.spans):
+            first, last = span[axis]
+            wide[b, first:last] = t[b, first:last]
+        tensors.append(wide[:, : t.shape[1]])
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [(case, form) for case in CASES for form in ("fused", "deterministic")]
+    + [(case, "fused-one-head") for case in CASES if case.id in ("d128-per-head", "d64-per-kv-head-batch", "packed")],
+    ids=str,
+)
+def test_gradients_match_oracle(case: Case, form: str, emulated) -> None:
+    problem = build(case)
+    g = _geometry(case, problem)
+    if form == "deterministic" and case.block is not None and case.block[0] % 128:
+        pytest.skip("the deterministic form takes blocks of 128 rows")
+    oracle = with_gradients(lambda *t: dense_result(case, problem, *t), problem, torch.float64)
+    eager = worst_eager(case, problem, oracle)
+    o, lse = reference.forward(problem.q, problem.k, problem.v, problem.sinks, g)
+    do, dlse = _upstream(o, lse)
+    gradients = emulated().backward(
+        do, dlse, *_poisoned(case, problem), o, lse, problem.sinks, g,
+        deterministic=form == "deterministic", heads=1 if form == "fused-one-head" else None,
+    )  # fmt: skip
+    for name, actual in zip(("dq", "dk", "dv", "dsinks"), gradients, strict=True):
+        if actual is not None:
+            assert_close_to_oracle(actual, oracle[name], eager[name], name=name)
+
+
+def test_deterministic_gradients_are_the_same_bits_in_any_order_of_copies(emulated) -> None:
+    case = CASES[0]
+    problem = build(case)
+    g = _geometry(case, problem)
+    o, lse = reference.forward(problem.q, problem.k, problem.v, None, g)
+    do, _ = _upstream(o, lse)
+    first, *others = (
+        emulated(order).backward(do, None, *problem[:3], o, lse, None, g, deterministic=True) for order in range(4)
+    )
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first[:3], other[:3], strict=True))
+
+
+def test_fused_keys_and_values_are_the_same_bits_in_any_order_of_copies(emulated) -> None:
+    """Only dQ is added up across programs."""
+    case = CASES[0]
+    problem = build(case)
+    g = _geometry(case, problem)
+    o, lse = reference.forward(problem.q, problem.k, problem.v, None, g)
+    do, _ = _upstream(o, lse)
+    first, second = (emulated(order).backward(do, None, *problem[:3], o, lse, None, g) for order in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first[1:3], second[1:3], strict=True))
+
+
+def test_expanded_upstream_gradients_are_copied(emulated) -> None:
+    case = CASES[0]
+    problem = build(case)
+    g = _geometry(case, problem)
+    o, lse = reference.forward(problem.q, problem.k, problem.v, None, g)
+    do = o.new_ones(()).expand(o.shape)
+    expanded = emulated().backward(do, None, *problem[:3], o, lse, None, g, deterministic=True)
+    plain = emulated().backward(do.contiguous(), None, *problem[:3], o, lse, None, g, deterministic=True)
+    assert all(torch.equal(a, b) for a, b in zip(expanded[:3], plain[:3], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (_case("float32", dtype=torch.float32), "float32"),
+        (_case("dim-256", dim=(256, 256)), "256/256"),
+        (_case("dim-20", dim=(20, 20)), "multiples of 8"),
+        (_case("block-32", block=(32, 128)), "32 by 128"),
+        (_case("block-kv-64", block=(128, 64)), "128 by 64"),
+        (_case("scale", scale=-1.0), "scale"),
+        (_case("here"), "compute capability"),
+    ],
+    ids=lambda x: str(x),
+)
+def test_reasons_name_what_does_not_fit(case: Case, words: str) -> None:
+    from sparseattn.ops.block_sparse.gluon_gradients import unsupported_backward_reason
+
+    problem = build(case)
+    reason = unsupported_backward_reason(*problem[:3], _geometry(case, problem))
+    assert reason is not None
+    assert words in reason
+
+
+def test_reasons_for_strides_and_for_the_deterministic_form() -> None:
+    from sparseattn.ops.block_sparse.gluon_gradients import unsupported_backward_reason
+
+    case = _case("block-64", block=(64, 128))
+    problem = build(case)
+    g = _geometry(case, problem)
+    assert "64 by 128" in str(unsupported_backward_reason(*problem[:3], g, deterministic=True))
+    assert "64 by 128" not in str(unsupported_backward_reason(*problem[:3], g))
+    odd = torch.empty((1, 300, 4, 132), dtype=F16)[..., :128]
+    assert "strides" in str(unsupported_backward_reason(odd, problem.k, problem.v, g))
+    by_element = torch.empty((1, 300, 128, 4), dtype=F16).transpose(2, 3)
+    assert "strides" in str(unsupported_backward_reason(by_element, problem.k, problem.v, g))
+
+
+@pytest.mark.parametrize(
+    ("group", "tiles", "heads"), [(1, 10, 1), (4, 1024, 2), (4, 2048, 4), (8, 100000, 8), (8, 10, 2), (3, 10, 3)]
+)
+def test_heads_per_program(group: int, tiles: int, heads: int) -> None:
+    from sparseattn.ops.block_sparse.gluon_gradients import heads_per_program
+
+    assert heads_per_program(group, tiles, 132) == heads
