@@ -1,0 +1,380 @@
+"""Landmark scores: what a few clusters of each key block say about the largest probability a query gives the block.
+
+Validation, dispatch and the registered operator; ``landmark_reference`` defines the numbers and ``landmark_triton``
+computes them on a GPU. The method is this library's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import math
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from sparseattn.errors import argument_error
+from sparseattn.ops.scores.landmark_problem import LandmarkFeatures, LandmarkProblem, landmark_bounds
+from sparseattn.ops.sequences import Sequences, resolve_sequences
+
+IMPLEMENTATIONS = ("triton", "reference")
+BLOCK_SIZES = (64, 128)
+CLUSTERS = (2, 4, 8, 16)
+ROWS = (16, 32, 64, 128)
+
+
+def landmark_features(
+    k: Tensor,
+    *,
+    block_size: int = 128,
+    clusters: int | None = None,
+    sequences: Sequences | None = None,
+    impl: str = "auto",
+) -> LandmarkFeatures:
+    """Cluster the keys of every block by content: the part of the method that depends on keys alone.
+
+    Of the n keys of a block, the one nearest to their mean is the first centre and the one farthest from all centres
+    the next, ``clusters`` times (greedy k-center). Keys go to their nearest centre, then once more to the nearest mean
+    (one Lloyd pass), and the means of the result are the landmarks. An outlier, such as a sink, ends as a cluster of
+    its own and is exact. Each block is on its own: the landmarks of a complete block never change as a sequence grows.
+
+    Args:
+        k: ``[B, Sk, Hkv, D]``, or packed ``[total_k, Hkv, D]`` with ``sequences``; any float dtype.
+        block_size: 64 or 128.
+        clusters: Clusters of a block: 2, 4, 8 or 16; default ``block_size // 16``.
+        sequences: The layout of a ragged batch; its queries are not looked at. Default: every row is valid.
+        impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
+
+    Returns:
+        The features of ``ceil(max_k / block_size)`` blocks.
+
+    Raises:
+        ValueError: A shape, value or implementation that does not fit.
+        TypeError: A dtype that is not floating point.
+    """
+    s = resolve_sequences(k, k) if sequences is None else sequences
+    _check_keys(k, s)
+    clusters = _check_sizes(block_size, clusters)
+    return _module(_choose(impl, k, k, False)).features(k.detach(), s, block_size, clusters)
+
+
+def landmark_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_size: int = 128,
+    clusters: int | None = None,
+    rows: int | None = None,
+    causal: bool = True,
+    keep_sink: bool | None = None,
+    fp8: bool = False,
+    group_shared: bool = False,
+    scale: float | None = None,
+    sequences: Sequences | None = None,
+    features: LandmarkFeatures | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Log of the largest estimated probability that a scored row of each query block gives each key block.
+
+    A cluster with centroid c, n keys and variance v per dimension weighs as much for a query q as the largest of n keys
+    spread around c like an isotropic Gaussian would: ``scale * q.c + |scale| * |q| * sqrt(2 ln(n) v)``. A block weighs
+    the logsumexp over its clusters. Forced blocks (the first one and the diagonal's) weigh what they do exactly,
+    causality included. With a row's denominator over all of them, the score is the maximum over the scored rows.
+
+    Memory is ``4 * B * H * MB * NB`` bytes; :func:`landmark_blocks` with a threshold needs none of it.
+
+    Args:
+        q: ``[B, Sq, Hq, D]``, or packed ``[total_q, Hq, D]`` with ``sequences``; any float dtype.
+        k: ``[B, Sk, Hkv, D]`` or packed; Hq a multiple of Hkv.
+        block_size: 64 or 128.
+        clusters: As in :func:`landmark_features`.
+        rows: Scored rows of a query block: a power of two from 16 to ``block_size``, which scores all of them; default
+            half of them. Those are scored whose distance from their block's mean, weighed by the covariance of the keys
+            before the block, is largest (ties: earlier first).
+        causal: Bottom-right aligned causality.
+        keep_sink: The first block is forced, hence exact. None: in causal calls.
+        fp8: Round centroids and queries to float8_e4m3fn, each with a scale of its own, before their product.
+        group_shared: Maxima over the query heads of each KV head.
+        scale: Factor on q . k; default ``1 / sqrt(D)``.
+        sequences: The layout of a ragged batch.
+        features: Those of ``k``, if they are known already. Causal calls need those of complete blocks alone.
+        impl: As in :func:`landmark_features`.
+
+    Returns:
+        float32 ``[B, H, MB, NB]`` (the reference keeps float64 for float64 inputs), H = Hq or, shared, Hkv. -inf for
+        blocks that are forced or not visible, and for probabilities below about 1e-38.
+
+    Raises:
+        ValueError: A shape, value or implementation that does not fit.
+        TypeError: dtypes that differ or are not floating point.
+    """
+    p = _problem(q, k, block_size, clusters, rows, causal, keep_sink, 0, fp8, group_shared, scale, sequences)
+    _check_features(features, k, p)
+    module = _module(_choose(impl, q, k, fp8))
+    q, k = q.detach(), k.detach()
+    if features is None:
+        features = module.features(k, p.sequences, p.block_size, p.clusters)
+    return module.scores(q, k, features, p, landmark_bounds(p, q.device))
+
+
+def landmark_blocks(
+    q: Tensor,
+    k: Tensor,
+    tau: float | Sequence[float] = 0.3,
+    *,
+    density: float | None = None,
+    block_size: int = 128,
+    clusters: int | None = None,
+    rows: int | None = None,
+    causal: bool = True,
+    keep_sink: bool | None = None,
+    floor: int = 4,
+    fp8: bool = False,
+    group_shared: bool = False,
+    scale: float | None = None,
+    sequences: Sequences | None = None,
+    features: LandmarkFeatures | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Keep the forced blocks and those that some scored row gives at least ``tau`` of its mass, by estimate.
+
+    The operator is ``torch.ops.sparseattn.landmark_blocks``.
+
+    Args:
+        q: As in :func:`landmark_scores`, like the arguments not named here.
+        k: Keys.
+        tau: Probability in [0, 1], one number or one per query head. 0 keeps every visible block.
+        density: Share in (0, 1] of the visible blocks of a sequence to keep, all heads together, forced ones included;
+            replaces ``tau`` by the threshold that keeps as many. Blocks that tie at it are kept if all of them fit.
+        block_size: 64 or 128.
+        clusters: Clusters of a block.
+        rows: Scored rows of a query block.
+        causal: Bottom-right aligned causality; the diagonal's blocks are forced.
+        keep_sink: The first block is forced. None: in causal calls.
+        floor: Query blocks that see at most this many blocks keep them all.
+        fp8: Products of centroids and queries in float8_e4m3fn.
+        group_shared: One list for the query heads of a KV head: a block is kept if any of them keeps it (density: by
+            the largest score).
+        scale: Factor on q . k.
+        sequences: The layout of a ragged batch.
+        features: Those of ``k``, if known.
+        impl: The implementation.
+
+    Returns:
+        counts int32 ``[B, H, MB]`` and indices int32 ``[B, H, MB, NB]``: ascending, undefined past the count. Rows past
+        the end of a sequence, and rows that see no key, have count 0.
+
+    Raises:
+        ValueError: A shape, value or implementation that does not fit.
+        TypeError: dtypes that differ or are not floating point.
+    """
+    p = _problem(q, k, block_size, clusters, rows, causal, keep_sink, floor, fp8, group_shared, scale, sequences)
+    _check_features(features, k, p)
+    taus = check_taus(tau, q.shape[-2])
+    check_density(density)
+    _check_impl(impl)  # the rest of the choice happens inside the operator, where a compiler does not look
+    s = p.sequences
+    centroids, spreads, sizes = (None, None, None) if features is None else features
+    return torch.ops.sparseattn.landmark_blocks(
+        q.detach(), k.detach(), centroids, spreads, sizes, s.q_start, s.q_end, s.k_start, s.k_end, s.batch, s.max_q,
+        s.max_k, list(taus), density, p.block_size, p.clusters, p.rows, p.causal, p.keep_sink, p.floor, p.fp8,
+        p.group_shared, p.scale, impl,
+    )  # fmt: skip
+
+
+def unsupported_landmark_reason(q: Tensor, k: Tensor, *, fp8: bool = False, impl: str) -> str | None:
+    """Why ``impl`` cannot score q and k, or None."""
+    if impl not in IMPLEMENTATIONS:
+        raise argument_error("impl", f"one of {IMPLEMENTATIONS}", repr(impl))
+    if impl == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return _module(impl).unsupported_reason(q, k, fp8)
+
+
+def check_taus(tau: float | Sequence[float], heads: int) -> tuple[float, ...]:
+    """Validate a threshold or one per head; a tuple of one number or of ``heads``."""
+    values = tuple(tau) if isinstance(tau, Sequence) else (tau,)
+    if isinstance(tau, Sequence) and len(values) != heads:
+        raise argument_error("tau", f"a number or {heads} numbers, one per query head", f"{len(values)} numbers")
+    for value in values:
+        check_tau(value)
+    return tuple(float(value) for value in values)
+
+
+def check_tau(value: object) -> None:
+    """Raise unless ``value`` is a number in [0, 1]; NaN is not."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0.0 <= value <= 1.0:  # type: ignore[operator]
+        raise argument_error("tau", "a number in [0, 1]", repr(value))
+
+
+def check_density(value: object) -> None:
+    """Raise unless ``value`` is None or a number in (0, 1]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and (not number or not 0.0 < value <= 1.0):  # type: ignore[operator]
+        raise argument_error("density", "None or a number in (0, 1]", repr(value))
+
+
+def _check_sizes(block_size: int, clusters: int | None) -> int:
+    if block_size not in BLOCK_SIZES:
+        raise argument_error("block_size", f"one of {BLOCK_SIZES}", block_size)
+    clusters = block_size // 16 if clusters is None else clusters
+    if isinstance(clusters, bool) or clusters not in CLUSTERS:
+        raise argument_error("clusters", f"one of {CLUSTERS}", clusters)
+    return clusters
+
+
+def _check_keys(k: Tensor, s: Sequences) -> None:
+    if not k.is_floating_point():
+        raise argument_error("k", "a floating-point tensor", k.dtype, kind=TypeError)
+    if k.dim() != (3 if s.packed else 4):
+        raise argument_error("k", "[B, Sk, Hkv, D], or [total, Hkv, D] when packed", f"shape {tuple(k.shape)}")
+    if k.shape[-1] == 0 or k.shape[-2] == 0:
+        raise argument_error("k", "at least one head and a positive head_dim", f"shape {tuple(k.shape)}")
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    block_size: int,
+    clusters: int | None,
+    rows: int | None,
+    causal: bool,
+    keep_sink: bool | None,
+    floor: int,
+    fp8: bool,
+    group_shared: bool,
+    scale: float | None,
+    sequences: Sequences | None,
+) -> LandmarkProblem:
+    s = resolve_sequences(q, k) if sequences is None else sequences
+    _check_keys(k, s)
+    if not q.is_floating_point():
+        raise argument_error("q", "a floating-point tensor", q.dtype, kind=TypeError)
+    if k.dtype != q.dtype:
+        raise argument_error("k", f"dtype {q.dtype} like q", k.dtype, "Cast one of them.", kind=TypeError)
+    if k.device != q.device:
+        raise argument_error("k", f"device {q.device} like q", k.device)
+    if k.shape[-1] != q.shape[-1]:
+        raise argument_error("k", f"a positive head_dim equal to q's {q.shape[-1]}", k.shape[-1])
+    if q.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise argument_error("q", f"heads that are a multiple of k's {k.shape[-2]}", q.shape[-2])
+    clusters = _check_sizes(block_size, clusters)
+    rows = block_size // 2 if rows is None else rows
+    if isinstance(rows, bool) or rows not in ROWS or rows > block_size:
+        choices = tuple(r for r in ROWS if r <= block_size)
+        raise argument_error("rows", f"one of {choices}, {block_size} being all of them", rows)
+    if isinstance(floor, bool) or not isinstance(floor, int) or floor < 0:
+        raise argument_error("floor", "an int >= 0", repr(floor))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise argument_error("scale", "a finite number", scale)
+    keep_sink = causal if keep_sink is None else keep_sink
+    return LandmarkProblem(s, block_size, clusters, rows, causal, keep_sink, floor, fp8, group_shared, scale)
+
+
+def _check_features(features: LandmarkFeatures | None, k: Tensor, p: LandmarkProblem) -> None:
+    if features is None:
+        return
+    needed = p.sequences.max_k // p.block_size if p.causal else p.num_kv_blocks
+    blocks = features.centroids.shape[2] if features.centroids.dim() == 5 else -1
+    shape = (p.sequences.batch, k.shape[-2], max(blocks, needed), p.clusters)
+    for name, t, expected in (
+        ("centroids", features.centroids, (*shape, k.shape[-1])),
+        ("spreads", features.spreads, shape),
+        ("sizes", features.sizes, shape),
+    ):
+        if tuple(t.shape) != expected:
+            hint = f"The landmarks of {needed} blocks are needed, with {p.clusters} clusters each."
+            raise argument_error(f"features.{name}", f"shape {expected}", f"shape {tuple(t.shape)}", hint)
+        if t.device != k.device:
+            raise argument_error(f"features.{name}", f"device {k.device} like k", t.device)
+    if features.centroids.dtype != k.dtype:
+        raise argument_error("features.centroids", f"{k.dtype} like k", features.centroids.dtype, kind=TypeError)
+
+
+def _check_impl(impl: str) -> None:
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise argument_error("impl", f"'auto' or one of {IMPLEMENTATIONS}", repr(impl))
+
+
+def _choose(impl: str, q: Tensor, k: Tensor, fp8: bool) -> str:
+    """The implementation asked for, or the device's; raises if it refuses."""
+    _check_impl(impl)
+    name = impl if impl != "auto" else "triton" if q.is_cuda else "reference"
+    reason = unsupported_landmark_reason(q, k, fp8=fp8, impl=name)
+    if reason is not None:
+        hint = "Use impl='reference', which takes every float tensor." if name != "reference" else ""
+        raise argument_error("impl", f"an implementation for these tensors ({name!r}: {reason})", repr(impl), hint)
+    return name
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"sparseattn.ops.scores.landmark_{name}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _log_taus_on(device: torch.device, taus: tuple[float, ...]) -> Tensor:
+    """float32 ``[1]`` or ``[H]``, natural logs; copied from the host once, before any CUDA graph."""
+    logs = [math.log(tau) if tau > 0 else -math.inf for tau in taus]
+    return torch.tensor(logs, dtype=torch.float32, device=device)
+
+
+torch.library.define(
+    "sparseattn::landmark_blocks",
+    "(Tensor q, Tensor k, Tensor? centroids, Tensor? spreads, Tensor? sizes, Tensor? q_start, Tensor? q_end, "
+    "Tensor? k_start, Tensor? k_end, SymInt batch, SymInt max_q, SymInt max_k, float[] tau, float? density, "
+    "int block_size, int clusters, int rows, bool causal, bool keep_sink, int floor, bool fp8, bool group_shared, "
+    "float scale, str impl) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("sparseattn::landmark_blocks", "CompositeExplicitAutograd")
+def _landmark_blocks(
+    q: Tensor,
+    k: Tensor,
+    centroids: Tensor | None,
+    spreads: Tensor | None,
+    sizes: Tensor | None,
+    q_start: Tensor | None,
+    q_end: Tensor | None,
+    k_start: Tensor | None,
+    k_end: Tensor | None,
+    batch: int,
+    max_q: int,
+    max_k: int,
+    tau: list[float],
+    density: float | None,
+    block_size: int,
+    clusters: int,
+    rows: int,
+    causal: bool,
+    keep_sink: bool,
+    floor: int,
+    fp8: bool,
+    group_shared: bool,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    s = Sequences(batch, max_q, max_k, q_start, q_end, k_start, k_end, q.dim() == 3)
+    p = LandmarkProblem(s, block_size, clusters, rows, causal, keep_sink, floor, fp8, group_shared, scale)
+    module = _module(_choose(impl, q, k, fp8))
+    if centroids is None or spreads is None or sizes is None:
+        features = module.features(k, s, block_size, clusters)
+    else:
+        features = LandmarkFeatures(centroids, spreads, sizes)
+    bounds = landmark_bounds(p, q.device)
+    return module.blocks(q, k, features, p, bounds, _log_taus_on(q.device, tuple(tau)), density)
+
+
+@torch.library.register_fake("sparseattn::landmark_blocks")
+def _landmark_blocks_fake(q: Tensor, k: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    batch, max_q, max_k = rest[7:10]
+    block_size, group_shared = rest[12], rest[19]
+    rows = (max_q + block_size - 1) // block_size  # type: ignore[operator]
+    columns = (max_k + block_size - 1) // block_size  # type: ignore[operator]
+    shape = (batch, (k if group_shared else q).shape[-2], rows)
+    return q.new_empty(shape, dtype=torch.int32), q.new_empty((*shape, columns), dtype=torch.int32)  # type: ignore[arg-type]
