@@ -56,15 +56,6 @@ def thread_sums(p):
 
 
 @gluon.jit
-def first_softmax(s, qk_scale):
-    """Running maximum (raw), probabilities and thread sums of a row tile's first key tile; rows may see nothing."""
-    m_i = gl.max(s, 1)
-    safe = gl.where(m_i == float("-inf"), 0.0, m_i) * qk_scale
-    p = gl.exp2(s * qk_scale - safe[:, None])
-    return m_i, p, thread_sums(p)
-
-
-@gluon.jit
 def next_softmax(s, m_i, l_i, qk_scale, MASKED: gl.constexpr):
     """One step of the running softmax.
 

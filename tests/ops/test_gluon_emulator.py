@@ -22,7 +22,7 @@ from sparseattn.kernels.hopper import load_rows, ring, row_tiles, store_rows, ti
 
 @gluon.jit
 def copy_rows(in_desc, out_desc, start, length, row, WAIT: gl.constexpr, FENCE: gl.constexpr, PARITY: gl.constexpr):
-    tiles, full, empty = ring(in_desc.dtype, 2, [32, 64], tile_layout(2), 1, 1)
+    tiles, full, _empty = ring(in_desc.dtype, 2, [32, 64], tile_layout(2), 1, 1)
     mbarrier.expect(full.index(0), in_desc.block_type.nbytes)
     load_rows(in_desc, start, length, row, 0, full.index(0), tiles.index(0))
     if WAIT:

@@ -1,6 +1,7 @@
 """Hopper implementation (sm_90a) in Gluon: tensor-map copies, warp specialisation, asynchronous wgmma.
 
-This file chooses tiles and launches; the forward kernel is in ``gluon_forward.py``. Nothing that grows with a prompt is
+This file chooses tiles and launches the forward kernel of ``gluon_forward.py``; ``gluon_gradients.py`` launches the
+backward ones. Nothing that grows with a prompt is
 a constexpr or specialised on: a new length, batch or density reuses the compiled kernel.
 """
 
@@ -19,6 +20,8 @@ from sparseattn.kernels.hopper import row_tiles, tile_layout
 from sparseattn.kernels.schedule import tile_schedule
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.block_sparse.gluon_forward import Facts, forward_kernel
+from sparseattn.ops.block_sparse.gluon_gradients import backward as backward
+from sparseattn.ops.block_sparse.gluon_gradients import unsupported_backward_reason
 
 # Heads of a group that one row tile may hold: more would make a head's share of a tile less than a swizzle's 8 rows.
 _MAX_PACK = 8
@@ -102,12 +105,18 @@ def plan(q: Tensor, k: Tensor, v: Tensor, g: Geometry, processors: int) -> Plan:
     return Plan(tiles, pack, tokens, splits, min(programs, row_tiles_ * splits))
 
 
-def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, backward: bool = False) -> str | None:
-    """Why these kernels cannot run the call (and, if asked, its gradients), or None."""
-    if backward:
-        return "the Gluon kernels have no backward pass yet"
+def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, gradients: str | None = None) -> str | None:
+    """Why these kernels cannot run the call (and, if asked, its "fast" or "deterministic" gradients), or None."""
     if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
         return f"the Gluon kernels need a Hopper GPU (compute capability 9.0), not {q.device}"
+    reason = refusal(q, k, v, g)
+    if reason is None and gradients is not None:
+        reason = unsupported_backward_reason(q, k, v, g, gradients == "deterministic")
+    return reason
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, g: Geometry) -> str | None:
+    """Why these kernels could not run the forward pass of a call on any GPU, or None."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"the Gluon kernels take bfloat16 and float16, not {q.dtype}"
     if g.scale <= 0:

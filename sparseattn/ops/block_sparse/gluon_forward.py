@@ -32,11 +32,11 @@ from sparseattn.kernels.hopper_attention import (
     HIDDEN,
     LN2,
     cap_scores,
-    first_softmax,
     hide,
     natural_lse,
     next_softmax,
     row_sums,
+    thread_sums,
     with_sink,
 )
 
@@ -284,31 +284,66 @@ def score(q, keys, stage, phase, zeros):
 
 
 @gluon.jit
-def attend(
-    acc, p, m_i, l_i, q, keys, values, cols_s, ks, kp, vs, vp, zeros, tokens, offset, k_len, window, qk_scale, softcap,
-    MASK: gl.constexpr, F: gl.constexpr,
-):  # fmt: skip
-    """Fold one more key tile into the running softmax, under the previous tile's product with the values."""
-    P_LAYOUT: gl.constexpr = p.type.layout
+def weigh(p, values, stage, phase, acc):
+    """Start ``acc + p v`` with a stage's values."""
+    tiles, full, empty = values
+    mbarrier.wait(full.index(stage), phase)
+    return warpgroup_mma(p, tiles.index(stage), acc, is_async=True)
+
+
+@gluon.jit
+def attend(acc, p, m_i, l_i, q, keys, values, ks, kp, vs, vp, zeros, qk_scale, softcap, F: gl.constexpr):
+    """Fold in a key tile that every row sees whole, its softmax under the previous tile's product with the values."""
     s = score(q, keys, ks, kp, zeros)
-    mbarrier.wait(values[1].index(vs), vp)
-    acc = warpgroup_mma(p, values[0].index(vs), acc, is_async=True)
+    acc = weigh(p, values, vs, vp, acc)
     s = warpgroup_mma_wait(1, deps=(s,))
-    if MASK:
-        cols = cols_s.index(ks).load(gl.SliceLayout(0, s.type.layout))
     mbarrier.arrive(keys[2].index(ks), count=1)
     ks, kp = next_stage(ks, kp, F.K_STAGES)
     if F.SOFTCAP:
         s = cap_scores(s, qk_scale, softcap)
-    if MASK:
-        s = hide(s, tokens, cols, offset, k_len, window[0], window[1], F.CAUSAL, F.WINDOW)
-    probabilities, alpha, m_i, l_i = next_softmax(s, m_i, l_i, qk_scale, MASK)
+    probabilities, alpha, m_i, l_i = next_softmax(s, m_i, l_i, qk_scale, False)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     mbarrier.arrive(values[2].index(vs), count=1)
     vs, vp = next_stage(vs, vp, F.V_STAGES)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-    p = gl.convert_layout(probabilities.to(p.dtype), P_LAYOUT)
+    p = gl.convert_layout(probabilities.to(p.dtype), p.type.layout)
     return acc, p, m_i, l_i, ks, kp, vs, vp
+
+
+@gluon.jit
+def cut_tile(
+    acc, m_i, l_i, q, keys, cols_s, ks, kp, zeros, tokens, offset, k_len, window, qk_scale, softcap, P: gl.constexpr,
+    F: gl.constexpr,
+):  # fmt: skip
+    """Probabilities of a key tile that some row does not see whole; ``acc`` comes back shrunk to the new maximum."""
+    s = score(q, keys, ks, kp, zeros)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    cols = cols_s.index(ks).load(gl.SliceLayout(0, s.type.layout))
+    mbarrier.arrive(keys[2].index(ks), count=1)
+    ks, kp = next_stage(ks, kp, F.K_STAGES)
+    if F.SOFTCAP:
+        s = cap_scores(s, qk_scale, softcap)
+    s = hide(s, tokens, cols, offset, k_len, window[0], window[1], F.CAUSAL, F.WINDOW)
+    probabilities, alpha, m_i, l_i = next_softmax(s, m_i, l_i, qk_scale, True)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+    p = gl.convert_layout(probabilities.to(keys[0].dtype), P)
+    return acc, p, m_i, l_i, ks, kp
+
+
+@gluon.jit
+def attend_cut(
+    acc, m_i, l_i, q, keys, values, cols_s, ks, kp, vs, vp, zeros, tokens, offset, k_len, window, qk_scale, softcap,
+    P: gl.constexpr, F: gl.constexpr,
+):  # fmt: skip
+    """Fold in a key tile that some row does not see whole; nothing overlaps, as these are few."""
+    acc, p, m_i, l_i, ks, kp = cut_tile(
+        acc, m_i, l_i, q, keys, cols_s, ks, kp, zeros, tokens, offset, k_len, window, qk_scale, softcap, P, F
+    )
+    acc = weigh(p, values, vs, vp, acc)
+    acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+    mbarrier.arrive(values[2].index(vs), count=1)
+    vs, vp = next_stage(vs, vp, F.V_STAGES)
+    return acc, m_i, l_i, ks, kp, vs, vp
 
 
 @gluon.jit
@@ -349,40 +384,34 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
             mbarrier.arrive(q_empty.index(CID), count=1)
         else:
             q = q_s.index(CID)
-        s = score(q, keys, ks, kp, zeros)
-        s = warpgroup_mma_wait(0, deps=(s,))
-        cols = cols_s.index(ks).load(gl.SliceLayout(0, S_LAYOUT))
-        mbarrier.arrive(keys[2].index(ks), count=1)
-        ks, kp = next_stage(ks, kp, F.K_STAGES)
-        if F.SOFTCAP:
-            s = cap_scores(s, qk_scale, softcap)
-        s = hide(s, tokens, cols, offset, k_len, window[0], window[1], F.CAUSAL, F.WINDOW)
-        m_i, probabilities, l_i = first_softmax(s, qk_scale)
-        p = gl.convert_layout(probabilities.to(dtype), P_LAYOUT)
+        m_i = gl.full([64], float("-inf"), gl.float32, ROWS)
+        l_i = thread_sums(zeros)
         late = gl.maximum(late, 1)
         for i in range(1, late):
-            acc, p, m_i, l_i, ks, kp, vs, vp = attend(
-                acc, p, m_i, l_i, q, keys, values, cols_s, ks, kp, vs, vp, zeros, tokens, offset, k_len, window,
-                qk_scale, softcap, True, F,
+            acc, m_i, l_i, ks, kp, vs, vp = attend_cut(
+                acc, m_i, l_i, q, keys, values, cols_s, ks, kp, vs, vp, zeros, tokens, offset, k_len, window, qk_scale,
+                softcap, P_LAYOUT, F,
             )  # fmt: skip
-        whole = gl.maximum(count, 1)
-        if F.WINDOW:
-            whole = gl.maximum(count - early, late)
+        acc, p, m_i, l_i, ks, kp = cut_tile(
+            acc, m_i, l_i, q, keys, cols_s, ks, kp, zeros, tokens, offset, k_len, window, qk_scale, softcap, P_LAYOUT, F
+        )
+        whole = gl.maximum(count - early, late)
         for i in range(late, whole):
             acc, p, m_i, l_i, ks, kp, vs, vp = attend(
-                acc, p, m_i, l_i, q, keys, values, cols_s, ks, kp, vs, vp, zeros, tokens, offset, k_len, window,
-                qk_scale, softcap, False, F,
-            )  # fmt: skip
+                acc, p, m_i, l_i, q, keys, values, ks, kp, vs, vp, zeros, qk_scale, softcap, F
+            )
+        acc = weigh(p, values, vs, vp, acc)
         if F.WINDOW:
+            acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+            mbarrier.arrive(values[2].index(vs), count=1)
+            vs, vp = next_stage(vs, vp, F.V_STAGES)
             for i in range(whole, count):
-                acc, p, m_i, l_i, ks, kp, vs, vp = attend(
-                    acc, p, m_i, l_i, q, keys, values, cols_s, ks, kp, vs, vp, zeros, tokens, offset, k_len, window,
-                    qk_scale, softcap, True, F,
+                acc, m_i, l_i, ks, kp, vs, vp = attend_cut(
+                    acc, m_i, l_i, q, keys, values, cols_s, ks, kp, vs, vp, zeros, tokens, offset, k_len, window,
+                    qk_scale, softcap, P_LAYOUT, F,
                 )  # fmt: skip
         if not F.Q_REGISTERS and not F.O_IN_Q:
             mbarrier.arrive(q_empty.index(CID), count=1)
-        mbarrier.wait(values[1].index(vs), vp)
-        acc = warpgroup_mma(p, values[0].index(vs), acc, is_async=True)
         # The next tile's record travels under this tile's end.
         turn += 1
         position = receive(info, turn)
@@ -402,9 +431,10 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
             if F.SINKS:
                 l_i = with_sink(m_i, l_i, gl.load(sinks_ptr + heads).to(gl.float32), qk_scale)
             factor = 1.0 / gl.where(l_i > 0, l_i, 1.0)
-        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-        mbarrier.arrive(values[2].index(vs), count=1)
-        vs, vp = next_stage(vs, vp, F.V_STAGES)
+        if not F.WINDOW:
+            acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+            mbarrier.arrive(values[2].index(vs), count=1)
+            vs, vp = next_stage(vs, vp, F.V_STAGES)
         q_start += b * o_rows
         if F.SPLIT:
             o_row = gl.convert_layout(q_start + tokens, O_ROWS).to(gl.int64) * (F.HEADS * F.DV)

@@ -23,15 +23,18 @@ AUTO = {"cuda": ("triton",), "cpu": ("reference",)}
 
 
 def load_implementation(
-    name: str, q: Tensor, k: Tensor, v: Tensor, g: Geometry, backward: bool = False
+    name: str, q: Tensor, k: Tensor, v: Tensor, g: Geometry, gradients: str | None = None
 ) -> tuple[Any, str | None]:
-    """The implementation's module and why it cannot run this call. Triton is imported here and not before."""
+    """The implementation's module and why it cannot run this call. Triton is imported here and not before.
+
+    ``gradients`` asks for the backward pass as well: in the "fast" or the "deterministic" form.
+    """
     if name != "reference":
         reason = _triton_missing()
         if reason is not None:
             return None, reason
     module = importlib.import_module(f"sparseattn.ops.block_sparse.{name}")
-    return module, module.unsupported_reason(q, k, v, g, backward=backward)
+    return module, module.unsupported_reason(q, k, v, g, gradients)
 
 
 def _triton_missing() -> str | None:
@@ -48,22 +51,22 @@ def _names(q: Tensor, impl: str) -> tuple[str, ...]:
 
 
 def resolve(
-    q: Tensor, k: Tensor, v: Tensor, g: Geometry, impl: str, backward: bool = False
+    q: Tensor, k: Tensor, v: Tensor, g: Geometry, impl: str, gradients: str | None = None
 ) -> tuple[str, Any, str | None]:
     """The name and module of the implementation that ``impl`` means for a call, or why there is none."""
     reasons = []
     for name in _names(q, impl):
-        module, reason = load_implementation(name, q, k, v, g, backward)
+        module, reason = load_implementation(name, q, k, v, g, gradients)
         if reason is None:
             return name, module, None
         reasons.append(reason)
     return "", None, "; ".join(reasons)
 
 
-def _require(q: Tensor, k: Tensor, v: Tensor, g: Geometry, impl: str, backward: bool = False) -> tuple[str, Any]:
-    name, module, reason = resolve(q, k, v, g, impl, backward)
+def _require(q: Tensor, k: Tensor, v: Tensor, g: Geometry, impl: str, gradients: str | None = None) -> tuple[str, Any]:
+    name, module, reason = resolve(q, k, v, g, impl, gradients)
     if reason is not None:
-        what = "an implementation that can run this call" + (", gradients included" if backward else "")
+        what = "an implementation that can run this call" + (", gradients included" if gradients else "")
         raise argument_error(
             "impl",
             what,
@@ -71,6 +74,10 @@ def _require(q: Tensor, k: Tensor, v: Tensor, g: Geometry, impl: str, backward: 
             'impl="reference" runs anything, slowly.',
         )
     return name, module
+
+
+def _form(deterministic: bool) -> str:
+    return "deterministic" if deterministic else "fast"
 
 
 _LIBRARY = torch.library.Library("sparseattn", "FRAGMENT")
@@ -125,7 +132,7 @@ def _backward(
     *geometry: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = Geometry(*geometry)
-    _, module = _require(q, k, v, g, impl, backward=True)
+    _, module = _require(q, k, v, g, impl, _form(deterministic))
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv, dsinks = _empty_gradients(q, k, v, sinks)
         return dq.zero_(), dk.zero_(), dv.zero_(), dsinks.zero_()
@@ -176,7 +183,7 @@ def attend(
     if not (torch.is_grad_enabled() and wanted):
         return _forward_op(q, k, v, sinks, impl, *g)
     if not torch.compiler.is_compiling():
-        _require(q, k, v, g, impl, backward=True)  # said now, not when gradients are asked for
+        _require(q, k, v, g, impl, _form(deterministic))  # said now, not when gradients are asked for
     if mask is not None and _names(q, impl) != ("reference",):
         g = with_transposed(g, mask)
     return BlockSparse.apply(q, k, v, sinks, impl, deterministic, *g)

@@ -26,7 +26,7 @@ _DENSE_ROWS = 64
 _TILE_SCORES = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
-def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, backward: bool = False) -> str | None:
+def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, gradients: str | None = None) -> str | None:
     """The reference takes everything that passes validation."""
     return None
 
