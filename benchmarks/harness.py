@@ -16,10 +16,12 @@ from typing import Any, TextIO
 import torch
 
 from sparseattn.testing.baselines import Unsupported
-from sparseattn.testing.timing import environment
+from sparseattn.testing.timing import environment, package_version
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
+#: Distributions whose versions belong to a row; others' come with torch.
+RIVALS = ("flash-attn-4", "nvidia-cutlass-dsl", "flashinfer-python", "flashprefill")
 
 
 def commit_here() -> str | None:
@@ -44,7 +46,8 @@ class Writer:
         self.rows: list[Row] = []
         self._common = {"bench": bench}
         self._last: Row = {}
-        self._environment = {**environment(), "commit": commit or commit_here()}
+        versions = {package: package_version(package) for package in RIVALS}
+        self._environment = {**environment(), "commit": commit or commit_here(), "rivals": versions}
         self._file: TextIO | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,9 @@ def where(rows: list[Row]) -> str:
     seen = []
     for row in rows:
         env = row["env"]
-        parts = [env["device"], f"torch {env['torch']}", f"Triton {env['triton']}", f"commit {env['commit']}"]
+        parts = [env["device"], f"torch {env['torch']}", f"Triton {env['triton']}"]
+        parts += [f"{package} {version}" for package, version in (env.get("rivals") or {}).items() if version]
+        parts.append(f"commit {env['commit']}")
         line = ", ".join(str(part) for part in parts)
         if line not in seen:
             seen.append(line)

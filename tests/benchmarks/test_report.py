@@ -57,7 +57,10 @@ def test_rows_without_a_set_are_the_targets() -> None:
 def test_first_calls_and_clocks_are_said() -> None:
     call = {"bench": "block_sparse", "set": "targets", "op": "forward", "impl": "sparseattn_gluon", "first_call_s": 3.2}
     busy = [row("sparseattn_gluon", 600, gpu={"sm_mhz": 1755.0}), row("fa4", 500, gpu={"sm_mhz": 1980.0})]
+    for one in busy:
+        one["env"]["rivals"] = {"flash-attn-4": "4.0", "flashinfer-python": None}
     text = report.block_sparse([*busy, call])
+    assert "GPU, torch 2.11, Triton 3.6, flash-attn-4 4.0, commit abc;" in text
     assert "nothing compiled: forward 3.2 s (**sparseattn** (Gluon))" in text
     assert "SM clock right after a measurement 1755 to 1980 MHz." in text
 
