@@ -11,6 +11,8 @@ gradient; transposing the block lists, done once a mask and kept on it, is not i
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -42,7 +44,9 @@ def measure(problem: Problem, name: str, budget_ms: float) -> Row:
     return {"selected": share, **prepared.said, **problem.gate_and_time(prepared.run, budget_ms)}
 
 
-def run_cases(writer: Writer, name: str, cases: list[sets.Case], wanted: list[str] | None, budget_ms: float) -> None:
+def run_cases(
+    writer: Writer, name: str, cases: Iterable[sets.Case], wanted: list[str] | None, budget_ms: float
+) -> None:
     """A row for every case and every implementation of it that is ``wanted`` (None: all)."""
     length = None
     for problem, impls in cases:
@@ -91,7 +95,7 @@ def parse(argv: list[str] | None) -> Any:
     return options
 
 
-def custom_cases(options: Any, device: torch.device) -> list[sets.Case]:
+def custom_cases(options: Any, device: torch.device) -> Iterator[sets.Case]:
     """The workloads that the options of ``--set custom`` span."""
     shape = {name: getattr(options, name) for name in SHAPE if getattr(options, name) is not None}
     return sets.grid(
@@ -110,7 +114,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     device = torch.device(options.device)
     chosen = custom_cases(options, device) if options.set == "custom" else sets.cases(options.set, device)
     if options.quick:
-        chosen = chosen[:2]
+        chosen = itertools.islice(chosen, 2)
     with Writer(options.out, "block_sparse", options.commit) as writer, ExitStack() as stack:
         quietly(stack)
         if options.set in sets.FIRST_CALLS and not options.quick:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -115,18 +115,14 @@ SETS: dict[str, Callable[..., Iterator[Case]]] = {
 FIRST_CALLS = ("targets", "quick")
 
 
-def cases(name: str, device: torch.device) -> list[Case]:
-    """The workloads of a set, on a device."""
-    return list(SETS[name](device=device))
+def cases(name: str, device: torch.device) -> Iterator[Case]:
+    """The workloads of a set, on a device, one by one: each holds its inputs for as long as it lives."""
+    return SETS[name](device=device)
 
 
 def grid(
     ops: list[str], lengths: list[int], densities: list[float], impls: tuple[str, ...], **shape: Any
-) -> list[Case]:
+) -> Iterator[Case]:
     """All combinations, for workloads that no set has."""
-    return [
-        Case(dataclasses.replace(Problem(op, n, density), **shape), impls)
-        for op in ops
-        for n in lengths
-        for density in densities
-    ]
+    for op, n, density in itertools.product(ops, lengths, densities):
+        yield Case(Problem(op, n, density, **shape), impls)

@@ -118,7 +118,7 @@ def test_first_calls_are_rows_of_the_targets(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("name", list(sets.SETS))
 def test_sets_hold_workloads_that_exist(name: str) -> None:
-    cases = sets.cases(name, torch.device("cpu"))
+    cases = list(sets.cases(name, torch.device("cpu")))
     assert cases
     assert len({case.problem for case in cases}) == len(cases)
     for problem, impls in cases:
@@ -153,6 +153,13 @@ def test_xattention_rows(tmp_path: Path) -> None:
     assert phases["selection"]["gate"]["mass"][0] >= 0.89
     assert 0 < phases["both"]["recall"] <= 1
     assert phases["both"]["kinds"] == ("blend",)
+
+
+def test_xattention_on_other_heads(tmp_path: Path) -> None:
+    arguments = ["--quick", *CPU, "--n", "512", "--block", "64", "--stride", "8", "--kinds", "local", "sink"]
+    rows = xattention.main([*arguments, "--out", str(tmp_path / "rows.jsonl")])
+    assert not [row for row in rows if "error" in row]
+    assert {row["kinds"] for row in rows} == {("local", "sink")}
 
 
 @pytest.mark.slow

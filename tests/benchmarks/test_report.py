@@ -87,6 +87,18 @@ def test_details() -> None:
     assert ["12800", "by head", "FlashInfer, variable blocks", "210 (0.476 ms + 37 ms)"] in found
 
 
+def test_the_xattention_table_is_of_blended_heads() -> None:
+    def phase(name: str, ms: float, **more: Any) -> harness.Row:
+        common = {"bench": "xattention", "phase": name, "stride": 8, "threshold": 0.9, "recall": 0.9, "ms": ms}
+        return {**row("sparseattn", 1, n=32768), **common, **more}
+
+    rows = [phase(name, 2.0) for name in ("selection", "attention", "both")]
+    assert lines(report.xattention(rows))[1][:3] == ["32K", "8", "0.9"]
+    others = [{**one, "kinds": ["sink", "needle"], "ms": 7.0} for one in rows]
+    assert report.xattention([*rows, *others]) == report.xattention(rows)
+    assert report.xattention(others) == ""
+
+
 def test_break_even_is_read_from_the_rows() -> None:
     def at(impl: str, density: float, ms: float, n: int = 16384) -> harness.Row:
         return {**row(impl, 1, density, set="breakeven", n=n), "ms": ms}
