@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,14 @@ from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.combine import combine_kernel
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.block_sparse.triton_backward import dkdv_kernel, dq_kernel, preprocess_kernel
+from sparseattn.ops.block_sparse.triton_extra import listed_kernel, mean_kernel, prepare_extra
+from sparseattn.ops.block_sparse.triton_extra_backward import (
+    COLUMN_KEYS,
+    add_extra_gradients,
+    column_dkdv_kernel,
+    mean_dkdv_kernel,
+    spread_kernel,
+)
 from sparseattn.ops.block_sparse.triton_forward import forward_kernel
 
 
@@ -108,6 +117,22 @@ def _common(q: Tensor, k: Tensor, v: Tensor, g: Geometry, tiles: Tiles, *others:
     }
 
 
+def _extra_tile(kernel: str, head_dim: int, itemsize: int, major: int) -> int:
+    """Extra keys of a tile, so that the kernel keeps to its registers."""
+    narrow = itemsize == 4 or head_dim > 128 or (major < 9 and kernel == "dq")
+    return 32 if narrow else 64
+
+
+def _extra_facts(kernel: str, q: Tensor, v: Tensor, g: Geometry) -> dict[str, object]:
+    """Compile-time facts about extra keys, for the kernels whose programs own query rows."""
+    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 8
+    return {
+        "COLUMNS": g.column_indices is not None,
+        "MEANS": g.mean_correction,
+        "BLOCK_E": _extra_tile(kernel, max(q.shape[-1], v.shape[-1]), q.element_size(), major),
+    }
+
+
 def _list_arguments(
     counts: Tensor | None, indices: Tensor | None, stand_in: Tensor
 ) -> tuple[Tensor, Tensor, int, int, int]:
@@ -126,7 +151,7 @@ def _spans(g: Geometry, stand_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     return q_start, q_end, k_start, k_end  # type: ignore[return-value]
 
 
-def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, backward: bool = False) -> str | None:
+def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, gradients: str | None = None) -> str | None:
     """Why these kernels cannot run the call, or None."""
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the Triton kernels take bfloat16, float16 and float32, not {q.dtype}"
@@ -134,8 +159,6 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, backward: b
         return f"the Triton kernels take head dimensions up to 256, not {max(q.shape[-1], v.shape[-1])}"
     if g.scale <= 0:
         return f"the Triton kernels need a positive scale, not {g.scale}"
-    if g.column_indices is not None or g.mean_correction:
-        return "the Triton kernels attend listed blocks only: no columns, no mean correction"
     if not q.is_cuda and not triton.knobs.runtime.interpret:
         return f"the Triton kernels need a CUDA tensor (or TRITON_INTERPRET=1), not one on {q.device}"
     if not q.is_cuda and q.dtype == torch.bfloat16:
@@ -178,15 +201,16 @@ def forward(
         o_out = torch.zeros((splits, *o.shape), dtype=torch.float32, device=q.device)
         lse_out = torch.zeros((splits, 2, *lse.shape), dtype=torch.float32, device=q.device)
     counts, indices, mask_b, mask_h, width = _list_arguments(g.kv_num_blocks, g.kv_indices, lse)
+    extra = prepare_extra(k, v, g, _strides(k, g.packed), _strides(v, g.packed), lse)
     chunk = 1 if pack > 1 else heads // k.shape[-2]
     grid = (triton.cdiv(g.max_q * pack, config.block_m) * chunk, heads // pack // chunk, g.batch * splits)
     forward_kernel[grid](
-        q, k, v, o_out, lse_out, lse if sinks is None else sinks, counts, indices, *_spans(g, lse),
+        q, k, v, o_out, lse_out, lse if sinks is None else sinks, counts, indices, *_spans(g, lse), *extra,
         _strides(q, g.packed), _strides(k, g.packed), _strides(v, g.packed), _strides(o, g.packed),
         0 if g.packed else heads * rows, rows,
         mask_b, mask_h, width, g.max_q, g.max_k, splits, o.numel(), lse.numel(),
         g.scale, g.softcap, g.window_left, g.window_right,
-        **_common(q, k, v, g, config),
+        **_common(q, k, v, g, config), **_extra_facts("forward", q, v, g),
         PACK=pack, CHUNK=chunk, SINKS=sinks is not None and splits == 1, SPLIT=splits > 1,
     )  # fmt: skip
     if splits > 1:
@@ -216,9 +240,17 @@ def backward(
     ragged_q, ragged_k = g.q_start is not None, g.k_start is not None
     # Contiguous whatever the inputs' strides: that is what a traced graph was told. Rows outside a sequence stay zero.
     dq = (torch.zeros if ragged_q else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = ((torch.zeros if ragged_k else torch.empty)(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
+    extra_keys = g.column_indices is not None or g.mean_correction
+    # Extra keys add to what listed blocks gave: in float32, so that nothing is rounded twice.
+    dk, dv = (
+        (torch.zeros if ragged_k else torch.empty)(
+            t.shape, dtype=torch.float32 if extra_keys else t.dtype, device=t.device
+        )
+        for t in (k, v)
+    )
     if q.numel() == 0 or k.numel() == 0 or g.max_q == 0 or g.max_k == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), None if sinks is None else torch.zeros_like(sinks)
+        dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        return dq, dk, dv, None if sinks is None else torch.zeros_like(sinks)
     norm, delta = torch.empty_like(lse), torch.empty_like(lse)
     dsink = torch.zeros_like(lse) if sinks is not None else lse
     rows = q.shape[0] if g.packed else q.shape[1]
@@ -243,13 +275,21 @@ def backward(
         **_common(q, k, v, g, config, do), CHUNK=chunk,
     )  # fmt: skip
     config = _tiles("dq", q, v, g, tiles[1])
+    extra = prepare_extra(k, v, g, inputs[1], inputs[2], lse)
     counts, indices, mask_b, mask_h, width = _list_arguments(g.kv_num_blocks, g.kv_indices, lse)
     chunk = heads // heads_k
     dq_kernel[(triton.cdiv(g.max_q, config.block_m) * chunk, heads_k, g.batch)](
-        q, k, v, do, norm, delta, dq, counts, indices, *spans,
+        q, k, v, do, norm, delta, dq, counts, indices, *spans, *extra,
         *inputs, _strides(dq, g.packed), lse_b, lse_h, mask_b, mask_h, width, *numbers,
-        **_common(q, k, v, g, config, do), CHUNK=chunk,
+        **_common(q, k, v, g, config, do), **_extra_facts("dq", q, v, g), CHUNK=chunk,
     )  # fmt: skip
+    if extra_keys:
+        strides: dict[str, tuple[int, ...]] = {"dk": _strides(dk, g.packed), "dv": _strides(dv, g.packed)}
+        strides |= dict(zip(("q", "k", "v", "do"), inputs, strict=True))
+        strides |= {"lse": (lse_b, lse_h), "mask": (mask_b, mask_h)}
+        facts = _common(q, k, v, g, config, do) | _extra_facts("dq", q, v, g)
+        add_extra_gradients(do, q, k, v, norm, delta, dk, dv, extra, g, spans, strides, facts)
+        dk, dv = dk.to(k.dtype), dv.to(v.dtype)
     if sinks is None:
         return dq, dk, dv, None
     over = (1,) if g.packed else (0, 2)
@@ -277,11 +317,41 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     cases.append(("forward-decode-128x128", *_offline(forward_kernel, (128, 128), decode, flags), 4, 2))
     cases.append(("combine-128", *_offline(combine_kernel, (128, 128), decode, {"SINKS": True}), 1, 1))
     cases.append(("preprocess-128", *_offline(preprocess_kernel, (128, 128), decode, everything), 4, 1))
+    return cases + _extra_cases()
+
+
+def _extra_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[Any, Any], int, int]]:
+    """What extra keys add to the kernels of listed blocks, and their own kernels."""
+    cases = []
+    for major, (kernel, function) in itertools.product((8, 9), (("forward", forward_kernel), ("dq", dq_kernel))):
+        tiles = config_for(kernel, 128, 2, major)
+        flags: dict[str, Any] = dict.fromkeys(("MASKED", "CAUSAL", "COLUMNS", "MEANS"), True)
+        flags["BLOCK_E"] = _extra_tile(kernel, 128, 2, major)
+        offline = _offline(function, (128, 128), tiles, flags)
+        cases.append((f"{kernel}-means-128x128-sm{major}0", *offline, tiles.num_warps, tiles.num_stages))
+    flags = {"CAUSAL": True, "COLUMNS": True, "ROWS": 64}
+    for name, function, keys in (
+        ("column_dkdv-128", column_dkdv_kernel, COLUMN_KEYS),
+        ("mean_dkdv-128", mean_dkdv_kernel, 16),
+    ):
+        cases.append((name, *_offline(function, (128, 128), Tiles(64, keys, 8, 1), flags, {"dk_ptr", "dv_ptr"}), 8, 1))
+    small = {"COLUMNS": True, "ROWS": 32, "TILE": 64}
+    tiles = Tiles(64, 64, 4, 1)
+    cases.append(("spread-128", *_offline(spread_kernel, (128, 128), tiles, small), 4, 1))
+    cases.append(("mean-128", *_offline(mean_kernel, (128, 128), tiles, small), 4, 1))
+    cases.append(("listed", *_offline(listed_kernel, (128, 128), tiles, small), 1, 1))
     return cases
 
 
+# Pointers to int32 in every kernel; and to float32, besides those that a case names.
+_INTEGERS = {"count_ptr", "index_ptr", "column_count_ptr", "column_ptr", "key_count_ptr", "key_ptr"}
+_INTEGERS |= {"bits_ptr", "taken_ptr"}
+_FLOATS = {"lse_ptr", "dlse_ptr", "norm_ptr", "delta_ptr", "sinks_ptr", "dsink_ptr", "sums_ptr", "o_part_ptr"}
+_FLOATS |= {"sum_ptr", "mean_grad_ptr"}
+
+
 def _offline(
-    function: Any, dims: tuple[int, int], tiles: Tiles, flags: dict[str, Any]
+    function: Any, dims: tuple[int, int], tiles: Tiles, flags: dict[str, Any], floats: Collection[str] = ()
 ) -> tuple[Any, dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Kernel, signature, constexprs and attributes of a bfloat16 call with contiguous tensors and 128-blocks."""
     constants: dict[str, Any] = {
@@ -289,7 +359,6 @@ def _offline(
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_Q": 128, "BLOCK_KV": 128,
         "GROUP": 4, "PACK": 1, "MASK_GROUP": 1, "CHUNK": 4, "PRECISION": "tf32", "DLSE": True, **flags,
     }  # fmt: skip
-    floats = {"lse_ptr", "dlse_ptr", "norm_ptr", "delta_ptr", "sinks_ptr", "dsink_ptr", "sums_ptr", "o_part_ptr"}
     signature: dict[str, Any] = {}
     constexprs: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
@@ -302,8 +371,8 @@ def _offline(
             constexprs[(i, 3)] = 1
             attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
         elif param.name.endswith("_ptr"):
-            integer = param.name in ("count_ptr", "index_ptr") or param.name[2:] in ("start_ptr", "end_ptr")
-            signature[param.name] = "*fp32" if param.name in floats else "*i32" if integer else "*bf16"
+            integer = param.name in _INTEGERS or param.name[2:] in ("start_ptr", "end_ptr")
+            signature[param.name] = "*fp32" if param.name in {*_FLOATS, *floats} else "*i32" if integer else "*bf16"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[param.name] = "fp32" if param.name in ("scale", "softcap") else "i32"

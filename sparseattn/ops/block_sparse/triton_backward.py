@@ -12,6 +12,8 @@ from sparseattn.kernels.attention import (
     visible,
 )
 from sparseattn.kernels.tiles import LENGTHS, WINDOW, key_tiles, list_length, load_rows, tile_start, whole_tiles
+from sparseattn.ops.block_sparse.triton_extra import EXTRA
+from sparseattn.ops.block_sparse.triton_extra_backward import dq_columns, dq_means
 
 
 @triton.jit(do_not_specialize=["max_q", "lse_stride_b", "lse_stride_h"])
@@ -250,10 +252,11 @@ def _dq_step(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, *WINDOW])
+@triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, *EXTRA])
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, norm_ptr, delta_ptr, dq_ptr, count_ptr, index_ptr,
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
+    column_count_ptr, column_ptr, mean_k_ptr, mean_v_ptr, bits_ptr, taken_ptr, column_width, num_blocks,
     stride_q, stride_k, stride_v, stride_do, stride_dq, lse_stride_b, lse_stride_h,
     mask_stride_b, mask_stride_h, idx_width, max_q, max_k, scale, softcap, window_left, window_right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -261,8 +264,9 @@ def dq_kernel(
     GROUP: tl.constexpr, MASK_GROUP: tl.constexpr, CHUNK: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, MEANS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One program: dQ of ``BLOCK_M`` query rows of one head, over the key blocks they attend.
+    """One program: dQ of ``BLOCK_M`` query rows of one head, over the key blocks and extra keys they attend.
 
     Grid (row tiles * CHUNK, query heads / CHUNK, batch).
     """
@@ -314,6 +318,19 @@ def dq_kernel(
                 scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
                 CAUSAL, WINDOW, SOFTCAP, True, WIDE, PRECISION,
             )  # fmt: skip
+    if COLUMNS:
+        dq = dq_columns(
+            dq, q, do, norm, delta, rows, k_base, v_base, column_count_ptr, column_ptr, list_row, column_width,
+            offset, k_len, stride_k, stride_v, scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV,
+            BLOCK_E, CAUSAL, WINDOW, SOFTCAP, WIDE, PRECISION,
+        )  # fmt: skip
+    if MEANS:
+        means = (b64 * (tl.num_programs(1) * CHUNK // GROUP) + head_k) * num_blocks
+        dq = dq_means(
+            dq, q, do, norm, delta, rows, mean_k_ptr + means * D, mean_v_ptr + means * DV, bits_ptr, taken_ptr,
+            list_row, num_blocks, m0, last, offset, k_len, scale, softcap, window_left, window_right,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_E, BLOCK_KV, CAUSAL, WINDOW, SOFTCAP, COLUMNS, PRECISION,
+        )  # fmt: skip
 
     offs_d = tl.arange(0, BLOCK_D)
     at = (q_start + rows).to(tl.int64)

@@ -15,6 +15,7 @@ from sparseattn.kernels.attention import (
     with_sink,
 )
 from sparseattn.kernels.tiles import LENGTHS, WINDOW, key_tiles, load_rows, tile_start, whole_tiles
+from sparseattn.ops.block_sparse.triton_extra import EXTRA, attend_columns, attend_means
 
 
 @triton.jit
@@ -42,10 +43,11 @@ def _attend(
     return acc, m_i, l_i
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, "num_splits", "split_stride_o", "split_stride_lse"])
+@triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, *EXTRA, "num_splits", "split_stride_o", "split_stride_lse"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr, count_ptr, index_ptr,
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
+    column_count_ptr, column_ptr, mean_k_ptr, mean_v_ptr, bits_ptr, taken_ptr, column_width, num_blocks,
     stride_q, stride_k, stride_v, stride_o, lse_stride_b, lse_stride_h,
     mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_splits, split_stride_o, split_stride_lse,
     scale, softcap, window_left, window_right,
@@ -54,8 +56,9 @@ def forward_kernel(
     GROUP: tl.constexpr, PACK: tl.constexpr, MASK_GROUP: tl.constexpr, CHUNK: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, MEANS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One program: ``BLOCK_M`` query rows of one head against their key blocks.
+    """One program: ``BLOCK_M`` query rows of one head against their key blocks, then their extra keys.
 
     Grid (row tiles * CHUNK, heads / CHUNK, batch * splits). ``PACK`` > 1 packs a GQA group's heads into the rows of a
     tile (row = token * PACK + head within the group) and the head axis counts KV heads; ``SPLIT`` gives each program a
@@ -128,6 +131,19 @@ def forward_kernel(
                 scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
                 CAUSAL, WINDOW, SOFTCAP, True, WIDE, PRECISION,
             )  # fmt: skip
+    if COLUMNS:
+        acc, m_i, l_i = attend_columns(
+            acc, m_i, l_i, q, k_base, v_base, column_count_ptr, column_ptr, list_row, column_width, token, offset,
+            k_len, stride_k, stride_v, scale, softcap, window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_E,
+            CAUSAL, WINDOW, SOFTCAP, WIDE, PRECISION,
+        )  # fmt: skip
+    if MEANS:
+        means = (b64 * (tl.num_programs(1) * CHUNK // GROUP) + head_k) * num_blocks
+        acc, m_i, l_i = attend_means(
+            acc, m_i, l_i, q, mean_k_ptr + means * D, mean_v_ptr + means * DV, bits_ptr, taken_ptr, list_row,
+            num_blocks, token, first, last, offset, k_len, scale, softcap, window_left, window_right,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_E, BLOCK_KV, CAUSAL, WINDOW, SOFTCAP, COLUMNS, PRECISION,
+        )  # fmt: skip
 
     offs_dv = tl.arange(0, BLOCK_DV)
     o_base = o_ptr + b64 * stride_o[0] + head_q.to(tl.int64) * stride_o[2] + top * stride_o[1]
