@@ -1,0 +1,231 @@
+"""FlexPrefill's choice of blocks (Lai et al. 2025, arXiv:2502.20766) as one registered operator."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparseattn.errors import argument_error
+from sparseattn.ops.scores.block_lists import (
+    MASS,
+    POOLED,
+    ListPlan,
+    Ranking,
+    block_sums,
+    crossing_mass,
+    union_of_groups,
+)
+from sparseattn.ops.scores.problem import row_bounds
+from sparseattn.ops.scores.vertical_slash import (
+    LastQueries,
+    check_impl,
+    check_inputs,
+    implementation,
+    sequence_lengths,
+    slash_bands,
+)
+from sparseattn.ops.sequences import Sequences, resolve_sequences
+
+BLOCK_SIZES = (32, 64, 128)
+
+
+def flexprefill_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    gamma: float = 0.9,
+    tau: float = 0.1,
+    min_budget: int = 1024,
+    max_budget: int | None = None,
+    density: float | None = None,
+    block_size: int = 128,
+    causal: bool = True,
+    keep_sink: bool = True,
+    keep_recent: bool = True,
+    group_shared: bool = False,
+    scale: float | None = None,
+    sequences: Sequences | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Block lists by FlexPrefill, and which heads were query-aware.
+
+    Args:
+        q: ``[B, Sq, Hq, D]``, or packed ``[total_q, Hq, D]`` with ``sequences``; any float dtype.
+        k: ``[B, Sk, Hkv, D]`` or packed; Hq a multiple of Hkv.
+        gamma: Share of the mass to cover, in [0, 1].
+        tau: Heads whose distance is below it are query-aware; 0: none.
+        min_budget: Verticals and slashes kept at least, in tokens of each.
+        max_budget: Verticals and slashes kept at most, likewise.
+        density: Share of every row's visible blocks to keep, instead of covering gamma within the budgets.
+        block_size: 32, 64 or 128; also the number of last queries looked at.
+        causal: Bottom-right aligned causality.
+        keep_sink: Every row lists block 0.
+        keep_recent: Every row lists the blocks its own diagonal touches.
+        group_shared: One list per key head: what any query head of the group lists.
+        scale: Factor on q . k; default ``1 / sqrt(D)``.
+        sequences: The layout of a ragged batch.
+        impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
+
+    Returns:
+        counts int32 ``[B, H, MB]``, indices int32 ``[B, H, MB, NB]`` (ascending, undefined past the count; H is Hkv
+        with ``group_shared``, else Hq) and query_aware bool ``[B, Hq]``.
+
+    Raises:
+        ValueError: A shape, value or implementation that does not fit.
+        TypeError: dtypes that differ or are not floating point.
+    """
+    s = resolve_sequences(q, k) if sequences is None else sequences
+    scale = check_inputs(q, k, scale)
+    check_impl(impl)
+    if block_size not in BLOCK_SIZES:
+        raise argument_error("block_size", f"one of {BLOCK_SIZES}", block_size)
+    return torch.ops.sparseattn.flexprefill_blocks(
+        q.detach(), k.detach(), s.q_start, s.q_end, s.k_start, s.k_end, s.batch, s.max_q, s.max_k, gamma, tau,
+        min_budget, -1 if max_budget is None else max_budget, -1.0 if density is None else density, block_size, scale,
+        causal, keep_sink, keep_recent, group_shared, impl,
+    )  # fmt: skip
+
+
+class _Options(NamedTuple):
+    """What the operator is told besides tensors and lengths; budgets are tokens, negative ones unset."""
+
+    gamma: float
+    tau: float
+    min_budget: int
+    max_budget: int
+    density: float
+    block_size: int
+    keep_sink: bool
+    keep_recent: bool
+
+
+def _selected(mass: Tensor, block_mass: Tensor, query_aware: Tensor, o: _Options, impl: str) -> Tensor:
+    """bool ``[2, B, H, NB]``: the blocks of verticals and of slashes each head keeps.
+
+    Args:
+        mass: ``[2, B, H, Sk]``, of every vertical and every slash.
+        block_mass: ``[2, B, H, NB]``, of every block of them.
+        query_aware: bool ``[B, H]``; such heads keep the least budget.
+        o: The options.
+        impl: As given.
+    """
+    module = implementation("vertical_slash", impl, mass)
+    columns = block_mass.shape[-1]
+    least = min(max(1, -(-o.min_budget // o.block_size)), columns)
+    most = columns if o.max_budget < 0 else min(max(1, -(-o.max_budget // o.block_size)), columns)
+    if o.gamma < 1:
+        counts = (module.coverage_counts(mass, o.gamma) // o.block_size + 1).clamp(least, most)
+    else:
+        counts = torch.full(mass.shape[:-1], most, dtype=torch.int64, device=mass.device)
+    for kind, forced in enumerate((o.keep_sink, o.keep_recent)):
+        if forced:
+            block_mass[kind, ..., 0] = torch.inf
+    return module.largest(block_mass, torch.where(query_aware, least, counts))
+
+
+def _distance(q_mean: Tensor, k_means: Tensor, mass: Tensor, blocks: Tensor, scale: float) -> Tensor:
+    """sqrt of the Jensen-Shannon divergence (natural log) of estimated and true block mass, ``[B, H]``.
+
+    Args:
+        q_mean: ``[B, Hq, 1, D]``, mean of the last queries.
+        k_means: ``[B, Hkv, NB, D]``.
+        mass: ``[B, Hq, NB]``, the last queries' true block mass.
+        blocks: int ``[B]``, blocks of each sequence's keys.
+        scale: Factor on q . k.
+    """
+    group = q_mean.shape[1] // k_means.shape[1]
+    logits = (q_mean.unflatten(1, (-1, group)).squeeze(3) @ k_means.transpose(-1, -2)).flatten(1, 2) * scale
+    inside = torch.arange(mass.shape[-1], device=mass.device) < blocks[:, None, None]
+    estimate = logits.masked_fill(~inside, -torch.inf).softmax(-1).masked_fill(~inside, 0.0)
+    middle = (estimate + mass) / 2
+
+    def divergence(p: Tensor) -> Tensor:
+        # Where p is 0 it adds nothing; where p is positive so is the middle.
+        ratio = p / torch.where(p > 0, middle, 1.0)
+        return torch.special.xlogy(p, torch.where(p > 0, ratio, 1.0)).sum(-1)
+
+    return ((divergence(estimate) + divergence(mass)) / 2).clamp(min=0).sqrt()
+
+
+torch.library.define(
+    "sparseattn::flexprefill_blocks",
+    "(Tensor q, Tensor k, Tensor? q_start, Tensor? q_end, Tensor? k_start, Tensor? k_end, SymInt batch, SymInt max_q, "
+    "SymInt max_k, float gamma, float tau, int min_budget, int max_budget, float density, int block_size, float scale, "
+    "bool causal, bool keep_sink, bool keep_recent, bool group_shared, str impl) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("sparseattn::flexprefill_blocks", "CompositeExplicitAutograd")
+def _flexprefill_blocks(
+    q: Tensor, k: Tensor, q_start: Tensor | None, q_end: Tensor | None, k_start: Tensor | None, k_end: Tensor | None,
+    batch: int, max_q: int, max_k: int, gamma: float, tau: float, min_budget: int, max_budget: int, density: float,
+    block_size: int, scale: float, causal: bool, keep_sink: bool, keep_recent: bool, group_shared: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    s = Sequences(batch, max_q, max_k, q_start, q_end, k_start, k_end, q.dim() == 3)
+    o = _Options(gamma, tau, min_budget, max_budget, density, block_size, keep_sink, keep_recent)
+    kept = k.shape[-2] if group_shared else q.shape[-2]
+    rows, columns = -(-max_q // block_size), -(-max_k // block_size)
+    if 0 in (batch, max_q, max_k):
+        counts = torch.zeros((batch, kept, rows), dtype=torch.int32, device=q.device)
+        indices = torch.zeros((batch, kept, rows, columns), dtype=torch.int32, device=q.device)
+        return counts, indices, torch.zeros((batch, q.shape[-2]), dtype=torch.bool, device=q.device)
+    last = LastQueries(s, block_size, causal, scale)
+    counts, indices, query_aware = _lists(q, k, last, o, impl)
+    return *union_of_groups(counts, indices, kept, columns), query_aware
+
+
+def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """counts, indices and query_aware of every query head."""
+    s, size = p.sequences, o.block_size
+    shape, rows, columns = (s.batch, q.shape[-2]), -(-s.max_q // size), -(-s.max_k // size)
+    (q_len, k_len), module = sequence_lengths(s, q.device), implementation("block_lists", impl, q, k)
+    mass = torch.stack(implementation("vertical_slash", impl, q, k).last_query_mass(q, k, p))
+    block_mass = block_sums(mass, size, columns)
+    query_aware = torch.zeros(shape, dtype=torch.bool, device=q.device)
+    ranking = Ranking(query_aware.int(), scale=p.scale, half=q.dtype in (torch.float16, torch.bfloat16))
+    if o.tau > 0:
+        first_q = torch.zeros_like(q_len) if s.q_start is None else s.q_start.long()
+        first_k = torch.zeros_like(k_len) if s.k_start is None else s.k_start.long()
+        end = first_q + q_len
+        k_means = module.block_means(k, first_k, first_k + k_len, s.packed, size, columns)
+        q_mean = module.block_means(q, end - p.rows(q.device), end, s.packed, size, 1)
+        blocks = torch.div(k_len + size - 1, size, rounding_mode="floor")
+        query_aware = _distance(q_mean, k_means, block_mass[0], blocks, p.scale) < o.tau
+        q_means = module.block_means(q, first_q, end, s.packed, size, rows)
+        ranking = ranking._replace(mode=query_aware.int() * POOLED, q_means=q_means, k_means=k_means)
+
+    bounds = row_bounds(s, size, p.causal, False, q.device)
+    if o.density < 0:
+        first, second = _selected(mass, block_mass, query_aware, o, impl)
+        plan = ListPlan(first, slash_bands(second, size, s, size, rows, columns), bounds.visible)
+        ranked = ranking._replace(share=o.gamma) if o.tau > 0 and o.gamma > 0 else None
+    else:
+        first = torch.zeros((*shape, columns), dtype=torch.bool, device=q.device)
+        first[..., 0] = o.keep_sink
+        second = torch.full((*shape, 1), o.keep_recent, device=q.device)  # the diagonal alone
+        plan = ListPlan(first, slash_bands(second, 1, s, size, rows, columns), bounds.visible)
+        ranked = ranking._replace(
+            mode=torch.where(query_aware, POOLED, MASS).int(),
+            vertical=block_mass[0],
+            band=crossing_mass(block_mass[1], s, size, rows),
+            top=(bounds.visible * o.density).ceil().int().clamp(min=1)[:, None],
+        )
+    return *module.list_blocks(plan, ranked, columns), query_aware
+
+
+@torch.library.register_fake("sparseattn::flexprefill_blocks")
+def _flexprefill_blocks_fake(
+    q: Tensor, k: Tensor, q_start: Tensor | None, q_end: Tensor | None, k_start: Tensor | None, k_end: Tensor | None,
+    batch: int, max_q: int, max_k: int, gamma: float, tau: float, min_budget: int, max_budget: int, density: float,
+    block_size: int, scale: float, causal: bool, keep_sink: bool, keep_recent: bool, group_shared: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, columns = (max_q + block_size - 1) // block_size, (max_k + block_size - 1) // block_size
+    shape = (batch, k.shape[-2] if group_shared else q.shape[-2], rows)
+    counts = q.new_empty(shape, dtype=torch.int32)
+    return (
+        counts,
+        q.new_empty((*shape, columns), dtype=torch.int32),
+        q.new_empty((batch, q.shape[-2]), dtype=torch.bool),
+    )

@@ -1,0 +1,278 @@
+"""MInference's choice of blocks and columns (Jiang et al. 2024, arXiv:2407.02490) as one registered operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparseattn.errors import argument_error
+from sparseattn.masks.lists import compact
+from sparseattn.ops.scores.block_lists import (
+    POOLED,
+    ListPlan,
+    Ranking,
+    block_any,
+    last_keys,
+    union_of_groups,
+)
+from sparseattn.ops.scores.problem import row_bounds
+from sparseattn.ops.scores.vertical_slash import (
+    NUM_QUERIES,
+    LastQueries,
+    check_impl,
+    check_inputs,
+    constants_on,
+    implementation,
+    sequence_lengths,
+    slash_bands,
+)
+from sparseattn.ops.sequences import Sequences, resolve_sequences
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+#: Every row, in the units of ``HeadBudget.last``.
+ALL = 2**31 - 1
+
+
+class HeadBudget(NamedTuple):
+    """What one query head keeps; all of it in tokens but ``blocks``.
+
+    Attributes:
+        vertical: Columns with the most mass under the last queries. Vertical-slash heads have at least one.
+        slash: Distances with the most mass, likewise.
+        init: Keys at the start.
+        local: Nearest keys.
+        last: Queries at the end that see everything.
+        blocks: Best blocks of every row by mean query and mean key.
+    """
+
+    vertical: int = 0
+    slash: int = 0
+    init: int = 0
+    local: int = 0
+    last: int = 0
+    blocks: int = 0
+
+
+def minference_blocks(
+    q: Tensor,
+    k: Tensor,
+    budgets: Sequence[HeadBudget],
+    *,
+    adaptive_budget: float | None = None,
+    num_queries: int = 64,
+    num_sink_tokens: int = 30,
+    num_local_tokens: int = 100,
+    block_size: int = 128,
+    causal: bool = True,
+    columns: bool = True,
+    group_shared: bool = False,
+    scale: float | None = None,
+    sequences: Sequences | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Block lists by MInference, and the lone columns beside them.
+
+    Args:
+        q: ``[B, Sq, Hq, D]``, or packed ``[total_q, Hq, D]`` with ``sequences``; any float dtype.
+        k: ``[B, Sk, Hkv, D]`` or packed; Hq a multiple of Hkv.
+        budgets: What each of the Hq query heads keeps.
+        adaptive_budget: Vertical-slash heads keep, instead of their numbers, a fifth of this share of the keys as
+            verticals and four fifths as slashes.
+        num_queries: Last queries looked at; 16, 32, 64 or 128.
+        num_sink_tokens: Keys at the start that vertical-slash heads keep whatever their mass.
+        num_local_tokens: Nearest distances that vertical-slash heads keep, likewise.
+        block_size: 16, 32, 64, 128 or 256.
+        causal: Bottom-right aligned causality.
+        columns: Return verticals as single columns; otherwise the blocks that hold one are listed.
+        group_shared: One list per key head: what any query head of the group keeps.
+        scale: Factor on q . k; default ``1 / sqrt(D)``.
+        sequences: The layout of a ragged batch.
+        impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
+
+    Returns:
+        counts int32 ``[B, H, MB]``, indices int32 ``[B, H, MB, K]`` (ascending, undefined past the count; H is Hkv with
+        ``group_shared``, else Hq) and columns int32 ``[B, H, MB, C]`` (ascending, -1 past the end; none of them in a
+        listed block). K and C follow from the budgets and lengths; C is 0 where no head has lone columns.
+
+    Raises:
+        ValueError: A shape, value or implementation that does not fit.
+        TypeError: dtypes that differ or are not floating point.
+    """
+    s = resolve_sequences(q, k) if sequences is None else sequences
+    scale = check_inputs(q, k, scale)
+    check_impl(impl)
+    if block_size not in BLOCK_SIZES:
+        raise argument_error("block_size", f"one of {BLOCK_SIZES}", block_size)
+    if num_queries not in NUM_QUERIES:
+        raise argument_error("num_queries", f"one of {NUM_QUERIES}", num_queries)
+    if len(budgets) != q.shape[-2]:
+        raise argument_error("budgets", f"{q.shape[-2]} entries, one per query head", f"{len(budgets)} entries")
+    return torch.ops.sparseattn.minference_blocks(
+        q.detach(), k.detach(), s.q_start, s.q_end, s.k_start, s.k_end, s.batch, s.max_q, s.max_k,
+        [number for budget in budgets for number in budget], -1.0 if adaptive_budget is None else adaptive_budget,
+        num_queries, num_sink_tokens, num_local_tokens, block_size, scale, causal, columns, group_shared, impl,
+    )  # fmt: skip
+
+
+class _Options(NamedTuple):
+    """What the operator is told besides tensors and lengths."""
+
+    budgets: tuple[HeadBudget, ...]
+    adaptive: float
+    num_sink: int
+    num_local: int
+    block_size: int
+    columns: bool
+    group_shared: bool
+
+    @property
+    def slashed(self) -> bool:
+        """Whether some head is of the vertical-slash kind."""
+        return any(b.vertical > 0 for b in self.budgets)
+
+    def most(self, b: HeadBudget, max_k: int) -> tuple[int, int]:
+        """The most verticals and slashes a head can keep with ``max_k`` keys."""
+        if b.vertical == 0:
+            return 0, 0
+        vertical, slash = b.vertical, b.slash
+        if self.adaptive >= 0:
+            budget = int(max_k * self.adaptive)
+            vertical, slash = budget // 5, budget * 4 // 5
+        return min(max_k, max(vertical, self.num_sink, 1)), min(max_k, max(slash, self.num_local, 1))
+
+    def widths(self, heads: int, max_k: int) -> tuple[int, int]:
+        """K and C: the longest block list and the most lone columns that a row can have."""
+        size, blocks, widest = self.block_size, -(-max_k // self.block_size), 0
+        group = len(self.budgets) // heads if self.group_shared else 1
+        lone = 0
+        for b in self.budgets:
+            vertical, slash = self.most(b, max_k)
+            held = b.init if self.columns else b.init + vertical * size
+            sink = self.num_sink if b.vertical else 0
+            local = (b.local + 2 * size - 2) // size + 1 if b.local else 0
+            # A slash is a run of as many keys as a block holds, anywhere: it crosses two blocks.
+            own = -(-held // size) + -(-sink // size) + local + 2 * slash + b.blocks
+            widest = max(widest, blocks if b.last else own)
+            lone = max(lone, vertical if self.columns else 0)
+        return min(blocks, widest * group), min(max_k, lone * group)
+
+
+def _selected(q: Tensor, k: Tensor, p: LastQueries, o: _Options, table: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    """bool ``[B, H, Sk]`` twice: the verticals and the slashes of vertical-slash heads."""
+    module = implementation("vertical_slash", impl, q, k)
+    mass = torch.stack(module.last_query_mass(q, k, p))  # [2, B, H, Sk]
+    mass[0, ..., : o.num_sink] = torch.inf
+    mass[1, ..., : o.num_local] = torch.inf
+    _, k_len = sequence_lengths(p.sequences, q.device)
+    wanted = table[:, :2].t()[:, None].long()  # [2, 1, H]
+    if o.adaptive >= 0:
+        budget = (k_len * o.adaptive).floor().long()
+        wanted = torch.stack([budget // 5, budget * 4 // 5])[..., None]  # [2, B, 1]
+    floor = torch.arange(2, device=q.device) * (max(o.num_local, 1) - max(o.num_sink, 1)) + max(o.num_sink, 1)
+    counts = torch.minimum(torch.maximum(wanted, floor[:, None, None]), k_len[:, None])
+    counts = torch.where(table[:, 0] > 0, counts, 0).expand(mass.shape[:-1])
+    vertical, slash = module.largest(mass, counts)
+    return vertical, slash
+
+
+def _ranking(q: Tensor, k: Tensor, p: LastQueries, o: _Options, table: Tensor, impl: str) -> Ranking | None:
+    """How block-sparse heads rank; None where there is none."""
+    if not any(b.blocks for b in o.budgets):
+        return None
+    s, size = p.sequences, o.block_size
+    module = implementation("block_lists", impl, q, k)
+    q_len, k_len = sequence_lengths(s, q.device)
+    first_q = torch.zeros_like(q_len) if s.q_start is None else s.q_start.long()
+    first_k = torch.zeros_like(k_len) if s.k_start is None else s.k_start.long()
+    return Ranking(
+        ((table[:, 5] > 0).int() * POOLED).expand(s.batch, -1),
+        module.block_means(q, first_q, first_q + q_len, s.packed, size, -(-s.max_q // size)),
+        module.block_means(k, first_k, first_k + k_len, s.packed, size, -(-s.max_k // size)),
+        p.scale,
+        top=table[:, 5, None].expand(s.batch, -1, -(-s.max_q // size)),
+        half=q.dtype in (torch.float16, torch.bfloat16),
+    )
+
+
+def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """counts, indices and columns of every head of the result."""
+    s, size, heads = p.sequences, o.block_size, q.shape[-2]
+    rows, columns = -(-s.max_q // size), -(-s.max_k // size)
+    kept = k.shape[-2] if o.group_shared else heads
+    _, lone = o.widths(kept, s.max_k)
+    table = constants_on(q.device, tuple(tuple(b) for b in o.budgets))  # [H, 6]
+    init, local, last = table[:, 2, None], table[:, 3, None], table[:, 4]
+    shape = (s.batch, heads, s.max_k)
+    vertical = slash = torch.zeros(shape, dtype=torch.bool, device=q.device)
+    if o.slashed:
+        vertical, slash = _selected(q, k, p, o, table, impl)
+    slash = slash | (torch.arange(s.max_k, device=q.device) < local)
+    if o.columns:
+        # The first keys are kept as a block: that is a tile less to gather than as columns.
+        init = torch.maximum(init, torch.where(table[:, :1] > 0, o.num_sink, 0))
+    blocks = torch.arange(columns, device=q.device) * size < init
+    blocks = blocks.expand(s.batch, -1, -1) if o.columns else blocks | block_any(vertical, size, columns)
+    q_len, _ = sequence_lengths(s, q.device)
+    dense_from = (q_len[:, None] - last).clamp(min=0) // size if any(b.last for b in o.budgets) else None
+    if dense_from is not None:
+        dense_from = torch.where(last > 0, dense_from, rows).int()
+    bounds = row_bounds(s, size, p.causal, False, q.device)
+    module = implementation("block_lists", impl, q, k)
+    plan = ListPlan(blocks, slash_bands(slash, 1, s, size, rows, columns), bounds.visible, dense_from)
+    per_head, _ = o._replace(group_shared=False).widths(heads, s.max_k)
+    counts, indices = module.list_blocks(plan, _ranking(q, k, p, o, table, impl), per_head)
+    counts, indices = union_of_groups(counts, indices, kept, columns)
+    if lone == 0:
+        return counts, indices, indices.new_empty((*counts.shape, 0))
+    token_counts, tokens = compact(vertical.unflatten(1, (kept, -1)).any(2), lone)
+    end = last_keys(s, size, p.causal, rows, q.device)
+    return counts, indices, module.list_columns(tokens, token_counts, counts, indices, end, size, columns)
+
+
+torch.library.define(
+    "sparseattn::minference_blocks",
+    "(Tensor q, Tensor k, Tensor? q_start, Tensor? q_end, Tensor? k_start, Tensor? k_end, SymInt batch, SymInt max_q, "
+    "SymInt max_k, int[] budgets, float adaptive_budget, int num_queries, int num_sink_tokens, int num_local_tokens, "
+    "int block_size, float scale, bool causal, bool columns, bool group_shared, str impl) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def _options(
+    budgets: list[int], adaptive: float, num_sink: int, num_local: int, size: int, columns: bool, shared: bool
+) -> _Options:
+    heads = tuple(HeadBudget(*budgets[i : i + 6]) for i in range(0, len(budgets), 6))
+    return _Options(heads, adaptive, num_sink, num_local, size, columns, shared)
+
+
+@torch.library.impl("sparseattn::minference_blocks", "CompositeExplicitAutograd")
+def _minference_blocks(
+    q: Tensor, k: Tensor, q_start: Tensor | None, q_end: Tensor | None, k_start: Tensor | None, k_end: Tensor | None,
+    batch: int, max_q: int, max_k: int, budgets: list[int], adaptive_budget: float, num_queries: int,
+    num_sink_tokens: int, num_local_tokens: int, block_size: int, scale: float, causal: bool, columns: bool,
+    group_shared: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    s = Sequences(batch, max_q, max_k, q_start, q_end, k_start, k_end, q.dim() == 3)
+    o = _options(budgets, adaptive_budget, num_sink_tokens, num_local_tokens, block_size, columns, group_shared)
+    if 0 in (batch, max_q, max_k):
+        kept = k.shape[-2] if group_shared else q.shape[-2]
+        width, lone = o.widths(kept, max_k)
+        counts = torch.zeros((batch, kept, -(-max_q // block_size)), dtype=torch.int32, device=q.device)
+        return counts, counts.new_zeros((*counts.shape, width)), counts.new_full((*counts.shape, lone), -1)
+    return _lists(q, k, LastQueries(s, num_queries, causal, scale), o, impl)
+
+
+@torch.library.register_fake("sparseattn::minference_blocks")
+def _minference_blocks_fake(
+    q: Tensor, k: Tensor, q_start: Tensor | None, q_end: Tensor | None, k_start: Tensor | None, k_end: Tensor | None,
+    batch: int, max_q: int, max_k: int, budgets: list[int], adaptive_budget: float, num_queries: int,
+    num_sink_tokens: int, num_local_tokens: int, block_size: int, scale: float, causal: bool, columns: bool,
+    group_shared: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    o = _options(budgets, adaptive_budget, num_sink_tokens, num_local_tokens, block_size, columns, group_shared)
+    kept = k.shape[-2] if group_shared else q.shape[-2]
+    counts = q.new_empty((batch, kept, (max_q + block_size - 1) // block_size), dtype=torch.int32)
+    width, lone = o.widths(kept, max_k)
+    return counts, counts.new_empty((*counts.shape, width)), counts.new_empty((*counts.shape, lone))
