@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from sparseattn.masks import BlockMask
 from sparseattn.ops.block_sparse import block_sparse_attention
-from sparseattn.selectors import SELECTORS, StreamingConfig, XAttentionConfig, streaming, xattention
+from sparseattn.selectors import (
+    SELECTORS,
+    LandmarkCache,
+    LandmarkConfig,
+    StreamingConfig,
+    XAttentionConfig,
+    landmark,
+    streaming,
+    xattention,
+)
 
 if TYPE_CHECKING:
     from sparseattn.integrations.options import options
@@ -22,10 +31,13 @@ __version__ = "0.1.0"
 __all__ = [
     "SELECTORS",
     "BlockMask",
+    "LandmarkCache",
+    "LandmarkConfig",
     "StreamingConfig",
     "XAttentionConfig",
     "__version__",
     "block_sparse_attention",
+    "landmark",
     "options",
     "record",
     "register",

@@ -12,10 +12,13 @@ from typing import Any
 
 from sparseattn.errors import argument_error
 from sparseattn.selectors.base import Selector, SelectorConfig
+from sparseattn.selectors.landmark import LandmarkConfig, landmark
+from sparseattn.selectors.landmark_cache import LandmarkCache
 from sparseattn.selectors.streaming import StreamingConfig, streaming
 from sparseattn.selectors.xattention import XAttentionConfig, xattention
 
 SELECTORS: dict[str, Selector] = {
+    "landmark": Selector(LandmarkConfig, landmark),
     "xattention": Selector(XAttentionConfig, xattention),
     "streaming": Selector(StreamingConfig, streaming),
 }
@@ -43,12 +46,15 @@ def configure(name: str, options: Mapping[str, Any] | None = None) -> SelectorCo
 
 __all__ = [
     "SELECTORS",
+    "LandmarkCache",
+    "LandmarkConfig",
     "Selector",
     "SelectorConfig",
     "StreamingConfig",
     "XAttentionConfig",
     "configure",
     "get",
+    "landmark",
     "streaming",
     "xattention",
 ]

@@ -1,15 +1,28 @@
 """What selectors are made of: block scores, and the choice of blocks from scores."""
 
 from sparseattn.ops.scores.api import antidiagonal_scores, top_p_blocks, unsupported_reason, xattention_blocks
+from sparseattn.ops.scores.landmark import (
+    landmark_blocks,
+    landmark_features,
+    landmark_scores,
+    unsupported_landmark_reason,
+)
+from sparseattn.ops.scores.landmark_problem import LandmarkFeatures, LandmarkProblem
 from sparseattn.ops.scores.problem import RowBounds, ScoreProblem, diagonal_blocks, row_bounds
 
 __all__ = [
+    "LandmarkFeatures",
+    "LandmarkProblem",
     "RowBounds",
     "ScoreProblem",
     "antidiagonal_scores",
     "diagonal_blocks",
+    "landmark_blocks",
+    "landmark_features",
+    "landmark_scores",
     "row_bounds",
     "top_p_blocks",
+    "unsupported_landmark_reason",
     "unsupported_reason",
     "xattention_blocks",
 ]
