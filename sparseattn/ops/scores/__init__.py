@@ -8,18 +8,28 @@ from sparseattn.ops.scores.landmark import (
     unsupported_landmark_reason,
 )
 from sparseattn.ops.scores.landmark_problem import LandmarkFeatures, LandmarkProblem
+from sparseattn.ops.scores.pooled import pool_pages, pooled_blocks, pooled_scores, pooled_unsupported_reason
 from sparseattn.ops.scores.problem import RowBounds, ScoreProblem, diagonal_blocks, row_bounds
+from sparseattn.ops.scores.rules import choose_blocks
+from sparseattn.ops.scores.rules_problem import Forced, Rule
 
 __all__ = [
+    "Forced",
     "LandmarkFeatures",
     "LandmarkProblem",
     "RowBounds",
+    "Rule",
     "ScoreProblem",
     "antidiagonal_scores",
+    "choose_blocks",
     "diagonal_blocks",
     "landmark_blocks",
     "landmark_features",
     "landmark_scores",
+    "pool_pages",
+    "pooled_blocks",
+    "pooled_scores",
+    "pooled_unsupported_reason",
     "row_bounds",
     "top_p_blocks",
     "unsupported_landmark_reason",

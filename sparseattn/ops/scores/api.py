@@ -27,6 +27,7 @@ def antidiagonal_scores(
     stride: int = 8,
     block_size: int = 128,
     causal: bool = True,
+    aggregate: str = "sum",
     scale: float | None = None,
     sequences: Sequences | None = None,
     impl: str = "auto",
@@ -45,6 +46,7 @@ def antidiagonal_scores(
         stride: S; 4, 8 or 16. The estimate costs 1 / S of q @ k^T.
         block_size: 64 or 128.
         causal: Bottom-right aligned causality.
+        aggregate: "sum", or "max": the largest mass that any row of cells of the query block gives the block.
         scale: Factor on q . k; default ``1 / sqrt(D)``.
         sequences: The layout of a ragged batch, from ``resolve_sequences``; default: every row is valid.
         impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
@@ -56,7 +58,9 @@ def antidiagonal_scores(
         ValueError: A shape, value or implementation that does not fit.
         TypeError: dtypes that differ or are not floating point.
     """
-    p = _problem(q, k, stride, block_size, causal, scale, sequences)
+    if aggregate not in ("sum", "max"):
+        raise argument_error("aggregate", "'sum' or 'max'", repr(aggregate))
+    p = _problem(q, k, stride, block_size, causal, scale, sequences)._replace(aggregate=aggregate)
     return _module(_choose(impl, q, k)).antidiagonal_scores(q.detach(), k.detach(), p)
 
 
@@ -204,7 +208,7 @@ def check_threshold(value: object) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _thresholds_on(device: torch.device, thresholds: tuple[float, ...]) -> Tensor:
+def thresholds_on(device: torch.device, thresholds: tuple[float, ...]) -> Tensor:
     """float32 ``[1]`` or ``[H]``; copied from the host once: later calls and CUDA graphs find it there."""
     return torch.tensor(thresholds, dtype=torch.float32, device=device)
 
@@ -290,7 +294,7 @@ def _xattention_blocks(
     s = Sequences(batch, max_q, max_k, q_start, q_end, k_start, k_end, q.dim() == 3)
     p = ScoreProblem(s, stride, block_size, causal, scale)
     bounds = row_bounds(s, block_size, causal, keep_recent, q.device)
-    thresholds = _thresholds_on(q.device, tuple(threshold))
+    thresholds = thresholds_on(q.device, tuple(threshold))
     module = _module(_choose(impl, q, k))
     return module.xattention_blocks(q, k, p, thresholds, bounds, keep_sink)
 

@@ -19,6 +19,7 @@ class ScoreProblem(NamedTuple):
         block_size: Tokens of a block, a multiple of ``stride``, for queries and keys alike.
         causal: Key j is visible to query i iff ``j <= i + Sk - Sq`` (lengths of the sequence itself).
         scale: Factor on q . k.
+        aggregate: How the cells of a query block agree on a block: "sum" or "max" of their mass.
     """
 
     sequences: Sequences
@@ -26,6 +27,7 @@ class ScoreProblem(NamedTuple):
     block_size: int
     causal: bool
     scale: float
+    aggregate: str = "sum"
 
     @property
     def num_q_blocks(self) -> int:

@@ -84,9 +84,9 @@ def _score_sequence(q: Tensor, k: Tensor, p: ScoreProblem, scores: Tensor, chunk
         mass = F.pad(mass, (0, -n % per_block, 0, -i.numel() % per_block))
         rows, columns = mass.shape[1] // per_block, mass.shape[2] // per_block
         block_start = start // per_block
-        scores[:, block_start : block_start + rows, :columns] = mass.view(hq, rows, per_block, columns, per_block).sum(
-            (2, 4)
-        )
+        mass = mass.view(hq, rows, per_block, columns, per_block).sum(4)
+        score = mass.amax(2) if p.aggregate == "max" else mass.sum(2)
+        scores[:, block_start : block_start + rows, :columns] = score
 
 
 def _cells(x: Tensor, stride: int, dtype: torch.dtype) -> Tensor:

@@ -150,8 +150,9 @@ def _scores_kernel(
     sums_ptr, tile_max_ptr, tile_sum_ptr, visible_ptr, scores_ptr, bounds_stride_b, first_block, num_cells, k_tiles,
     scores_stride_b, scores_stride_h, scores_pitch,
     PER_BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_NB: tl.constexpr,
+    MAX: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one query block of the chunk: the softmax over all tiles, summed over the block's cells.
+    """Scores of one query block of the chunk: the softmax over all tiles, summed over the block's cells or their MAX.
 
     Grid (query blocks of the chunk, Hq, B). Writes ``scores [B, Hq, rows, NB]``, float32, visible blocks only.
     """
@@ -191,7 +192,12 @@ def _scores_kernel(
         tile_max = tl.load(tile_max_ptr + offs, mask=seen[None, :], other=float("-inf"))
         sums = tl.load(sums_ptr + cell.to(tl.int64)[:, None] * pitch + offs_n[None, :], mask=seen[None, :], other=0.0)
         weight = tl.exp2(tile_max - m_i[:, None]) * inverse[:, None]
-        tl.store(scores_ptr + offs_n, tl.sum(sums * weight, 0), mask=seen)
+        mass = sums * weight
+        if MAX:
+            score = tl.max(mass, 0)
+        else:
+            score = tl.sum(mass, 0)
+        tl.store(scores_ptr + offs_n, score, mask=seen)
 
 
 @triton.jit
@@ -439,7 +445,7 @@ class _Plan:
         _scores_kernel[(blocks, heads, s.batch)](
             self.sums, self.tile_max, self.tile_sum, visible, scores, _batch_stride(visible), first, cells, k_tiles,
             *scores.stride()[:3], PER_BLOCK=self.per_block, TILE_BLOCKS=self.tile_blocks, BLOCK_T=32, BLOCK_NB=128,
-            num_warps=4, **LAUNCH,
+            MAX=p.aggregate == "max", num_warps=4, **LAUNCH,
         )  # fmt: skip
 
 
@@ -470,6 +476,7 @@ def compile_cases() -> list[
                 cases.append((name, *_offline(_cells_kernel, constants), tiles.num_warps, tiles.num_stages))
     for per_block in (8, 16, 32):
         constants = {"PER_BLOCK": per_block, "TILE_BLOCKS": 256 // per_block, "BLOCK_T": 32, "BLOCK_NB": 128}
+        constants["MAX"] = per_block == 32
         cases.append((f"scores-{per_block}", *_offline(_scores_kernel, constants), 4, 1))
     for sink in (False, True):
         constants = {"HEAD_THRESHOLDS": not sink, "KEEP_SINK": sink, "BLOCK": 1024}

@@ -1,0 +1,156 @@
+"""XAttention's scores under any selection rule: the operator behind its ``rule`` and ``aggregate`` options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparseattn.ops.scores.api import antidiagonal_scores, thresholds_on
+from sparseattn.ops.scores.rules import choose_impl, module, thresholds
+from sparseattn.ops.scores.rules_problem import Forced, Rule, check_rule, list_bounds, list_width, log_threshold
+from sparseattn.ops.sequences import Sequences, resolve_sequences
+
+
+def antidiagonal_blocks(
+    q: Tensor,
+    k: Tensor,
+    rule: Rule,
+    *,
+    stride: int = 8,
+    block_size: int = 128,
+    causal: bool = True,
+    aggregate: str = "mean",
+    forced: Forced | None = None,
+    scale: float | None = None,
+    sequences: Sequences | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Antidiagonal scores, then any rule, in one registered operator (``torch.ops.sparseattn.antidiagonal_blocks``).
+
+    The natural-log score of a block is that of the mean, or of the largest, estimated mass that the rows of cells of
+    the query block give it (:func:`sparseattn.ops.scores.antidiagonal_scores`). Unlike ``xattention_blocks`` this keeps
+    all scores until the lists are made: ``4 * B * Hq * MB * NB`` bytes.
+
+    Args:
+        q: ``[B, Sq, Hq, D]``, or packed ``[total_q, Hq, D]`` with ``sequences``.
+        k: ``[B, Sk, Hkv, D]`` or packed.
+        rule: How scores become lists; see :func:`sparseattn.ops.scores.choose_blocks`.
+        stride: Tokens of a cell.
+        block_size: Tokens of a block.
+        causal: Bottom-right aligned causality.
+        aggregate: "mean" or "max".
+        forced: Blocks listed in any case; default: those of each row's own diagonal.
+        scale: Factor on q . k.
+        sequences: The layout of a ragged batch.
+        impl: The implementation.
+
+    Returns:
+        counts int32 ``[B, Hq, MB]`` and indices int32 ``[B, Hq, MB, K]``: ascending, undefined past the count.
+
+    Raises:
+        ValueError: A shape, value or implementation that does not fit.
+        TypeError: dtypes that differ or are not floating point.
+    """
+    s = resolve_sequences(q, k) if sequences is None else sequences
+    rule = rule._replace(threshold=thresholds(rule.threshold))
+    check_rule(rule, q.shape[-2])
+    forced = Forced() if forced is None else forced
+    scale = max(1, q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    return torch.ops.sparseattn.antidiagonal_blocks(
+        q.detach(), k.detach(), s.q_start, s.q_end, s.k_start, s.k_end, s.batch, s.max_q, s.max_k, stride, block_size,
+        scale, causal, aggregate, rule.name, list(rule.threshold), rule.density, rule.num_blocks, rule.max_blocks,
+        forced.sink_tokens, forced.local_tokens, forced.last_tokens, impl,
+    )  # fmt: skip
+
+
+torch.library.define(
+    "sparseattn::antidiagonal_blocks",
+    "(Tensor q, Tensor k, Tensor? q_start, Tensor? q_end, Tensor? k_start, Tensor? k_end, SymInt batch, SymInt max_q, "
+    "SymInt max_k, int stride, int block_size, float scale, bool causal, str aggregate, str rule, float[] threshold, "
+    "float? density, int? num_blocks, int? max_blocks, int sink_tokens, int? local_tokens, int last_tokens, str impl) "
+    "-> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("sparseattn::antidiagonal_blocks", "CompositeExplicitAutograd")
+def _antidiagonal_blocks(
+    q: Tensor,
+    k: Tensor,
+    q_start: Tensor | None,
+    q_end: Tensor | None,
+    k_start: Tensor | None,
+    k_end: Tensor | None,
+    batch: int,
+    max_q: int,
+    max_k: int,
+    stride: int,
+    block_size: int,
+    scale: float,
+    causal: bool,
+    aggregate: str,
+    rule: str,
+    threshold: Sequence[float],
+    density: float | None,
+    num_blocks: int | None,
+    max_blocks: int | None,
+    sink_tokens: int,
+    local_tokens: int | None,
+    last_tokens: int,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    s = Sequences(batch, max_q, max_k, q_start, q_end, k_start, k_end, q.dim() == 3)
+    chosen = Rule(rule, tuple(threshold), density, num_blocks, max_blocks)
+    forced = Forced(sink_tokens, local_tokens, last_tokens)
+    scores = antidiagonal_scores(
+        q, k, stride=stride, block_size=block_size, causal=causal, scale=scale, sequences=s, impl=impl,
+        aggregate="sum" if aggregate == "mean" else aggregate,
+    )  # fmt: skip
+    bounds = list_bounds(s, block_size, causal, forced, q.device)
+    if aggregate == "mean":
+        scores /= _cells(s, scores.shape[2], stride, block_size, q.device).to(scores.dtype)[:, None, :, None]
+    values = thresholds_on(q.device, log_threshold(chosen))
+    width = list_width(scores.shape[3], chosen, causal, forced, block_size)
+    return module(choose_impl(impl, scores)).choose(scores.log_(), chosen, values, bounds, width)
+
+
+def _cells(s: Sequences, rows: int, stride: int, block_size: int, device: torch.device) -> Tensor:
+    """Query cells of every query block, at least 1: int64 ``[B|1, MB]``."""
+    used = s.lengths_q()
+    length = torch.full((1,), s.max_q, device=device) if used is None else used.long()
+    left = length[:, None] - torch.arange(rows, device=device) * block_size
+    return (left.clamp(max=block_size) + stride - 1).div(stride, rounding_mode="floor").clamp(min=1)
+
+
+@torch.library.register_fake("sparseattn::antidiagonal_blocks")
+def _antidiagonal_blocks_fake(
+    q: Tensor,
+    k: Tensor,
+    q_start: Tensor | None,
+    q_end: Tensor | None,
+    k_start: Tensor | None,
+    k_end: Tensor | None,
+    batch: int,
+    max_q: int,
+    max_k: int,
+    stride: int,
+    block_size: int,
+    scale: float,
+    causal: bool,
+    aggregate: str,
+    rule: str,
+    threshold: Sequence[float],
+    density: float | None,
+    num_blocks: int | None,
+    max_blocks: int | None,
+    sink_tokens: int,
+    local_tokens: int | None,
+    last_tokens: int,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    rows, columns = (max_q + block_size - 1) // block_size, (max_k + block_size - 1) // block_size
+    chosen = Rule(rule, tuple(threshold), density, num_blocks, max_blocks)
+    width = list_width(columns, chosen, causal, Forced(sink_tokens, local_tokens, last_tokens), block_size)
+    shape = (batch, q.shape[-2], rows)
+    return q.new_empty(shape, dtype=torch.int32), q.new_empty((*shape, width), dtype=torch.int32)

@@ -1,0 +1,458 @@
+"""Triton kernels for block scores from pooled pages (Ampere and newer; the CPU under the interpreter).
+
+Three launches per chunk of query blocks, no host sync and nothing compiled per length: ``_pool_kernel`` (once) reads
+the keys and writes a page's features; ``_pooled_scores_kernel`` compares a tile of queries with all of them and keeps
+one number a block; ``_choose_kernel`` (``rules_triton``) turns a row of those into a list. Logits never reach memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparseattn.kernels import LAUNCH
+from sparseattn.kernels.attention import LOG2E, sequence_span
+from sparseattn.ops.scores.pooled_problem import PooledProblem
+from sparseattn.ops.scores.problem import row_bounds
+from sparseattn.ops.scores.rules_problem import ListBounds, Rule
+from sparseattn.ops.scores.rules_triton import choose_rows, density_cut, empty_lists
+
+WORKSPACE_BYTES = 512 << 20
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_POOL_KEYS = 128  # keys one program of the pooling kernel reads
+# Arguments that change with the prompt: specialising on them would compile a kernel per length.
+_LENGTHS = [
+    "max_q", "max_k", "page_pitch", "first_block", "bounds_stride_b", "scores_stride_b", "scores_stride_h",
+    "scores_pitch", "heads_stride", "columns", "rows",
+]  # fmt: skip
+_VIEWS = ["q_start_ptr", "q_end_ptr", "k_start_ptr", "k_end_ptr", "scores_ptr"]
+
+
+class Tiles(NamedTuple):
+    """Pages of a step of ``_pooled_scores_kernel``; warps and pipeline stages."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _first_page(k_start, b, page_pitch, PAGE: tl.constexpr, PACKED: tl.constexpr):
+    """Row of the features at which the pages of sequence ``b`` begin.
+
+    Sequences of a padded batch have ``page_pitch`` rows each. Packed ones begin at ``k_start // PAGE + b``, which
+    leaves enough room for the short last pages of those before without reading their lengths.
+    """
+    if PACKED:
+        row = k_start // PAGE + b
+    else:
+        row = b * page_pitch
+    return row
+
+
+@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
+def _pool_kernel(
+    k_ptr, high_ptr, low_ptr, k_start_ptr, k_end_ptr, stride_k, stride_f, max_k, page_pitch,
+    PAGE: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BOUND: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED_K: tl.constexpr,
+):  # fmt: skip
+    """Features of the pages of KEYS keys: means, or greatest and least. Grid (key tiles, Hkv, B).
+
+    Writes ``high`` (means or greatest) and ``low`` (least), ``[rows, Hkv, D]``.
+    """
+    tile = tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, RAGGED_K)
+    first = tile * KEYS
+    if first >= k_len:
+        return
+    PAGES: tl.constexpr = KEYS // PAGE
+    offs = first + tl.arange(0, KEYS)
+    offs_d = tl.arange(0, BLOCK_D)
+    present = (offs < k_len)[:, None]
+    base = k_ptr + b.to(tl.int64) * stride_k[0] + h.to(tl.int64) * stride_k[2]
+    ptrs = base + (k_start + offs).to(tl.int64)[:, None] * stride_k[1] + offs_d[None, :] * stride_k[3]
+    x = tl.load(ptrs, mask=present & (offs_d < D)[None, :], other=0.0).to(tl.float32)  # [KEYS, BLOCK_D]
+
+    page = first // PAGE + tl.arange(0, PAGES)
+    rows = (_first_page(k_start, b, page_pitch, PAGE, PACKED) + page).to(tl.int64)
+    out = rows[:, None] * stride_f[0] + h.to(tl.int64) * stride_f[1] + offs_d[None, :] * stride_f[2]
+    inside = (page * PAGE < k_len)[:, None] & (offs_d < D)[None, :]
+    if BOUND:
+        high = tl.max(tl.reshape(tl.where(present, x, float("-inf")), [PAGES, PAGE, BLOCK_D]), 1)
+        low = tl.min(tl.reshape(tl.where(present, x, float("inf")), [PAGES, PAGE, BLOCK_D]), 1)
+        tl.store(low_ptr + out, low.to(low_ptr.dtype.element_ty), mask=inside)
+    else:
+        size = tl.minimum(tl.maximum(k_len - page * PAGE, 1), PAGE).to(tl.float32)
+        high = tl.sum(tl.reshape(x, [PAGES, PAGE, BLOCK_D]), 1) / size[:, None]
+    tl.store(high_ptr + out, high.to(high_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _logits(
+    q, q_low, high_ptr, low_ptr, n, pages, limit, stride_row, stride_d, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Logits (base 2) of a query tile against pages ``n .. n + BLOCK_N``; MASKED: -inf from each row's ``limit`` on."""
+    offs_n = n + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs = offs_n.to(tl.int64)[None, :] * stride_row + offs_d[:, None] * stride_d
+    inside = (offs_n < pages)[None, :]
+    if D != BLOCK_D:
+        inside = inside & (offs_d < D)[:, None]
+    high = tl.load(high_ptr + offs, mask=inside, other=0.0)  # [BLOCK_D, BLOCK_N]
+    s = tl.dot(q, high, input_precision=PRECISION)
+    if BOUND:
+        low = tl.load(low_ptr + offs, mask=inside, other=0.0)
+        s = tl.dot(q_low, low, s, input_precision=PRECISION)
+    s *= scale * LOG2E
+    if MASKED:
+        s = tl.where(offs_n[None, :] < limit[:, None], s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _running_lse(s, m_i, l_i):
+    """One step of a running base-2 log-sum-exp over columns."""
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    l_i = l_i * tl.exp2(m_i - m_safe) + tl.sum(tl.exp2(s - m_safe[:, None]), 1)
+    return m_new, l_i
+
+
+@triton.jit
+def _aggregate(
+    s, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_BLOCK: tl.constexpr, MAX: tl.constexpr
+):  # fmt: skip
+    """Block scores (natural log) ``[BLOCK_N / PER_BLOCK]`` of base-2 log values of ``count`` rows and their pages."""
+    BLOCKS: tl.constexpr = BLOCK_N // PER_BLOCK
+    if MAX:
+        if PER_BLOCK == 1:
+            score = tl.max(s, 0)
+        else:
+            pages = tl.reshape(s, [BLOCK_M, BLOCKS, PER_BLOCK])
+            m = tl.max(pages, 2)
+            m_safe = tl.where(m == float("-inf"), 0.0, m)
+            total = tl.sum(tl.exp2(pages - m_safe[:, :, None]), 2)
+            score = tl.max(tl.where(total > 0, m_safe + tl.log2(tl.where(total > 0, total, 1.0)), m), 0)
+    else:
+        if PER_BLOCK == 1:
+            m = tl.max(s, 0)
+            m_safe = tl.where(m == float("-inf"), 0.0, m)
+            total = tl.sum(tl.exp2(s - m_safe[None, :]), 0)
+        else:
+            pages = tl.reshape(s, [BLOCK_M, BLOCKS, PER_BLOCK])
+            m = tl.max(tl.max(pages, 2), 0)
+            m_safe = tl.where(m == float("-inf"), 0.0, m)
+            total = tl.sum(tl.sum(tl.exp2(pages - m_safe[None, :, None]), 2), 0)
+        score = tl.where(total > 0, m_safe + tl.log2(tl.where(total > 0, total / count, 1.0)), m)
+    return score * LN2
+
+
+@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
+def _pooled_scores_kernel(
+    q_ptr, high_ptr, low_ptr, visible_ptr, scores_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
+    stride_q, stride_f, stride_f_batch, max_q, max_k, page_pitch, first_block, bounds_stride_b, scores_stride_b,
+    scores_stride_h, scores_pitch, scale,
+    PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, PACKED: tl.constexpr,
+    BOUND: tl.constexpr, ROW_SOFTMAX: tl.constexpr, MAX: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Scores of one query block against every block it sees. Grid (query blocks of the chunk, Hq, B).
+
+    Writes ``scores [B, Hq, rows, NB]``, float32, natural log, visible blocks only. With PAGE 1 the features are the
+    keys themselves, by their own strides. ROW_SOFTMAX goes over the pages twice, first for the rows' normalisers.
+    """
+    # The last rows, which are the longest under a causal mask, come first.
+    m_block = tl.num_programs(0) - 1 - tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    visible = tl.load(visible_ptr + b * bounds_stride_b + first_block + m_block)
+    if visible == 0:
+        return
+    q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
+    k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, RAGGED_K)
+    rows = (first_block + m_block) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    q_base = q_ptr + b.to(tl.int64) * stride_q[0] + h.to(tl.int64) * stride_q[2]
+    q_ptrs = q_base + (q_start + rows).to(tl.int64)[:, None] * stride_q[1] + offs_d[None, :] * stride_q[3]
+    q = tl.load(q_ptrs, mask=(rows < q_len)[:, None] & (offs_d < D)[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
+    q_low = q
+    if BOUND:
+        zero = tl.zeros([BLOCK_M, BLOCK_D], q.dtype)
+        q_low = tl.minimum(q, zero)
+        q = tl.maximum(q, zero)
+
+    # Pages that each row sees are those before its limit.
+    pages = (k_len + PAGE - 1) // PAGE
+    limit = tl.zeros([BLOCK_M], tl.int32) + pages
+    if CAUSAL:
+        limit = tl.maximum(rows + (k_len - q_len + 1), 0) // PAGE
+    limit = tl.where(rows < q_len, limit, 0)
+    whole = tl.min(limit) // BLOCK_N * BLOCK_N
+    seen = tl.max(limit)
+    if PAGE == 1:
+        first = k_start
+    else:
+        first = _first_page(k_start, b, page_pitch, PAGE, PACKED)
+    feature = b.to(tl.int64) * stride_f_batch + first.to(tl.int64) * stride_f[0]
+    feature += (h // GROUP).to(tl.int64) * stride_f[1]
+    high_ptr += feature
+    low_ptr += feature
+
+    z = tl.zeros([BLOCK_M], tl.float32)
+    if ROW_SOFTMAX:
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l_i = tl.zeros([BLOCK_M], tl.float32)
+        for n in range(0, whole, BLOCK_N):
+            s = _logits(q, q_low, high_ptr, low_ptr, n, pages, limit, stride_f[0], stride_f[2], scale,
+                        D, BLOCK_D, BLOCK_N, BOUND, PRECISION, False)  # fmt: skip
+            m_i, l_i = _running_lse(s, m_i, l_i)
+        for n in range(whole, seen, BLOCK_N):
+            s = _logits(q, q_low, high_ptr, low_ptr, n, pages, limit, stride_f[0], stride_f[2], scale,
+                        D, BLOCK_D, BLOCK_N, BOUND, PRECISION, True)  # fmt: skip
+            m_i, l_i = _running_lse(s, m_i, l_i)
+        z = tl.where(l_i > 0, m_i + tl.log2(tl.where(l_i > 0, l_i, 1.0)), 0.0)
+
+    BLOCKS: tl.constexpr = BLOCK_N // PER_BLOCK
+    count = tl.maximum(tl.minimum(q_len - (first_block + m_block) * BLOCK_M, BLOCK_M), 1).to(tl.float32)
+    scores_ptr += b.to(tl.int64) * scores_stride_b + h.to(tl.int64) * scores_stride_h
+    scores_ptr += m_block.to(tl.int64) * scores_pitch
+    for n in range(0, whole, BLOCK_N):
+        s = _logits(q, q_low, high_ptr, low_ptr, n, pages, limit, stride_f[0], stride_f[2], scale,
+                    D, BLOCK_D, BLOCK_N, BOUND, PRECISION, False)  # fmt: skip
+        if ROW_SOFTMAX:
+            s -= z[:, None]
+        block = n // PER_BLOCK + tl.arange(0, BLOCKS)
+        tl.store(scores_ptr + block, _aggregate(s, count, BLOCK_M, BLOCK_N, PER_BLOCK, MAX), mask=block < visible)
+    for n in range(whole, visible * PER_BLOCK, BLOCK_N):
+        s = _logits(q, q_low, high_ptr, low_ptr, n, pages, limit, stride_f[0], stride_f[2], scale,
+                    D, BLOCK_D, BLOCK_N, BOUND, PRECISION, True)  # fmt: skip
+        if ROW_SOFTMAX:
+            s -= z[:, None]
+        block = n // PER_BLOCK + tl.arange(0, BLOCKS)
+        tl.store(scores_ptr + block, _aggregate(s, count, BLOCK_M, BLOCK_N, PER_BLOCK, MAX), mask=block < visible)
+
+
+@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
+def _group_kernel(
+    scores_ptr, visible_ptr, bounds_stride_b, first_block, scores_stride_b, scores_stride_h, scores_pitch,
+    GROUP: tl.constexpr, MAX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One score for the GROUP heads of a key head, written over the first one's. Grid (rows, Hkv, B)."""
+    m_block = tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    visible = tl.load(visible_ptr + b * bounds_stride_b + first_block + m_block)
+    scores_ptr += b.to(tl.int64) * scores_stride_b + (h * GROUP).to(tl.int64) * scores_stride_h
+    scores_ptr += m_block.to(tl.int64) * scores_pitch
+    for n in range(0, visible, BLOCK):
+        offs = n + tl.arange(0, BLOCK)
+        m = tl.full([BLOCK], float("-inf"), tl.float32)
+        for g in range(0, GROUP):
+            ptrs = scores_ptr + tl.cast(g, tl.int64) * scores_stride_h + offs
+            m = tl.maximum(m, tl.load(ptrs, mask=offs < visible, other=float("-inf")))
+        if not MAX:
+            m_safe = tl.where(m == float("-inf"), 0.0, m)
+            total = tl.zeros([BLOCK], tl.float32)
+            for g in range(0, GROUP):
+                ptrs = scores_ptr + tl.cast(g, tl.int64) * scores_stride_h + offs
+                x = tl.load(ptrs, mask=offs < visible, other=float("-inf"))
+                total += tl.exp2((x - m_safe) * LOG2E)
+            m = tl.where(total > 0, m_safe + tl.log(tl.where(total > 0, total / GROUP, 1.0)), m)
+        tl.store(scores_ptr + offs, m, mask=offs < visible)
+
+
+def config_for(dtype: torch.dtype, head_dim: int, page_size: int, bound: bool, capability: tuple[int, int]) -> Tiles:
+    """Tiles by GPU generation: two feature tiles ("bound"), float32 and wide heads leave room for fewer pages."""
+    wide = head_dim > 128
+    if page_size == 1:
+        return Tiles(128, 8, 2)  # a step must hold the keys of a whole block
+    if dtype == torch.float32:
+        return Tiles(128 // page_size if page_size <= 4 else 32, 8, 2)
+    if capability[0] >= 9:
+        # Small enough for two programs a processor: one's exponentials, as many as its products take cycles, run beside
+        # the other's products.
+        return Tiles(64, 8, 2 if wide or bound else 3)
+    return Tiles(64 if not wide else 32, 8, 2)
+
+
+def _tiles(q: Tensor, p: PooledProblem) -> Tiles:
+    per_block = p.block_size // p.page_size
+    if not q.is_cuda:
+        return Tiles(max(32, per_block), 1, 1)  # the interpreter: small tiles reach every branch at small shapes
+    capability = torch.cuda.get_device_capability(q.device)
+    tiles = config_for(q.dtype, q.shape[-1], p.page_size, p.feature == "bound", capability)
+    return tiles._replace(block_n=max(tiles.block_n, per_block))
+
+
+def unsupported_reason(q: Tensor, k: Tensor) -> str | None:
+    """Why these kernels cannot score q and k, or None."""
+    if q.dtype not in _DTYPES:
+        return f"the kernels take float16, bfloat16 and float32, not {q.dtype}"
+    if q.shape[-1] > 256:
+        return f"head_dim {q.shape[-1]} is above 256"
+    if q.is_cuda or triton.knobs.runtime.interpret:
+        return None
+    return f"Triton runs on {q.device.type} only under TRITON_INTERPRET=1"
+
+
+class _Features(NamedTuple):
+    """Features of all pages: ``high`` and ``low`` with strides (row, head, dim) and the stride of a batch row."""
+
+    high: Tensor
+    low: Tensor
+    strides: tuple[int, int, int]
+    batch_stride: int
+
+
+def _pool(k: Tensor, p: PooledProblem) -> _Features:
+    s, bound = p.sequences, p.feature == "bound"
+    batch_stride, row, head, dim = _strides(k, s.packed)
+    if p.page_size == 1:
+        return _Features(k, k, (row, head, dim), batch_stride)
+    heads, d = k.shape[-2:]
+    rows = k.shape[0] // p.page_size + s.batch + 1 if s.packed else s.batch * p.num_pages
+    high = torch.empty((rows, heads, d), dtype=k.dtype, device=k.device)
+    low = torch.empty_like(high) if bound else high
+    grid = (-(-s.max_k // _POOL_KEYS), heads, s.batch)
+    _pool_kernel[grid](
+        k, high, low, s.k_start, s.k_end, (batch_stride, row, head, dim), high.stride(), s.max_k, p.num_pages,
+        PAGE=p.page_size, KEYS=_POOL_KEYS, D=d, BLOCK_D=_padded(d), BOUND=bound, PACKED=s.packed,
+        RAGGED_K=s.k_start is not None, num_warps=4, **LAUNCH,
+    )  # fmt: skip
+    return _Features(high, low, high.stride(), 0)  # type: ignore[arg-type]
+
+
+def _score(
+    q: Tensor, features: _Features, p: PooledProblem, visible: Tensor, first: int, scores: Tensor, kv_heads: int
+) -> None:
+    """Write ``scores [B, Hq, blocks, NB]`` of the query blocks from ``first`` on, where visible."""
+    s, tiles, (heads, d) = p.sequences, _tiles(q, p), q.shape[-2:]
+    high, low = features.high, features.low
+    if p.scale < 0:  # the greatest product is then the one with the least key
+        high, low = low, high
+    _pooled_scores_kernel[(scores.shape[2], heads, s.batch)](
+        q, high, low, visible, scores, s.q_start, s.q_end, s.k_start, s.k_end, _strides(q, s.packed),
+        features.strides, features.batch_stride, s.max_q, s.max_k, p.num_pages, first,
+        0 if visible.shape[0] == 1 else visible.stride(0), *scores.stride()[:3], p.scale,
+        PAGE=p.page_size, PER_BLOCK=p.block_size // p.page_size, GROUP=heads // kv_heads, D=d, BLOCK_D=_padded(d),
+        CAUSAL=p.causal, RAGGED_Q=s.q_start is not None, RAGGED_K=s.k_start is not None, PACKED=s.packed,
+        BOUND=p.feature == "bound", ROW_SOFTMAX=p.row_softmax, MAX=p.aggregate == "max",
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", BLOCK_M=p.block_size, BLOCK_N=tiles.block_n,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **LAUNCH,
+    )  # fmt: skip
+
+
+def block_scores(q: Tensor, k: Tensor, p: PooledProblem) -> Tensor:
+    """float32 ``[B, Hq, MB, NB]``, natural log. See ``pooled.pooled_scores``."""
+    shape = (p.sequences.batch, q.shape[-2], p.num_q_blocks, p.num_kv_blocks)
+    scores = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
+    if scores.numel():
+        visible = row_bounds(p.sequences, p.block_size, p.causal, False, q.device).visible.contiguous()
+        _score(q, _pool(k, p), p, visible, 0, scores, k.shape[-2])
+    return scores
+
+
+def pooled_blocks(
+    q: Tensor, k: Tensor, p: PooledProblem, rule: Rule, thresholds: Tensor, bounds: ListBounds, group: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Score and select chunk by chunk; only one chunk's scores exist at a time. See ``pooled.pooled_blocks``.
+
+    A share of a whole sequence ("global" with a density) needs all scores at once.
+    """
+    batch, heads, rows, columns = p.sequences.batch, q.shape[-2], p.num_q_blocks, p.num_kv_blocks
+    counts, indices = empty_lists((batch, heads // group, rows, columns), width, q.device)
+    if 0 in (batch, rows, columns):
+        return counts, indices
+    whole = rule.name == "global" and rule.density is not None
+    fit = max(1, WORKSPACE_BYTES // (4 * batch * heads * columns))
+    step = rows if whole else -(-rows // -(-rows // fit))  # chunks of one size: a short last one would idle the GPU
+    buffer = torch.empty((batch, heads, step, columns), dtype=torch.float32, device=q.device)
+    visible = bounds.visible.contiguous()
+    features = _pool(k, p)
+    for first in range(0, rows, step):
+        scores = buffer[:, :, : min(step, rows - first)]
+        _score(q, features, p, visible, first, scores, k.shape[-2])
+        if group > 1:
+            _group_kernel[(scores.shape[2], heads // group, batch)](
+                scores, visible, 0 if visible.shape[0] == 1 else visible.stride(0), first, *scores.stride()[:3],
+                GROUP=group, MAX=p.aggregate == "max", BLOCK=256, num_warps=4, **LAUNCH,
+            )  # fmt: skip
+        scores = scores[:, ::group]
+        if whole:
+            thresholds = density_cut(scores, bounds, rule.density or 1.0)
+        choose_rows(scores, rule, thresholds, bounds, first, counts, indices)
+    return counts, indices
+
+
+def _strides(x: Tensor, packed: bool) -> tuple[int, ...]:
+    """(batch, row, head, dim) strides; packed rows are counted from the start of the tensor."""
+    return (0, *x.stride()) if packed else x.stride()
+
+
+def _padded(d: int) -> int:
+    return max(16, triton.next_power_of_2(d))
+
+
+def compile_cases() -> list[
+    tuple[str, object, dict[str, object], dict[object, object], dict[object, object], int, int]
+]:
+    """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
+    cases = []
+    variants = (("mean", 128, 128, False, False), ("bound", 16, 128, False, False), ("exact", 1, 128, True, True),
+                ("bound", 32, 64, True, True), ("mean", 64, 64, True, False))  # fmt: skip
+    for major in (8, 9):
+        for feature, page, block, softmax, maximum in variants:
+            bound, per_block = feature == "bound", block // page
+            tiles = config_for(torch.bfloat16, 128, page, bound, (major, 0))
+            constants = {
+                "PAGE": page, "PER_BLOCK": per_block, "GROUP": 4, "D": 128, "BLOCK_D": 128, "CAUSAL": True,
+                "RAGGED_Q": maximum, "RAGGED_K": maximum, "PACKED": maximum, "BOUND": bound, "ROW_SOFTMAX": softmax,
+                "MAX": maximum, "PRECISION": "tf32", "BLOCK_M": block, "BLOCK_N": max(tiles.block_n, per_block),
+            }  # fmt: skip
+            name = f"pooled-{feature}{page}-block{block}{'-softmax' * softmax}-sm{major}0"
+            cases.append((name, *_offline(_pooled_scores_kernel, constants), tiles.num_warps, tiles.num_stages))
+    for bound in (False, True):
+        constants = {
+            "PAGE": 16 if bound else 128, "KEYS": _POOL_KEYS, "D": 128, "BLOCK_D": 128, "BOUND": bound,
+            "PACKED": bound, "RAGGED_K": bound,
+        }  # fmt: skip
+        cases.append((f"pool-{'bound' if bound else 'mean'}", *_offline(_pool_kernel, constants), 4, 1))
+    cases.append(("group", *_offline(_group_kernel, {"GROUP": 4, "MAX": False, "BLOCK": 256}), 4, 1))
+    return cases
+
+
+def _offline(function: object, constants: dict[str, object]) -> tuple[object, dict, dict, dict]:
+    """Signature, constexprs and attributes of a bfloat16 call with contiguous tensors."""
+    signature: dict[str, object] = {}
+    constexprs: dict[object, object] = {}
+    attributes: dict[object, object] = {}
+    for i, param in enumerate(function.params):  # type: ignore[attr-defined]
+        if param.is_constexpr:
+            signature[param.name] = "constexpr"
+            constexprs[(i,)] = constants[param.name]
+        elif param.name in ("stride_q", "stride_k", "stride_f"):
+            size = 3 if param.name == "stride_f" else 4
+            signature[param.name] = (*(["i64"] if size == 4 else []), "i32", "i32", "constexpr")
+            constexprs[(i, size - 1)] = 1
+            attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(size - 1)}
+        elif param.name.endswith("_ptr"):
+            index = param.name == "visible_ptr" or "start" in param.name or "end" in param.name
+            half = param.name in ("q_ptr", "k_ptr", "high_ptr", "low_ptr")
+            signature[param.name] = "*bf16" if half else "*i32" if index else "*fp32"
+            if param.name not in _VIEWS:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[param.name] = "fp32" if param.name == "scale" else "i32"
+            if param.name == "stride_f_batch":
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return function, signature, constexprs, attributes

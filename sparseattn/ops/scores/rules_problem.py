@@ -1,0 +1,154 @@
+"""Selection rules: what turns block scores into lists, and what every list must hold whatever the scores say."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparseattn.errors import argument_error
+from sparseattn.ops.scores.problem import RowBounds, diagonal_blocks, row_bounds
+from sparseattn.ops.sequences import Sequences
+
+RULES = ("relative", "cumulative", "topk", "global")
+
+
+class Rule(NamedTuple):
+    """How a row of natural-log block scores becomes a list. ``docs/selectors.md`` compares them.
+
+    Attributes:
+        name: "relative": blocks of at least ``threshold`` times the row's best (exponentials of scores). "cumulative":
+            the fewest blocks that hold ``threshold`` of the row's total. "topk": the best ``num_blocks``, or the best
+            ``density`` of the blocks a row sees. "global": blocks that score at least ``threshold``, the same for all
+            rows; or, with ``density``, at least the score that keeps that share of all visible blocks of a sequence.
+        threshold: One number in [0, 1], or one per head of the scores. Not read where ``density`` or ``num_blocks`` is.
+        density: A share in (0, 1]; rules "topk" and "global".
+        num_blocks: Blocks of a row's list, forced ones included; rule "topk".
+        max_blocks: No list is longer, but for its forced blocks: the best stay. None: no cap.
+    """
+
+    name: str = "relative"
+    threshold: tuple[float, ...] = (0.1,)
+    density: float | None = None
+    num_blocks: int | None = None
+    max_blocks: int | None = None
+
+
+class Forced(NamedTuple):
+    """Blocks that causal lists hold whatever the scores say (others force none).
+
+    Attributes:
+        sink_tokens: Blocks that hold one of the first keys.
+        local_tokens: Blocks that hold one of so many keys before a row's diagonal, or the diagonal itself; None: none.
+        last_tokens: Query blocks that hold one of the last so many queries of a sequence list all they see.
+    """
+
+    sink_tokens: int = 0
+    local_tokens: int | None = 0
+    last_tokens: int = 0
+
+
+class ListBounds(NamedTuple):
+    """Which blocks each query block may and must list, as ``RowBounds``, and how many at the start.
+
+    Attributes:
+        visible: int32 [B|1, MB]; blocks ``[0, visible)`` may be listed.
+        recent: int32 [B|1, MB]; blocks ``[recent, visible)`` must be listed.
+        sinks: Blocks ``[0, sinks)`` must be listed, where visible.
+    """
+
+    visible: Tensor
+    recent: Tensor
+    sinks: int = 0
+
+
+def check_rule(rule: Rule, heads: int) -> None:
+    """Raise unless the rule makes sense for scores of so many heads.
+
+    Raises:
+        ValueError: A value out of range, a missing or superfluous option, or thresholds for another number of heads.
+    """
+    if rule.name not in RULES:
+        raise argument_error("rule", f"one of {RULES}", repr(rule.name))
+    for name in ("num_blocks", "max_blocks"):
+        value = getattr(rule, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise argument_error(name, "an int of at least 1, or None", repr(value), "Budgets must select something.")
+    if rule.num_blocks is not None and rule.name != "topk":
+        raise argument_error("num_blocks", f"None with rule {rule.name!r}", rule.num_blocks, "Use rule='topk'.")
+    density = rule.density
+    if density is not None:
+        if rule.name not in ("topk", "global"):
+            raise argument_error("density", f"None with rule {rule.name!r}", density, "Use rule='topk' or 'global'.")
+        if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+            raise argument_error("density", "a number in (0, 1], or None", repr(density))
+    if rule.name == "topk":
+        if (density is None) == (rule.num_blocks is None):
+            got = "both" if density is not None else "neither"
+            raise argument_error("num_blocks", "one of num_blocks and density with rule 'topk'", got)
+    elif len(rule.threshold) not in (1, heads):
+        expected = f"a number or {heads} numbers, one per list of a query block"
+        raise argument_error("threshold", expected, f"{len(rule.threshold)} numbers")
+
+
+def list_bounds(s: Sequences, block_size: int, causal: bool, forced: Forced, device: torch.device) -> ListBounds:
+    """Bounds of every query block, on the device and without a host sync."""
+    keep_recent = causal and forced.local_tokens is not None
+    visible, recent = row_bounds(s, block_size, causal, keep_recent, device)
+    if not causal:
+        return ListBounds(visible, recent)
+    if forced.local_tokens:
+        recent, _ = diagonal_blocks(s, block_size, forced.local_tokens, 0, device)
+    if forced.last_tokens:
+        rows = torch.arange(visible.shape[-1], device=device) * block_size + block_size
+        used = s.lengths_q()
+        length = s.max_q if used is None else used[:, None]
+        recent = torch.where(rows > length - forced.last_tokens, 0, recent)
+    return ListBounds(visible, recent.int(), -(-forced.sink_tokens // block_size))
+
+
+def list_width(columns: int, rule: Rule, causal: bool, forced: Forced, block_size: int) -> int:
+    """Entries that the longest list can need; known without the device."""
+    cap = rule.max_blocks if rule.num_blocks is None else rule.num_blocks
+    if cap is None:
+        return columns
+    cap = cap if rule.max_blocks is None else min(cap, rule.max_blocks)
+    if causal:
+        if forced.last_tokens:
+            return columns
+        must = -(-forced.sink_tokens // block_size)
+        if forced.local_tokens is not None:
+            must += (forced.local_tokens + 2 * block_size - 2) // block_size + 1
+        cap = max(cap, must)
+    return min(columns, cap)
+
+
+def row_budget(rule: Rule, visible: Tensor) -> Tensor:
+    """Blocks that rule "topk" keeps in each row, forced ones included: int32 like ``visible``, 1 at least."""
+    if rule.num_blocks is not None:
+        return visible.clamp(max=rule.num_blocks)
+    assert rule.density is not None
+    count = (visible.double() * rule.density + 0.5).floor().int().clamp(min=1)
+    return torch.minimum(count, visible)
+
+
+def log_threshold(rule: Rule) -> tuple[float, ...]:
+    """Thresholds in the domain they are compared in: logs, except the shares of rule "cumulative"."""
+    if rule.name == "cumulative":
+        return rule.threshold
+    return tuple(math.log(value) if value > 0 else -math.inf for value in rule.threshold)
+
+
+def free_budget(bounds: ListBounds, density: float, heads: int) -> Tensor:
+    """How many blocks besides the forced ones a sequence may keep at ``density``: int64 [B|1], possibly negative."""
+    visible = bounds.visible.long()
+    forced = visible - (torch.minimum(bounds.recent, bounds.visible) - bounds.sinks).clamp(min=0)
+    total = visible.sum(-1).double() * (heads * density)
+    return (total + 0.5).floor().long() - forced.sum(-1) * heads
+
+
+def as_row_bounds(bounds: ListBounds) -> RowBounds:
+    """The bounds without the leading blocks."""
+    return RowBounds(bounds.visible, bounds.recent)
