@@ -25,7 +25,7 @@ from sparseattn.ops.scores.antidiagonal_rules import antidiagonal_blocks
 from sparseattn.ops.scores.pooled_problem import PooledProblem
 from sparseattn.ops.sequences import resolve_sequences
 
-# feature, page size, row softmax, aggregate: FlashPrefill, Quest's bound as tile energy and by rows, oracles, finer means.
+# feature, page size, row softmax, aggregate: FlashPrefill, Quest by tile and by row, the oracles, finer means.
 METHODS = {
     "flashprefill": ("mean", 64, False, "mean"),
     "bound": ("bound", 16, False, "mean"),
