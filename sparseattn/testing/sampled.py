@@ -34,8 +34,9 @@ class Selected(NamedTuple):
 
     @classmethod
     def of(cls, mask: BlockMask) -> Selected:
-        """What a mask of whole rows and without a window selects."""
+        """What a mask of whole rows, without a window and without columns, selects."""
         assert mask.window is None
+        assert mask.column_indices is None
         assert not mask.ragged
         sq, sk = mask.seq_lens
         return cls(mask.to_blocks(), mask.block_size, bool(mask.causal), sk - sq)
