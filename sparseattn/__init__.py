@@ -13,11 +13,15 @@ from sparseattn.masks import BlockMask
 from sparseattn.ops.block_sparse import block_sparse_attention
 from sparseattn.selectors import (
     SELECTORS,
+    FlexPrefillConfig,
     LandmarkCache,
     LandmarkConfig,
+    MInferenceConfig,
     StreamingConfig,
     XAttentionConfig,
+    flexprefill,
     landmark,
+    minference,
     streaming,
     xattention,
 )
@@ -31,13 +35,17 @@ __version__ = "0.1.0"
 __all__ = [
     "SELECTORS",
     "BlockMask",
+    "FlexPrefillConfig",
     "LandmarkCache",
     "LandmarkConfig",
+    "MInferenceConfig",
     "StreamingConfig",
     "XAttentionConfig",
     "__version__",
     "block_sparse_attention",
+    "flexprefill",
     "landmark",
+    "minference",
     "options",
     "record",
     "register",

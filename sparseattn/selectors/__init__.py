@@ -12,8 +12,10 @@ from typing import Any
 
 from sparseattn.errors import argument_error
 from sparseattn.selectors.base import Selector, SelectorConfig
+from sparseattn.selectors.flexprefill import FlexPrefillConfig, flexprefill
 from sparseattn.selectors.landmark import LandmarkConfig, landmark
 from sparseattn.selectors.landmark_cache import LandmarkCache
+from sparseattn.selectors.minference import MInferenceConfig, minference
 from sparseattn.selectors.streaming import StreamingConfig, streaming
 from sparseattn.selectors.xattention import XAttentionConfig, xattention
 
@@ -21,6 +23,8 @@ SELECTORS: dict[str, Selector] = {
     "landmark": Selector(LandmarkConfig, landmark),
     "xattention": Selector(XAttentionConfig, xattention),
     "streaming": Selector(StreamingConfig, streaming),
+    "flexprefill": Selector(FlexPrefillConfig, flexprefill),
+    "minference": Selector(MInferenceConfig, minference),
 }
 
 
@@ -46,15 +50,19 @@ def configure(name: str, options: Mapping[str, Any] | None = None) -> SelectorCo
 
 __all__ = [
     "SELECTORS",
+    "FlexPrefillConfig",
     "LandmarkCache",
     "LandmarkConfig",
+    "MInferenceConfig",
     "Selector",
     "SelectorConfig",
     "StreamingConfig",
     "XAttentionConfig",
     "configure",
+    "flexprefill",
     "get",
     "landmark",
+    "minference",
     "streaming",
     "xattention",
 ]

@@ -66,8 +66,15 @@ def check_config(config: object, expected: type) -> None:
         raise argument_error("config", f"a {expected.__name__}", type(config).__name__, kind=TypeError)
 
 
-def build_mask(counts: Tensor, indices: Tensor, sequences: Sequences, block_size: int, causal: bool) -> BlockMask:
-    """Wrap block lists into a BlockMask that knows the lengths of a ragged batch."""
+def build_mask(
+    counts: Tensor,
+    indices: Tensor,
+    sequences: Sequences,
+    block_size: int,
+    causal: bool,
+    columns: Tensor | None = None,
+) -> BlockMask:
+    """Wrap block lists (and lists of single columns) into a BlockMask that knows the lengths of a ragged batch."""
     seqused_q, seqused_k = sequences.lengths_q(), sequences.lengths_k()
     if sequences.ragged:
         # One side may be whole while the other is not; a mask that is ragged states both.
@@ -84,4 +91,5 @@ def build_mask(counts: Tensor, indices: Tensor, sequences: Sequences, block_size
         causal=causal,
         seqused_q=seqused_q,
         seqused_k=seqused_k,
+        column_indices=columns,
     )

@@ -24,7 +24,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-MODULES = ("sparseattn.ops.block_sparse.triton", "sparseattn.ops.scores.triton")
+MODULES = (
+    "sparseattn.ops.block_sparse.triton",
+    "sparseattn.ops.scores.triton",
+    "sparseattn.ops.scores.vertical_slash_triton",
+    "sparseattn.ops.scores.block_lists_triton",
+)
 TARGETS = (80, 90, 100)
 
 

@@ -125,20 +125,23 @@ def _selected(mass: Tensor, block_mass: Tensor, query_aware: Tensor, o: _Options
     return module.largest(block_mass, torch.where(query_aware, least, counts))
 
 
-def _distance(q_mean: Tensor, k_means: Tensor, mass: Tensor, blocks: Tensor, scale: float) -> Tensor:
+def _distance(q_mean: Tensor, k_means: Tensor, mass: Tensor, sizes: Tensor, scale: float) -> Tensor:
     """sqrt of the Jensen-Shannon divergence (natural log) of estimated and true block mass, ``[B, H]``.
+
+    A mean key stands for as many keys as its block has: else a short last block would seem to attract too much.
 
     Args:
         q_mean: ``[B, Hq, 1, D]``, mean of the last queries.
         k_means: ``[B, Hkv, NB, D]``.
         mass: ``[B, Hq, NB]``, the last queries' true block mass.
-        blocks: int ``[B]``, blocks of each sequence's keys.
+        sizes: int ``[B, NB]``, keys of each block.
         scale: Factor on q . k.
     """
     group = q_mean.shape[1] // k_means.shape[1]
     logits = (q_mean.unflatten(1, (-1, group)).squeeze(3) @ k_means.transpose(-1, -2)).flatten(1, 2) * scale
-    inside = torch.arange(mass.shape[-1], device=mass.device) < blocks[:, None, None]
-    estimate = logits.masked_fill(~inside, -torch.inf).softmax(-1).masked_fill(~inside, 0.0)
+    logits = logits + sizes[:, None].to(logits.dtype).log()
+    inside = (sizes > 0)[:, None]
+    estimate = logits.softmax(-1).masked_fill(~inside, 0.0)
     middle = (estimate + mass) / 2
 
     def divergence(p: Tensor) -> Tensor:
@@ -191,8 +194,8 @@ def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, impl: str) -> tupl
         end = first_q + q_len
         k_means = module.block_means(k, first_k, first_k + k_len, s.packed, size, columns)
         q_mean = module.block_means(q, end - p.rows(q.device), end, s.packed, size, 1)
-        blocks = torch.div(k_len + size - 1, size, rounding_mode="floor")
-        query_aware = _distance(q_mean, k_means, block_mass[0], blocks, p.scale) < o.tau
+        sizes = (k_len[:, None] - torch.arange(columns, device=q.device) * size).clamp(0, size)
+        query_aware = _distance(q_mean, k_means, block_mass[0], sizes, p.scale) < o.tau
         q_means = module.block_means(q, first_q, end, s.packed, size, rows)
         ranking = ranking._replace(mode=query_aware.int() * POOLED, q_means=q_means, k_means=k_means)
 
