@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 
 from sparseattn import fidelity
+from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 
 Select = Callable[[], BlockMask] | None
 Attend = Callable[..., Any]
+Bounds = Callable[[BlockMask], fidelity.RecallBounds]
+
+#: What ``record(fidelity=...)`` takes.
+FIDELITY = (False, True, "bounds")
 
 
 @dataclass
@@ -30,6 +35,9 @@ class CallRecord:
         q_len: Query rows of the call (of all sequences together when packed).
         k_len: Key rows, including the unused tail of a static cache.
         mask: The selected blocks, kept under ``record(masks=True)``.
+        heads: Density, recall (mean, 5th percentile, worst row), deficit and output error of every query head, under
+            ``record(fidelity=True)``; with ``fidelity="bounds"`` also what random and the best blocks would keep. None
+            for dense calls.
     """
 
     layer: int | None
@@ -38,13 +46,16 @@ class CallRecord:
     k_len: int
     reason: str | None = None
     mask: BlockMask | None = None
+    heads: fidelity.HeadFidelity | None = None
     _density: Tensor | None = field(default=None, repr=False)
     _recall: Tensor | float | None = field(default=None, repr=False)
     _output_error: Tensor | float | None = field(default=None, repr=False)
     _selection: Stopwatch | None = field(default=None, repr=False)
     _attention: Stopwatch | None = field(default=None, repr=False)
 
-    def run(self, recorder: Recorder, device: torch.device, select: Select, attend: Attend) -> Tensor:
+    def run(
+        self, recorder: Recorder, device: torch.device, select: Select, attend: Attend, bounds: Bounds | None = None
+    ) -> Tensor:
         """Make the call this record is about, and note what the recorder asks for.
 
         Args:
@@ -52,6 +63,7 @@ class CallRecord:
             device: Of the tensors.
             select: Chooses the blocks; None for a call that is to run dense.
             attend: ``attend(mask, return_lse=...)``, the operator on this call's tensors.
+            bounds: ``recall_bounds`` of this call's tensors.
 
         Returns:
             The attention output.
@@ -64,6 +76,9 @@ class CallRecord:
                 dense, dense_lse = attend(None, return_lse=True)
                 self._recall = torch.exp(-fidelity.deficit_from_lse(lse, dense_lse)).nanmean()
                 self._output_error = fidelity.relative_error(out, dense)
+                self.heads = fidelity.head_statistics(mask, lse, dense_lse, (out, dense))
+                if recorder.fidelity == "bounds" and bounds is not None:
+                    self.heads = self.heads.with_bounds(bounds(mask))
         else:
             out = attention.run(lambda: attend(mask))
             if recorder.fidelity:
@@ -121,11 +136,11 @@ class Recorder:
     calls: list[CallRecord]
     timing: bool
     masks: bool
-    fidelity: bool
+    fidelity: bool | str
 
 
 @contextmanager
-def record(*, timing: bool = False, masks: bool = False, fidelity: bool = False) -> Iterator[list[CallRecord]]:
+def record(*, timing: bool = False, masks: bool = False, fidelity: bool | str = False) -> Iterator[list[CallRecord]]:
     """Collect one ``CallRecord`` per attention call of this library's Transformers functions.
 
     Calls inside compiled regions are not recorded, nor those that gradient checkpointing repeats in the backward pass.
@@ -138,12 +153,18 @@ def record(*, timing: bool = False, masks: bool = False, fidelity: bool = False)
     Args:
         timing: Measure time as well: CUDA events on a GPU (no synchronisation until read), a clock elsewhere.
         masks: Keep each sparse call's ``BlockMask`` in its record. Memory grows with the number of calls.
-        fidelity: Run dense attention beside every sparse call and note recall and output error. For studying short
-            runs: it costs more than the dense model.
+        fidelity: Run dense attention beside every sparse call and note recall and output error, of the call and of
+            every head. ``"bounds"`` adds what random and the best blocks would keep, by all scores in plain PyTorch.
+            For studying short runs: it costs more than the dense model.
 
     Yields:
         The list, filled while the block runs; usable after it.
+
+    Raises:
+        ValueError: Another ``fidelity``.
     """
+    if fidelity not in FIDELITY:
+        raise argument_error("fidelity", f"one of {FIDELITY}", repr(fidelity))
     calls: list[CallRecord] = []
     token = _recorder.set(Recorder(calls, timing, masks, fidelity))
     try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
-from sparseattn import selectors
+from sparseattn import fidelity, selectors
 from sparseattn.errors import argument_error
 from sparseattn.integrations import layout, records
 from sparseattn.integrations.options import DENSE, AttentionOptions, method_names, resolve
@@ -32,7 +32,7 @@ def register() -> list[str]:
     """Register the attention and mask functions with Transformers, and return their names.
 
     ``sparseattn`` takes its method from the options (``config.sparseattn``, ``sparseattn.options``; default
-    ``xattention``); ``sparseattn_<method>`` and ``sparseattn_dense`` say it. May be called again, for instance after
+    ``landmark``); ``sparseattn_<method>`` and ``sparseattn_dense`` say it. May be called again, for instance after
     adding a selector.
     """
     methods: list[str | None] = [None, *method_names()]
@@ -117,11 +117,16 @@ def attention_forward(
             impl=chosen.impl, **where.arguments, **more,
         )  # fmt: skip
 
+    def bounds(mask: BlockMask) -> fidelity.RecallBounds:
+        return fidelity.recall_bounds(
+            q, k, mask, causal=causal, scale=scaling, window=window, softcap=softcap, **where.arguments
+        )
+
     if recorder is None:
         out = attend(select() if reason is None else None)
     else:
         call = records.CallRecord(layer, chosen.method if reason is None else DENSE, q_len, k_len, reason)
-        out = call.run(recorder, q.device, select if reason is None else None, attend)
+        out = call.run(recorder, q.device, select if reason is None else None, attend, bounds)
     return out.view(query.shape[0], q_len, *out.shape[-2:]), None
 
 

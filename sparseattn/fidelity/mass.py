@@ -1,4 +1,4 @@
-"""How good is a mask? What sparse attention loses against dense attention on the same queries and keys.
+"""Attention mass that a mask keeps, row by row, by the operator and its log-sum-exp.
 
 Everything goes through the operator and its log-sum-exp, so memory grows with the sequence, never with its square. With
 ``Z`` the softmax denominator of a query row over all visible keys, and ``Z_s`` over the selected ones,
@@ -117,7 +117,7 @@ def lse_deficit(
     with torch.no_grad():
         _, sparse = block_sparse_attention(q, k, v, mask, causal=causal, window=window, **common)
         dense_causal = mask.causal if causal is None else causal
-        dense_window = _intersection(mask.window, window)
+        dense_window = window_intersection(mask.window, window)
         _, dense = block_sparse_attention(q, k, v, None, causal=dense_causal, window=dense_window, **common)
     return deficit_from_lse(sparse, dense)
 
@@ -167,7 +167,7 @@ def output_error(o: Tensor, o_ref: Tensor) -> float:
     return relative_error(o, o_ref).item()
 
 
-def _intersection(
+def window_intersection(
     a: tuple[int | None, int | None] | None, b: tuple[int | None, int | None] | None
 ) -> tuple[int | None, int | None] | None:
     if a is None or b is None:
