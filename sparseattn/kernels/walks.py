@@ -35,7 +35,7 @@ ROWS = 128
 UNBOUNDED = 1 << 29
 
 _TILES = 64
-_OTHERS = 256
+_OTHERS = 128
 
 
 @triton.jit

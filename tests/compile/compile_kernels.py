@@ -26,17 +26,27 @@ from typing import Any
 
 MODULES = (
     "sparseattn.ops.block_sparse.triton",
+    "sparseattn.ops.block_sparse.gluon",
+    "sparseattn.ops.block_sparse.gluon_gradients",
     "sparseattn.ops.scores.triton",
+    "sparseattn.ops.scores.landmark_triton",
+    "sparseattn.ops.scores.pooled_triton",
+    "sparseattn.ops.scores.rules_triton",
     "sparseattn.ops.scores.vertical_slash_triton",
     "sparseattn.ops.scores.block_lists_triton",
 )
 TARGETS = (80, 90, 100)
 
 
-def belongs(name: str, target: int) -> bool:
-    """Whether a case is for a target: ``...-sm80`` for Ampere, ``...-sm90`` for Hopper and newer, others for all."""
-    suffix = name.rpartition("-")[2]
-    return {"sm80": target < 90, "sm90": target >= 90}.get(suffix, True)
+def belongs(case: tuple[Any, ...], target: int) -> bool:
+    """Whether a case is for a target: ``...-sm80`` for Ampere, ``...-sm90`` for Hopper and newer, others for all.
+
+    Gluon kernels are written for one generation, Hopper.
+    """
+    name, function = case[:2]
+    if function.is_gluon():
+        return target == 90
+    return {"sm80": target < 90, "sm90": target >= 90}.get(name.rpartition("-")[2], True)
 
 
 def forgotten() -> list[str]:
@@ -58,20 +68,22 @@ def compile_one(job: tuple[str, int, int]) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     from sparseattn.kernels import LAUNCH
 
     case = importlib.import_module(module).compile_cases()[index]
-    name, kernel, signature, constexprs, attributes, num_warps, num_stages = case
+    name, kernel, signature, constexprs, attributes, num_warps, num_stages, *options = case
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
     row: dict[str, Any] = {"name": name, "target": target, "triton": triton.__version__}
     started = time.perf_counter()
     log = io.StringIO()
     try:
         with contextlib.redirect_stdout(log):
             compiled = triton.compile(
-                ASTSource(kernel, signature, constexprs, attributes),
+                source(kernel, signature, constexprs, attributes),
                 target=GPUTarget("cuda", target, 32),
-                options={"num_warps": num_warps, "num_stages": num_stages, **LAUNCH},
+                options={"num_warps": num_warps, "num_stages": num_stages, **LAUNCH, **(options[0] if options else {})},
             )
     except Exception as error:  # a kernel that does not compile is a result, too: the others are still wanted
         return {**row, "error": f"{type(error).__name__}: {error}"[-2000:]}
@@ -93,7 +105,7 @@ def compile_all(targets: tuple[int, ...], jobs: int, only: str, skip: str) -> It
         for module in MODULES
         for index, case in enumerate(importlib.import_module(module).compile_cases())
         for target in targets
-        if belongs(case[0], target)
+        if belongs(case, target)
         and re.search(only, f"{case[0]}/{target}")
         and not (skip and re.search(skip, f"{case[0]}/{target}"))
     ]

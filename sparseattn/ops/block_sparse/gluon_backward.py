@@ -79,15 +79,12 @@ def probabilities(s, norm, qk_scale, softcap, SOFTCAP: gl.constexpr):
 
 
 @gluon.jit
-def hide(p, keys, rows, offset, k_len, reach_back, reach_ahead):
-    """Probabilities, 0 where query ``rows`` may not see ``keys``; shapes that broadcast.
+def rows_that_see(keys, offset, k_len, reach_back, reach_ahead):
+    """First and last query row that see each of some ``keys``.
 
-    ``offset`` is ``Sk - Sq``; a row sees from ``reach_back`` keys before its diagonal to ``reach_ahead`` after it. The
-    limits are numbers of a key in the transposed products, where a thread has two of those and sixteen rows.
+    ``offset`` is ``Sk - Sq``; a row sees from ``reach_back`` keys before its diagonal to ``reach_ahead`` after it.
     """
-    first = gl.where(keys < k_len, keys - offset - reach_ahead, NEVER)
-    last = keys - offset + reach_back
-    return gl.where((rows >= first) & (rows <= last), p, 0.0)
+    return gl.where(keys < k_len, keys - offset - reach_ahead, NEVER), keys - offset + reach_back
 
 
 # ---------------------------------------------------------------- the loader: which query rows come next
@@ -146,9 +143,18 @@ def load_query_step(
 
 
 @gluon.jit
+def load_halves(desc, start, length, row, head, full, empty, tiles, turn):
+    """Ask for the 128 keys (or values) at ``row``, once the tile before has let go of its own."""
+    mbarrier.wait(empty, (turn & 1) ^ 1)
+    mbarrier.expect(full, 2 * desc.block_type.nbytes)
+    for half in gl.static_range(2):
+        load_rows(desc, start, length, row + 64 * half, head, full, tiles.index(half))
+
+
+@gluon.jit
 def gradients_loader(
     q_desc, do_desc, numbers_desc, k_desc, v_desc, q_s, do_s, numbers_s, k_s, v_s, steps_s, tiles_s,
-    q_full, q_empty, do_full, do_empty, kv_full, kv_empty, tile_full, tile_empty,
+    q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
     record_ptr, ranges_ptr, counter_ptr, index_ptr, total, mask_stride_b, mask_stride_h, idx_width, row_tiles,
     q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv, MASKED: gl.constexpr,
 ):  # fmt: skip
@@ -174,16 +180,10 @@ def gradients_loader(
         at = -1
         end = 0
         for i in range(steps + 1):
-            # Step 0 goes ahead of K and V, whose tiles the previous epilogue still uses.
+            # Step 0 goes ahead of V and K, whose tiles are free one after the other when the walk before has ended.
             if (i == 1) | (steps == 0):
-                mbarrier.wait(kv_empty, (turn & 1) ^ 1)
-                mbarrier.expect(kv_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
-                for half in gl.static_range(2):
-                    load_rows(k_desc, b * k_rows + k_start, k_len, x0 + 64 * half, first_head // group, kv_full,
-                              k_s.index(half))  # fmt: skip
-                for half in gl.static_range(2):
-                    load_rows(v_desc, b * v_rows + k_start, k_len, x0 + 64 * half, first_head // group, kv_full,
-                              v_s.index(half))  # fmt: skip
+                load_halves(v_desc, b * v_rows + k_start, k_len, x0, first_head // group, v_full, v_empty, v_s, turn)
+                load_halves(k_desc, b * k_rows + k_start, k_len, x0, first_head // group, k_full, k_empty, k_s, turn)
             if i < steps:
                 part, at, end = next_place(walk, part, at, end)
                 head = first_head + part % heads
@@ -239,14 +239,14 @@ def emit_dq(dq, dq_desc, out_s, tile, CID: gl.constexpr, SHARED: gl.constexpr):
     tma.store_wait(0)
     view(out_s, gl.float32, [4096], gl.SwizzledSharedLayout(1, 1, 1, [0])).store(flat)
     fence_async_shared()
-    async_reduce_add(dq_desc, [piece * 32, 0], out_s)
+    async_reduce_add(dq_desc, [piece * 32, 0], view(out_s, gl.float32, [32, 128], dq_desc.layout))
 
 
 @gluon.jit
 def gradient_step(
-    dk, dv, earlier, zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s,
+    dk, dv, earlier, zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s, count_s,
     q_full, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free, ds_release, dq_desc,
-    it, x0, offset, k_len, reach_back, reach_ahead, qk_scale, softcap,
+    it, first_row, last_row, qk_scale, softcap,
     CID: gl.constexpr, MASK: gl.constexpr, WITH_DQ: gl.constexpr, SHARED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """One step: S and dP, then dV, then dK, and dQ of the step before.
@@ -276,9 +276,8 @@ def gradient_step(
     s = warpgroup_mma_wait(1, deps=(s,))
     p, slope = probabilities(s, norm[None, :], qk_scale, softcap, SOFTCAP)
     if MASK:
-        rows = field(steps_s.index(2 * (it & 3) + 1), 0) + gl.arange(0, 64, COLS)
-        keys = x0 + 64 * CID + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
-        p = hide(p, keys[:, None], rows[None, :], offset, k_len, reach_back, reach_ahead)
+        rows = field(steps_s.index(2 * (it & 3) + 1), 0) + count_s.load(COLS)
+        p = gl.where((rows[None, :] >= first_row[:, None]) & (rows[None, :] <= last_row[:, None]), p, 0.0)
     pa = gl.convert_layout(p.to(dtype), A_LAYOUT)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     dv = warpgroup_mma(pa, do_s.index(stage), dv, is_async=True)
@@ -311,8 +310,8 @@ def gradient_step(
 
 @gluon.jit
 def ahead_step(
-    dk, dv, p, zeros, q_s, do_s, numbers_s, k_s, v_s, steps_s, q_full, q_empty, do_full, do_empty,
-    it, more, x0, offset, k_len, reach_back, reach_ahead, qk_scale, CID: gl.constexpr, MASK: gl.constexpr,
+    dk, dv, p, zeros, q_s, do_s, numbers_s, k_s, v_s, steps_s, count_s, q_full, q_empty, do_full, do_empty,
+    it, more, first_row, last_row, qk_scale, CID: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """One step without dQ: dP, dV and dK of this step, and S of the next under them.
 
@@ -339,35 +338,28 @@ def ahead_step(
     mbarrier.arrive(do_empty.index(stage), count=1)
     dk = warpgroup_mma(dsa, q_s.index(stage), dk, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
-    p = next_probabilities(
-        s, numbers_s.index(other), steps_s, it + 1, x0, offset, k_len, reach_back, reach_ahead, qk_scale, CID, MASK
-    )
+    p = next_probabilities(s, numbers_s.index(other), steps_s, count_s, it + 1, first_row, last_row, qk_scale, MASK)
     dk, dsa = warpgroup_mma_wait(0, deps=(dk, dsa))
     mbarrier.arrive(q_empty.index(stage), count=1)
     return dk, dv, p
 
 
 @gluon.jit
-def next_probabilities(
-    s, numbers, steps_s, it, x0, offset, k_len, reach_back, reach_ahead, qk_scale, CID: gl.constexpr,
-    MASK: gl.constexpr,
-):  # fmt: skip
+def next_probabilities(s, numbers, steps_s, count_s, it, first_row, last_row, qk_scale, MASK: gl.constexpr):
     """Probabilities of step ``it`` from its raw scores."""
-    S_LAYOUT: gl.constexpr = s.type.layout
-    COLS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    COLS: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     norm = numbers.slice(0, 64, 0).load(COLS)
     p, _ = probabilities(s, norm[None, :], qk_scale, 0.0, False)
     if MASK:
-        rows = field(steps_s.index(2 * (it & 3) + 1), 0) + gl.arange(0, 64, COLS)
-        keys = x0 + 64 * CID + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
-        p = hide(p, keys[:, None], rows[None, :], offset, k_len, reach_back, reach_ahead)
+        rows = field(steps_s.index(2 * (it & 3) + 1), 0) + count_s.load(COLS)
+        p = gl.where((rows[None, :] >= first_row[:, None]) & (rows[None, :] <= last_row[:, None]), p, 0.0)
     return p
 
 
 @gluon.jit
 def gradients_consumer(
-    dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s, tiles_s,
-    q_full, q_empty, do_full, do_empty, kv_full, kv_empty, tile_full, tile_empty,
+    dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, dv_s, out_s, steps_s, count_s, tiles_s,
+    q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
     ds_mine, ds_other, ds_free, ds_release, reach_back, reach_ahead, qk_scale, softcap, scale,
     CID: gl.constexpr, BLOCK_D: gl.constexpr, WITH_DQ: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
@@ -378,80 +370,95 @@ def gradients_consumer(
     AHEAD: gl.constexpr = not WITH_DQ and not SOFTCAP
     dtype: gl.constexpr = q_s.dtype
     zeros = gl.zeros([64, 64], gl.float32, S_LAYOUT)
-    rows_s = view(out_s, dtype, [64, BLOCK_D], k_s.layout)
+    dk_s = view(out_s, dtype, [64, BLOCK_D], k_s.layout)
     it = 0
     turn = 0
     mbarrier.wait(tile_full.index(0), 0)
-    head = field(tiles_s.index(0), HEAD)
-    while head >= 0:
+    while field(tiles_s.index(turn & 1), HEAD) >= 0:
         record = tiles_s.index(turn & 1)
-        x0 = field(record, X0)
-        out_row = field(record, OUT_ROW)
-        k_len = field(record, X_LENGTH)
         masked = field(record, MASKED_STEPS)
         steps = field(record, STEPS)
-        offset = field(record, OFFSET)
-        mbarrier.arrive(tile_empty.index(turn & 1), count=1)
+        keys = field(record, X0) + 64 * CID + gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
+        first_row, last_row = rows_that_see(
+            keys, field(record, OFFSET), field(record, X_LENGTH), reach_back, reach_ahead
+        )
         dk = gl.zeros([64, BLOCK_D], gl.float32, LAYOUT)
         dv = gl.zeros([64, BLOCK_D], gl.float32, LAYOUT)
-        mbarrier.wait(kv_full, turn & 1)
+        mbarrier.wait(k_full, turn & 1)
+        mbarrier.wait(v_full, turn & 1)
         if AHEAD:
             mbarrier.wait(q_full.index(it & 1), (it >> 1) & 1, pred=steps > 0)
             s = warpgroup_mma(k_s.index(CID), q_s.index(it & 1).permute((1, 0)), zeros, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=(s,))
             p = next_probabilities(
-                s, numbers_s.index(it & 1), steps_s, it, x0, offset, k_len, reach_back, reach_ahead, qk_scale, CID, True
+                s, numbers_s.index(it & 1), steps_s, count_s, it, first_row, last_row, qk_scale, True
             )
             for i in range(0, masked - 1):
                 dk, dv, p = ahead_step(
-                    dk, dv, p, zeros, q_s, do_s, numbers_s, k_s, v_s, steps_s, q_full, q_empty, do_full, do_empty,
-                    it + i, i + 1 < steps, x0, offset, k_len, reach_back, reach_ahead, qk_scale, CID, True,
+                    dk, dv, p, zeros, q_s, do_s, numbers_s, k_s, v_s, steps_s, count_s,
+                    q_full, q_empty, do_full, do_empty,
+                    it + i, i + 1 < steps, first_row, last_row, qk_scale, CID, True,
                 )  # fmt: skip
             for i in range(gl.maximum(masked - 1, 0), steps):
                 dk, dv, p = ahead_step(
-                    dk, dv, p, zeros, q_s, do_s, numbers_s, k_s, v_s, steps_s, q_full, q_empty, do_full, do_empty,
-                    it + i, i + 1 < steps, x0, offset, k_len, reach_back, reach_ahead, qk_scale, CID, False,
+                    dk, dv, p, zeros, q_s, do_s, numbers_s, k_s, v_s, steps_s, count_s,
+                    q_full, q_empty, do_full, do_empty,
+                    it + i, i + 1 < steps, first_row, last_row, qk_scale, CID, False,
                 )  # fmt: skip
             it += steps
         else:
             tile = steps * 0 - 1
             for i in range(0, masked):
                 dk, dv, tile = gradient_step(
-                    dk, dv, tile, zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s,
+                    dk, dv, tile, zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s, count_s,
                     q_full, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free, ds_release, dq_desc,
-                    it + i, x0, offset, k_len, reach_back, reach_ahead, qk_scale, softcap,
-                    CID, True, WITH_DQ, SHARED, SOFTCAP,
+                    it + i, first_row, last_row, qk_scale, softcap, CID, True, WITH_DQ, SHARED, SOFTCAP,
                 )  # fmt: skip
             for i in range(masked, steps):
                 dk, dv, tile = gradient_step(
-                    dk, dv, tile, zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s,
+                    dk, dv, tile, zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s, count_s,
                     q_full, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free, ds_release, dq_desc,
-                    it + i, x0, offset, k_len, reach_back, reach_ahead, qk_scale, softcap,
-                    CID, False, WITH_DQ, SHARED, SOFTCAP,
+                    it + i, first_row, last_row, qk_scale, softcap, CID, False, WITH_DQ, SHARED, SOFTCAP,
                 )  # fmt: skip
             it += steps
-            if WITH_DQ:
-                # The dQ that the last step left; the next tile's first step gives its dS back.
-                last = (it - 1) & 1
-                mbarrier.wait(ds_other.index(last), ((it - 1) >> 1) & 1)
-                dq = issue_dq(ds_s, k_s, last, zeros, 0, CID, SHARED)
-                dq = warpgroup_mma_wait(0, deps=(dq,))
-                emit_dq(dq, dq_desc, out_s, tile, CID, SHARED)
-        # The next record is asked for before the stores are waited for.
+        # V is free, K once dQ is done: the next tile's travel while this one's results are written.
+        mbarrier.arrive(v_empty, count=1)
+        if WITH_DQ:
+            # The dQ that the last step left; the next tile's first step gives its dS back.
+            last = (it - 1) & 1
+            mbarrier.wait(ds_other.index(last), ((it - 1) >> 1) & 1)
+            dq = issue_dq(ds_s, k_s, last, zeros, 0, CID, SHARED)
+        else:
+            mbarrier.arrive(k_empty, count=1)
+            tma.store_wait(0)
+        # The record again: its numbers would otherwise take registers all along.
+        head = field(record, HEAD)
+        x0 = field(record, X0) + 64 * CID
+        out_row = field(record, OUT_ROW)
+        k_len = field(record, X_LENGTH)
+        mbarrier.arrive(tile_empty.index(turn & 1), count=1)
+        dv_s.store(dv.to(dtype))
+        fence_async_shared()
+        store_rows(dv_desc, out_row, k_len, x0, head, dv_s)
+        if WITH_DQ:
+            dq = warpgroup_mma_wait(0, deps=(dq,))
+            mbarrier.arrive(k_empty, count=1)
+            emit_dq(dq, dq_desc, out_s, tile, CID, SHARED)
+            tma.store_wait(0)
+        dk_s.store((dk * scale).to(dtype))
+        fence_async_shared()
+        store_rows(dk_desc, out_row, k_len, x0, head, dk_s)
         turn += 1
         mbarrier.wait(tile_full.index(turn & 1), (turn >> 1) & 1)
-        next_head = field(tiles_s.index(turn & 1), HEAD)
-        v_s.index(CID).store(dv.to(dtype))
-        fence_async_shared()
-        store_rows(dv_desc, out_row, k_len, x0 + 64 * CID, head, v_s.index(CID))
-        tma.store_wait(1)
-        rows_s.store((dk * scale).to(dtype))
-        fence_async_shared()
-        store_rows(dk_desc, out_row, k_len, x0 + 64 * CID, head, rows_s)
-        tma.store_wait(1)
-        mbarrier.arrive(kv_empty, count=1)
-        head = next_head
     tma.store_wait(0)
+
+
+@gluon.jit
+def one_barrier(ARRIVALS: gl.constexpr):
+    """A barrier on its own."""
+    barrier = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(barrier, count=ARRIVALS)
+    return barrier
 
 
 @gluon.jit
@@ -484,13 +491,18 @@ def gradients_kernel(
     tiles_s, tile_full, tile_empty = ring(gl.int32, 2, [RECORD], plain, 1, 2)
     k_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], tile_2d)
     v_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], tile_2d)
-    out_s = gl.allocate_shared_memory(gl.float32, [2, 32, 128], dq_desc.layout)
+    dv_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], tile_2d)
+    # For dK, and for dQ in float32: 16 KB of it at a time, whatever the head dimension.
+    out_s = gl.allocate_shared_memory(dtype, [2, 64, 128], tile_2d)
     numbers_s = gl.allocate_shared_memory(gl.float32, [2, 128], numbers_desc.layout)
     steps_s = gl.allocate_shared_memory(gl.int32, [8, 1], plain)
-    kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    kv_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(kv_full, count=1)
-    mbarrier.init(kv_empty, count=2)
+    # 0 .. 63: read where they are needed; computed, they would stay in registers throughout.
+    count_s = gl.allocate_shared_memory(gl.int32, [64], plain)
+    count_s.store(gl.arange(0, 64, gl.BlockedLayout([1], [32], [4], [0])))
+    k_full = one_barrier(1)
+    k_empty = one_barrier(2)
+    v_full = one_barrier(1)
+    v_empty = one_barrier(2)
     # A warpgroup's dS halves are at 0 and 2 or at 1 and 3. Their barriers are allocations of their own: the compiler
     # orders uses of one allocation with barriers across the warpgroup.
     ds_s = gl.allocate_shared_memory(dtype, [4 if WITH_DQ else 1, 64, 64], tile_2d)
@@ -503,20 +515,22 @@ def gradients_kernel(
     ALONE: gl.constexpr = BLOCK_D != 128
     gl.warp_specialize([
         (gradients_consumer, (
-            dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s.index(0), steps_s, tiles_s,
-            q_full, q_empty, do_full, do_empty, kv_full, kv_empty, tile_full, tile_empty,
+            dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, dv_s.index(0), out_s.index(0), steps_s,
+            count_s, tiles_s,
+            q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
             full_0, full_0 if ALONE else full_1, free_0, free_0 if ALONE else free_1,
             reach_back, reach_ahead, qk_scale, softcap, scale, 0, BLOCK_D, WITH_DQ, SOFTCAP,
         )),
         (gradients_consumer, (
-            dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s.index(1), steps_s, tiles_s,
-            q_full, q_empty, do_full, do_empty, kv_full, kv_empty, tile_full, tile_empty,
+            dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, dv_s.index(1), out_s.index(1), steps_s,
+            count_s, tiles_s,
+            q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
             full_1, full_1 if ALONE else full_0, free_1, free_1 if ALONE else free_0,
             reach_back, reach_ahead, qk_scale, softcap, scale, 1, BLOCK_D, WITH_DQ, SOFTCAP,
         )),
         (gradients_loader, (
             q_desc, do_desc, numbers_desc, k_desc, v_desc, q_s, do_s, numbers_s, k_s, v_s, steps_s, tiles_s,
-            q_full, q_empty, do_full, do_empty, kv_full, kv_empty, tile_full, tile_empty,
+            q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
             record_ptr, ranges_ptr, counter_ptr, index_ptr, total, mask_stride_b, mask_stride_h, idx_width, row_tiles,
             q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv, MASKED,
         )),

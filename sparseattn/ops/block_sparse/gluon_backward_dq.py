@@ -30,7 +30,6 @@ from sparseattn.kernels.walks import (
 from sparseattn.ops.block_sparse.gluon_backward import (
     LENGTHS,
     field,
-    hide,
     next_place,
     post_tile,
     probabilities,
@@ -103,7 +102,7 @@ def dq_loader(
 @gluon.jit
 def dq_step(
     acc, dsa, zeros, q, do, k_s, v_s, steps_s, k_full, k_empty, v_full, v_empty, norm, delta,
-    k_stage, k_phase, v_stage, v_phase, it, rows, offset, k_len, reach_back, reach_ahead, qk_scale, softcap,
+    k_stage, k_phase, v_stage, v_phase, it, first_key, last_key, qk_scale, softcap,
     MASK: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """S of these keys, dQ of the ones before (whose dS is ``dsa``) under its softmax, then dP and the new dS."""
@@ -117,7 +116,7 @@ def dq_step(
     p, slope = probabilities(s, norm[:, None], qk_scale, softcap, SOFTCAP)
     if MASK:
         keys = field(steps_s.index(it & 3), 0) + gl.arange(0, 128, gl.SliceLayout(0, S_LAYOUT))
-        p = hide(p, keys[None, :], rows[:, None], offset, k_len, reach_back, reach_ahead)
+        p = gl.where((keys[None, :] >= first_key[:, None]) & (keys[None, :] <= last_key[:, None]), p, 0.0)
     if SOFTCAP:
         p = p * slope
     acc, dsa = warpgroup_mma_wait(0, deps=(acc, dsa))
@@ -172,12 +171,14 @@ def dq_consumer(
         # A tile that lies past the sequence's end has no numbers of its own.
         norm = gl.load(numbers + in_tile, mask=rows < q_len, other=float("inf"))
         delta = gl.load(numbers + 64 + in_tile, mask=rows < q_len, other=0.0)
+        first_key = rows + offset - reach_back
+        last_key = gl.minimum(rows + offset + reach_ahead, k_len - 1)
         acc = gl.zeros([64, BLOCK_D], gl.float32, LAYOUT)
         mbarrier.wait(q_full.index(CID), turn & 1)
         k_stage, k_phase, v_stage, v_phase, acc = dq_tile(
             acc, zeros, q, do, k_s, v_s, steps_s, k_full, k_empty, v_full, v_empty, norm, delta,
-            k_stage, k_phase, v_stage, v_phase, it, masked, steps, rows, offset, k_len, reach_back, reach_ahead,
-            qk_scale, softcap, A_LAYOUT, SOFTCAP,
+            k_stage, k_phase, v_stage, v_phase, it, masked, steps, first_key, last_key, qk_scale, softcap,
+            A_LAYOUT, SOFTCAP,
         )  # fmt: skip
         it += steps
         turn += 1
@@ -194,8 +195,8 @@ def dq_consumer(
 @gluon.jit
 def dq_tile(
     acc, zeros, q, do, k_s, v_s, steps_s, k_full, k_empty, v_full, v_empty, norm, delta,
-    k_stage, k_phase, v_stage, v_phase, it, masked, steps, rows, offset, k_len, reach_back, reach_ahead,
-    qk_scale, softcap, A_LAYOUT: gl.constexpr, SOFTCAP: gl.constexpr,
+    k_stage, k_phase, v_stage, v_phase, it, masked, steps, first_key, last_key, qk_scale, softcap,
+    A_LAYOUT: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """All steps of one tile; nothing happens where there are none."""
     S_LAYOUT: gl.constexpr = zeros.type.layout
@@ -208,7 +209,7 @@ def dq_tile(
         s = warpgroup_mma_wait(1, deps=(s,))
         p, slope = probabilities(s, norm[:, None], qk_scale, softcap, SOFTCAP)
         keys = field(steps_s.index(it & 3), 0) + gl.arange(0, 128, gl.SliceLayout(0, S_LAYOUT))
-        p = hide(p, keys[None, :], rows[:, None], offset, k_len, reach_back, reach_ahead)
+        p = gl.where((keys[None, :] >= first_key[:, None]) & (keys[None, :] <= last_key[:, None]), p, 0.0)
         if SOFTCAP:
             p = p * slope
         dp = warpgroup_mma_wait(0, deps=(dp,))
@@ -218,14 +219,12 @@ def dq_tile(
         for i in range(1, masked):
             acc, dsa, k_stage, k_phase, v_stage, v_phase = dq_step(
                 acc, dsa, zeros, q, do, k_s, v_s, steps_s, k_full, k_empty, v_full, v_empty, norm, delta,
-                k_stage, k_phase, v_stage, v_phase, it + i, rows, offset, k_len, reach_back, reach_ahead,
-                qk_scale, softcap, True, SOFTCAP,
+                k_stage, k_phase, v_stage, v_phase, it + i, first_key, last_key, qk_scale, softcap, True, SOFTCAP,
             )  # fmt: skip
         for i in range(gl.maximum(masked, 1), steps):
             acc, dsa, k_stage, k_phase, v_stage, v_phase = dq_step(
                 acc, dsa, zeros, q, do, k_s, v_s, steps_s, k_full, k_empty, v_full, v_empty, norm, delta,
-                k_stage, k_phase, v_stage, v_phase, it + i, rows, offset, k_len, reach_back, reach_ahead,
-                qk_scale, softcap, False, SOFTCAP,
+                k_stage, k_phase, v_stage, v_phase, it + i, first_key, last_key, qk_scale, softcap, False, SOFTCAP,
             )  # fmt: skip
         acc = warpgroup_mma(dsa, k_s.index(k_stage), acc, is_async=True)
         acc, dsa = warpgroup_mma_wait(0, deps=(acc, dsa))

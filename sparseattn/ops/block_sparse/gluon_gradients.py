@@ -289,12 +289,12 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
         ):
             cases.append((f"gradients-{variant}-{dim}-sm90", *_offline(gradients_kernel, dim, 64, flags), 4, 1))
         for variant, flags in (("plain", {}), ("softcap", {"SOFTCAP": True})):
-            cases.append((f"dq-hopper-{variant}-{dim}-sm90", *_offline(dq_kernel, dim, 128, flags), 4, 1))
-        cases.append((f"numbers-{dim}", *_offline(tile_numbers_kernel, dim, 64, _ALL), 4, 1))
-        cases.append((f"from-sums-{dim}", *_offline(dq_from_sums_kernel, dim, 64, _ALL), 8, 1))
-    cases.append(("sum-parts", *_offline(sum_parts_kernel, 128, 64, {}), 4, 1))
-    cases.append(("walk-keys", *_offline(walk_kernel, 128, 64, {**_ALL, "KEYS": True}), 4, 1))
-    cases.append(("walk-queries", *_offline(walk_kernel, 128, 64, {**_ALL, "STEP": 128}), 4, 1))
+            cases.append((f"gradients-queries-{variant}-{dim}-sm90", *_offline(dq_kernel, dim, 128, flags), 4, 1))
+        cases.append((f"gradients-numbers-{dim}-sm90", *_offline(tile_numbers_kernel, dim, 64, _ALL), 4, 1))
+        cases.append((f"gradients-from-sums-{dim}-sm90", *_offline(dq_from_sums_kernel, dim, 64, _ALL), 8, 1))
+    cases.append(("gradients-parts-sm90", *_offline(sum_parts_kernel, 128, 64, {}), 4, 1))
+    cases.append(("walk-keys-sm90", *_offline(walk_kernel, 128, 64, {**_ALL, "KEYS": True}), 4, 1))
+    cases.append(("walk-queries-sm90", *_offline(walk_kernel, 128, 64, {**_ALL, "STEP": 128}), 4, 1))
     return cases
 
 
@@ -308,7 +308,7 @@ def _offline(
     constants: dict[str, Any] = {
         "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "HEADS": 2, "HEADS_P2": 2, "GROUP": 4, "MASK_GROUP": 1,
         "BLOCK_Q": 128, "BLOCK_KV": 128, "BLOCK_X": 128, "BLOCK_Y": 128, "STEP": 64, "ROWS": 128, "TILES": 64,
-        "OTHERS": 256, "PARTS": 2, "BLOCK": 2048, "MASKED": True, **flags,
+        "OTHERS": 128, "PARTS": 2, "BLOCK": 2048, "MASKED": True, **flags,
     }  # fmt: skip
     tile = f"tensordesc<bf16[1, 1, 1, {{}}, {dim}],{tile_layout()!r}>"
     maps = {
