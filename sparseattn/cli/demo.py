@@ -105,6 +105,9 @@ def _settings(length: int, block_size: int, device: torch.device, quick: bool) -
 
     yield Setting("dense", "sdpa")
     shared = [f"block_size={block_size}", f"min_seq_len={min(1024, length)}"]
+    for name, value in (("tau", 0.3),) if quick else (("tau", 0.3), ("tau", 0.1), ("density", 0.1), ("density", 0.2)):
+        options = parse_options("landmark", [f"{name}={value}", *shared])
+        yield Setting("landmark", f"{name} {value:g}", "landmark", options)
     grid: dict[int, tuple[float, ...]] = {8: (0.8, 0.9, 0.95, 0.99, 0.999), 16: (0.9, 0.95, 0.99)}
     if device.type == "cuda":
         grid = {stride: (0.8, 0.9, 0.95, 0.99, 0.999) for stride in (4, 8, 16)}
@@ -125,7 +128,7 @@ def _measure_all(model: object, settings: list[Setting], length: int, seed: int,
     from sparseattn.cli.measure import Prompts, measure, time_prefill
 
     prompts = Prompts.draw(length, seed, device)
-    pictured = next(s for s in settings if s.method == "xattention" and s.label == "stride 8, 0.9")
+    pictured = next(s for s in settings if s.method == "landmark" and s.label == "tau 0.3")
     rows: list[Row] = []
     columns = (
         TextColumn("{task.description:<32}"),

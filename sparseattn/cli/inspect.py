@@ -39,6 +39,7 @@ from sparseattn.cli.run import (
     OptionOption,
     PromptOption,
 )
+from sparseattn.integrations.options import DEFAULT_METHOD
 from sparseattn.masks import BlockMask
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class LayerStatistics:
 def inspect(
     model: ModelArgument,
     prompt_file: PromptOption,
-    method: MethodOption = "xattention",
+    method: MethodOption = DEFAULT_METHOD,
     option: OptionOption = None,
     out: Annotated[Path, typer.Option(help="Folder for masks.png, statistics.png and statistics.json.")] = Path(
         "inspect"

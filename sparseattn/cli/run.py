@@ -27,15 +27,16 @@ from sparseattn.cli.common import (
     settle_threads,
     sparse,
 )
+from sparseattn.integrations.options import DEFAULT_METHOD
 
 ModelArgument = Annotated[
     str, typer.Argument(help="A folder, a hub id, or a shipped model: retrieval-d64, retrieval-d128.")
 ]
 PromptOption = Annotated[Path, typer.Option(help="UTF-8 text; a newline at its end is dropped.")]
-MethodOption = Annotated[str, typer.Option(help="How blocks are chosen: xattention, streaming, dense.")]
+MethodOption = Annotated[str, typer.Option(help="How blocks are chosen: landmark, xattention, ..., dense.")]
 OptionOption = Annotated[
     list[str] | None,
-    typer.Option(help="name=value, repeatable: threshold=0.95, stride=16, min_seq_len=2048, dense_layers=[0] ..."),
+    typer.Option(help="name=value, repeatable: tau=0.1, block_size=64, min_seq_len=2048, dense_layers=[0] ..."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DtypeOption = Annotated[str, typer.Option(help="auto: the checkpoint's on a GPU, float32 on a CPU.")]
@@ -47,7 +48,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def run(
     model: ModelArgument,
     prompt_file: PromptOption,
-    method: MethodOption = "xattention",
+    method: MethodOption = DEFAULT_METHOD,
     option: OptionOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, greedily.")] = 32,
     device: DeviceOption = "auto",

@@ -1,6 +1,6 @@
 """What a model's attention layers should do, and where they are told: call, context, config or defaults.
 
-Options are one flat, JSON-able dict: ``{"method": "xattention", "threshold": 0.9, "min_seq_len": 2048}``. Keys that are
+Options are one flat, JSON-able dict: ``{"method": "landmark", "tau": 0.3, "min_seq_len": 2048}``. Keys that are
 not fields of ``AttentionOptions`` belong to the method (the fields of its config dataclass).
 """
 
@@ -19,7 +19,7 @@ from sparseattn.errors import argument_error
 from sparseattn.ops.block_sparse import IMPLEMENTATIONS
 
 DENSE = "dense"
-DEFAULT_METHOD = "xattention"
+DEFAULT_METHOD = "landmark"
 IMPLS = ("auto", *IMPLEMENTATIONS)
 
 Flat = Mapping[str, Any]
@@ -31,12 +31,12 @@ class AttentionOptions:
 
     Attributes:
         method: A name in ``selectors.SELECTORS``, or ``"dense"``: plain attention by this library's operator.
-        method_options: Fields of the method's config dataclass, e.g. ``{"threshold": 0.9, "block_size": 128}``; in the
+        method_options: Fields of the method's config dataclass, e.g. ``{"tau": 0.3, "block_size": 128}``; in the
             flat form they stand beside the other keys.
         min_seq_len: Select blocks for calls of at least this many queries. Shorter ones, decoding above all, are dense:
             below about a thousand queries selecting costs more than it saves.
         dense_layers: Layer indices that always run dense.
-        layers: Options of single layers, flat: ``{3: {"method": "streaming"}, 4: {"threshold": 0.95}}``.
+        layers: Options of single layers, flat: ``{3: {"method": "streaming"}, 4: {"tau": 0.1}}``.
         sliding_layers: What layers do whose sliding window hides keys: ``"dense"`` runs them by the windowed dense
             operator (already cheap: its cost is the window, not the prompt), ``"sparse"`` selects blocks as well.
         impl: ``"auto"``, or the implementation that selector and operator must use.

@@ -18,7 +18,17 @@ SMALL = ("demo", "--device", "cpu", "--length", 1024, "--block-size", 64, "--qui
 def test_table_and_picture(invoke, tmp_path: Path) -> None:
     result = invoke(*SMALL, "--out", tmp_path / "new")
     assert result.exit_code == 0
-    for word in ("xattention", "streaming", "stride 8, 0.9", "speed-up", "recall", "16/16", "Dense attention answers"):
+    for word in (
+        "landmark",
+        "tau 0.3",
+        "xattention",
+        "streaming",
+        "stride 8, 0.9",
+        "speed-up",
+        "recall",
+        "16/16",
+        "Dense attention answers",
+    ):
         assert word in result.stdout
     assert "CPU" in result.stderr
     picture = tmp_path / "new" / "demo.png"
@@ -33,7 +43,7 @@ def test_json_rows(invoke, tmp_path: Path) -> None:
     dense, *sparse = report["rows"]
     assert (dense["method"], dense["density"], dense["recall"], dense["speedup"]) == ("dense", 1.0, 1.0, None)
     assert dense["stream_correct"] >= 0.98 * dense["stream_total"]
-    assert [row["method"] for row in sparse] == ["xattention", "streaming"]
+    assert [row["method"] for row in sparse] == ["landmark", "xattention", "streaming"]
     for row in sparse:
         assert 0 < row["density"] < 1
         assert 0 < row["recall"] < 1
@@ -41,7 +51,7 @@ def test_json_rows(invoke, tmp_path: Path) -> None:
         assert row["prefill_seconds"] > 0
         assert row["speedup"] == pytest.approx(dense["prefill_seconds"] / row["prefill_seconds"])
         assert row["options"]["block_size"] == 64
-    streaming = sparse[1]
+    streaming = sparse[2]
     assert streaming["stream_correct"] < dense["stream_correct"]
 
 

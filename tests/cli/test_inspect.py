@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 
-@pytest.mark.parametrize("method", ["xattention", "streaming"])
+@pytest.mark.parametrize("method", ["landmark", "xattention", "streaming"])
 def test_pictures_and_statistics(invoke, prompt: tuple[Path, str], tmp_path: Path, method: str) -> None:
     arguments = (
         "--method",

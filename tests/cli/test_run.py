@@ -11,7 +11,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
 
-SPARSE = ("--option", "min_seq_len=128", "--option", "block_size=64", "--option", "threshold=0.99")
+SPARSE = ("--option", "min_seq_len=128", "--option", "block_size=64", "--option", "tau=0.01")
 
 
 def test_answers_with_sparse_prefill(invoke, prompt: tuple[Path, str]) -> None:
@@ -50,10 +50,10 @@ def test_says_when_a_prompt_is_too_short_to_be_sparse(invoke, prompt: tuple[Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--method", "quest"), "method: expected one of xattention, streaming, dense, got 'quest'"),
+        (("--method", "quest"), "method: expected one of landmark, xattention, streaming,"),
         (("--option", "treshold=0.9"), "got treshold"),
-        (("--option", "threshold=2"), "threshold: expected"),
-        (("--option", "threshold=NaN"), "threshold: expected"),
+        (("--option", "tau=2"), "tau: expected"),
+        (("--option", "tau=NaN"), "tau: expected"),
         (("--option", "threshold"), "--option: expected name=value, got 'threshold'"),
         (("--max-new-tokens", 0), "--max-new-tokens: expected at least 1, got 0"),
         (("--dtype", "int7"), "--dtype: expected auto, float32, bfloat16, float16, got 'int7'"),

@@ -172,9 +172,9 @@ def test_checkpointed_gradients_are_those_of_the_plain_backward(device: str) -> 
         model = make_model("llama", device).train()
         if checkpointing is not None:
             _enable_checkpointing(model, use_reentrant=checkpointing)
-        with hf.options(threshold=0.6, block_size=64, stride=4, min_seq_len=16), hf.record() as calls:
+        with hf.options(density=0.8, floor=1, block_size=64, min_seq_len=16), hf.record() as calls:
             loss = model(ids, labels=ids, use_cache=False).loss
-        assert [call.method for call in calls] == ["xattention"] * 2
+        assert [call.method for call in calls] == ["landmark"] * 2
         assert calls[0].density < 1
         loss.backward()  # outside of the block
         assert len(calls) == 2

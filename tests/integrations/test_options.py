@@ -13,9 +13,9 @@ from sparseattn.integrations.options import AttentionOptions, merge, options, re
 def test_defaults() -> None:
     chosen = resolve()
     assert chosen == AttentionOptions()
-    assert chosen.method == "xattention"
+    assert chosen.method == "landmark"
     assert chosen.min_seq_len == 1024
-    assert chosen.config.threshold == 0.9
+    assert chosen.config.tau == 0.3
 
 
 def test_call_beats_context_beats_name_beats_config() -> None:
@@ -37,51 +37,51 @@ def test_call_beats_context_beats_name_beats_config() -> None:
 
 
 def test_another_method_drops_the_options_of_the_first() -> None:
-    assert merge({"threshold": 0.5, "min_seq_len": 3}, {"method": "streaming"}) == {
+    assert merge({"tau": 0.5, "min_seq_len": 3}, {"method": "streaming"}) == {
         "min_seq_len": 3,
         "method": "streaming",
     }
     assert merge({"method": "xattention", "threshold": 0.5}, {"method": "xattention"})["threshold"] == 0.5
-    assert merge({"threshold": 0.5}, {"method": "xattention"})["threshold"] == 0.5, "the default method, named"
+    assert merge({"tau": 0.5}, {"method": "landmark"})["tau"] == 0.5, "the default method, named"
 
 
 def test_options_restore_and_stay_in_their_thread() -> None:
     seen = []
 
     def fail() -> None:
-        with options(threshold=0.25):
-            worker = threading.Thread(target=lambda: seen.append(resolve().config.threshold))
+        with options(tau=0.25):
+            worker = threading.Thread(target=lambda: seen.append(resolve().config.tau))
             worker.start()
             worker.join()
             raise RuntimeError("out")
 
     with pytest.raises(RuntimeError, match="out"):
         fail()
-    assert seen == [0.9]
-    assert resolve().config.threshold == 0.9
+    assert seen == [0.3]
+    assert resolve().config.tau == 0.3
 
 
 def test_layers() -> None:
     chosen = resolve(
         None,
         {
-            "threshold": 0.9,
+            "tau": 0.3,
             "block_size": 64,
             "dense_layers": [0],
-            "layers": {"2": {"method": "streaming", "num_sink_tokens": 64}, "3": {"threshold": 0.95, "min_seq_len": 5}},
+            "layers": {"2": {"method": "streaming", "num_sink_tokens": 64}, "3": {"tau": 0.1, "min_seq_len": 5}},
         },
     )
     assert chosen.for_layer(0).method == "dense"
     assert chosen.for_layer(1) == chosen.for_layer(None) == chosen
     assert chosen.for_layer(2).config.num_sink_tokens == 64
-    assert (chosen.for_layer(3).config.threshold, chosen.for_layer(3).config.block_size) == (0.95, 64)
+    assert (chosen.for_layer(3).config.tau, chosen.for_layer(3).config.block_size) == (0.1, 64)
     assert chosen.for_layer(3).min_seq_len == 5
     assert chosen.for_layer(3) is chosen.for_layer(3)
 
 
 def test_json_round_trip() -> None:
     flat = {
-        "threshold": [[0.5, 0.6], [0.7, 0.8]],
+        "tau": [[0.5, 0.6], [0.7, 0.8]],
         "dense_layers": [1],
         "layers": {"0": {"method": "streaming", "num_local_tokens": 256}},
         "min_seq_len": 9,
@@ -91,19 +91,19 @@ def test_json_round_trip() -> None:
     chosen = AttentionOptions.from_dict(json.loads(json.dumps(flat)))
     again = AttentionOptions.from_dict(json.loads(json.dumps(chosen.to_dict())))
     assert again == chosen
-    assert chosen.config.threshold == ((0.5, 0.6), (0.7, 0.8))
+    assert chosen.config.tau == ((0.5, 0.6), (0.7, 0.8))
 
 
 @pytest.mark.parametrize(
     ("flat", "message"),
     [
-        ({"method": "quantum"}, r"method: expected one of xattention, streaming.*dense, got 'quantum'"),
+        ({"method": "quantum"}, r"method: expected one of landmark, xattention, streaming.*dense, got 'quantum'"),
         ({"method": None}, "method: expected one of"),
-        ({"treshold": 0.5}, r"threshold.*got treshold"),
+        ({"taw": 0.5}, r"tau.*got taw"),
         ({"method": "dense", "threshold": 0.5}, "of method 'dense'.*got threshold"),
         ({"method": "streaming", "threshold": 0.5}, "of method 'streaming'.*num_sink_tokens.*got threshold"),
-        ({"threshold": 1.5}, r"threshold: expected .*\[0, 1\]"),
-        ({"threshold": float("nan")}, r"threshold: expected .*\[0, 1\]"),
+        ({"tau": 1.5}, r"tau: expected .*\[0, 1\]"),
+        ({"tau": float("nan")}, r"tau: expected .*\[0, 1\]"),
         ({"min_seq_len": 0}, "min_seq_len: expected an int of at least 1, got 0"),
         ({"min_seq_len": True}, "min_seq_len"),
         ({"dense_layers": "01"}, "dense_layers: expected a list of layer indices, got '01'"),
@@ -112,16 +112,16 @@ def test_json_round_trip() -> None:
         ({"layers": {"first": {}}}, "layers: expected layer indices of at least 0, got 'first'"),
         ({"layers": {0: {"layers": {}}}}, r"layers\[0\]: expected options of one layer, got layers"),
         ({"layers": {0: {"nonsense": 1}}}, r"layers\[0\]: expected options among .*got nonsense"),
-        ({"layers": {0: {"num_sink_tokens": 1}}}, "of method 'xattention'.*got num_sink_tokens"),
+        ({"layers": {0: {"num_sink_tokens": 1}}}, "of method 'landmark'.*got num_sink_tokens"),
         ({"sliding_layers": "window"}, "sliding_layers: expected 'dense' or 'sparse'"),
-        ({"impl": "cuda"}, "impl: expected one of auto, triton, reference, got 'cuda'"),
+        ({"impl": "cuda"}, "impl: expected one of auto, .*triton, reference, got 'cuda'"),
     ],
 )
 def test_bad_options(flat: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(None, None, flat)
     # A context may leave the method open: what depends on it is refused when a call settles it.
-    general = message.replace("of method 'xattention'.*", "").replace("threshold.*got", "got")
+    general = message.replace("of method 'landmark'.*", "").replace("threshold.*got", "got")
     with pytest.raises(ValueError, match=general), options(**flat):
         resolve()
 

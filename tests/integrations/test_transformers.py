@@ -35,7 +35,7 @@ def _no_grad():
 def test_names_are_in_both_registries_and_survive_a_second_call() -> None:
     names = register()
     assert names == register()
-    assert names == ["sparseattn", "sparseattn_xattention", "sparseattn_streaming", "sparseattn_dense"]
+    assert names == ["sparseattn", *(f"sparseattn_{method}" for method in (*sparseattn.SELECTORS, "dense"))]
     functions, masks = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
     for name in names:
         assert functions[name] is not None
@@ -60,13 +60,13 @@ def stripes(model: torch.nn.Module, seq: int = 512) -> Tensor:
 def test_sparse_prefill_skips_blocks_and_says_so(device: str) -> None:
     model = make_model("llama", device)
     ids = stripes(model).to(device)
-    with hf.options(threshold=0.5, stride=4, **SHORT), hf.record(timing=True, masks=True, fidelity=True) as calls:
+    with hf.options(density=0.5, **SHORT), hf.record(timing=True, masks=True, fidelity=True) as calls:
         sparse = model(ids).logits
     dense = tiny.attention(model, "sparseattn_dense")(ids).logits
     assert not torch.equal(sparse, dense)
     assert [call.layer for call in calls] == [0, 1]
     for call in calls:
-        assert (call.method, call.reason, call.q_len, call.k_len) == ("xattention", None, 512, 512)
+        assert (call.method, call.reason, call.q_len, call.k_len) == ("landmark", None, 512, 512)
         assert 0.1 < call.density < 0.9
         assert call.mask.density == pytest.approx(call.density)
         assert 0.3 < call.recall < 1
@@ -83,7 +83,7 @@ def test_records_of_dense_calls() -> None:
     with hf.options(**SHORT), hf.record(fidelity=True) as calls:
         out = model(ids)
         model(ids[:, :1], past_key_values=out.past_key_values)
-    assert [call.method for call in calls] == ["xattention", "dense", "dense", "dense"]
+    assert [call.method for call in calls] == ["landmark", "dense", "dense", "dense"]
     assert [call.reason for call in calls[1:]] == [
         "sliding window",
         "fewer than min_seq_len=16 queries",
@@ -132,13 +132,13 @@ def test_layers_of_their_own() -> None:
         "dense_layers": [0],
         "layers": {"2": {"method": "streaming", "block_size": 32}, "3": {"min_seq_len": 1000}},
     }
-    assert methods(model) == ["dense", "xattention", "streaming", "dense"]
+    assert methods(model) == ["dense", "landmark", "streaming", "dense"]
 
 
 def test_thresholds_per_layer_and_head() -> None:
     model = make_model("llama")
     ids = stripes(model)
-    with hf.options(threshold=[[1.0] * 4, [0.3] * 4], stride=4, **SHORT), hf.record() as calls:
+    with hf.options(tau=[[0.0] * 4, [0.9] * 4], **SHORT), hf.record() as calls:
         model(ids)
     assert calls[0].density == 1.0
     assert calls[1].density < 0.9
@@ -155,9 +155,9 @@ def test_config_round_trip(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("sparseattn", {"threshold": 2}, r"threshold: expected"),
-        ("sparseattn", {"treshold": 0.5}, r"options of method 'xattention' \(.*threshold.*got treshold"),
-        ("sparseattn", {"method": "quantum"}, r"method: expected one of xattention"),
+        ("sparseattn", {"tau": 2}, r"tau: expected"),
+        ("sparseattn", {"taw": 0.5}, r"options of method 'landmark' \(.*tau.*got taw"),
+        ("sparseattn", {"method": "quantum"}, r"method: expected one of landmark, xattention"),
         ("sparseattn_threshold", 0.5, r"sparseattn_threshold: expected one argument sparseattn=\{\.\.\.\}"),
     ],
 )
@@ -168,8 +168,8 @@ def test_bad_options_of_a_call(name: str, value: object, message: str) -> None:
 
 def test_a_method_that_cannot_run_names_the_layer_argument() -> None:
     with (
-        hf.options(threshold=[0.5] * 3, **SHORT),
-        pytest.raises(ValueError, match="threshold: expected 4 values, one per query head"),
+        hf.options(tau=[0.5] * 3, **SHORT),
+        pytest.raises(ValueError, match="tau: expected 4 values, one per query head"),
     ):
         make_model("llama")(tokens(1, SEQ))
 
@@ -451,7 +451,7 @@ def test_layers_never_wait_for_the_gpu() -> None:
     mask = row_mask(2, 512, 512, attention_mask=padding([512, 300], "left", 512).bool().cuda())
 
     def layer() -> Tensor:
-        with hf.options(threshold=0.8, **SHORT), hf.record(timing=True):
+        with hf.options(tau=0.1, **SHORT), hf.record(timing=True):
             return attention_forward(module, q, k, v, mask, sliding_window=4096)[0]
 
     expected = layer()
