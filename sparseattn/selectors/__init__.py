@@ -12,17 +12,28 @@ from typing import Any
 
 from sparseattn.errors import argument_error
 from sparseattn.selectors.base import Selector, SelectorConfig
+from sparseattn.selectors.bound import BoundConfig, bound
+from sparseattn.selectors.flashprefill import FlashPrefillConfig, flashprefill
 from sparseattn.selectors.flexprefill import FlexPrefillConfig, flexprefill
+from sparseattn.selectors.head_tables import load_head_config, load_head_table, retrieval_heads, save_head_table
+from sparseattn.selectors.heads import HeadsConfig, heads
 from sparseattn.selectors.landmark import LandmarkConfig, landmark
 from sparseattn.selectors.landmark_cache import LandmarkCache
 from sparseattn.selectors.minference import MInferenceConfig, minference
+from sparseattn.selectors.oracle import OracleConfig, oracle
 from sparseattn.selectors.streaming import StreamingConfig, streaming
+from sparseattn.selectors.topk import TopKConfig, topk
 from sparseattn.selectors.xattention import XAttentionConfig, xattention
 
 SELECTORS: dict[str, Selector] = {
     "landmark": Selector(LandmarkConfig, landmark),
     "xattention": Selector(XAttentionConfig, xattention),
     "streaming": Selector(StreamingConfig, streaming),
+    "flashprefill": Selector(FlashPrefillConfig, flashprefill),
+    "bound": Selector(BoundConfig, bound),
+    "topk": Selector(TopKConfig, topk),
+    "heads": Selector(HeadsConfig, heads),
+    "oracle": Selector(OracleConfig, oracle),
     "flexprefill": Selector(FlexPrefillConfig, flexprefill),
     "minference": Selector(MInferenceConfig, minference),
 }
@@ -50,19 +61,33 @@ def configure(name: str, options: Mapping[str, Any] | None = None) -> SelectorCo
 
 __all__ = [
     "SELECTORS",
+    "BoundConfig",
+    "FlashPrefillConfig",
     "FlexPrefillConfig",
+    "HeadsConfig",
     "LandmarkCache",
     "LandmarkConfig",
     "MInferenceConfig",
+    "OracleConfig",
     "Selector",
     "SelectorConfig",
     "StreamingConfig",
+    "TopKConfig",
     "XAttentionConfig",
+    "bound",
     "configure",
+    "flashprefill",
     "flexprefill",
     "get",
+    "heads",
     "landmark",
+    "load_head_config",
+    "load_head_table",
     "minference",
+    "oracle",
+    "retrieval_heads",
+    "save_head_table",
     "streaming",
+    "topk",
     "xattention",
 ]

@@ -11,7 +11,10 @@ from torch import Tensor
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.scores import xattention_blocks
+from sparseattn.ops.scores.antidiagonal_rules import antidiagonal_blocks
 from sparseattn.ops.scores.api import BLOCK_SIZES, STRIDES, check_threshold
+from sparseattn.ops.scores.pooled_problem import AGGREGATES
+from sparseattn.ops.scores.rules_problem import Forced, Rule, check_rule
 from sparseattn.ops.sequences import resolve_sequences
 from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
 
@@ -29,6 +32,12 @@ class XAttentionConfig(SelectorConfig):
         block_size: Tokens of a block, 64 or 128.
         keep_sink: Every query block keeps the first key block. None: in causal calls.
         keep_recent: Every query block keeps the blocks its own diagonal touches. Causal calls only.
+        rule: What the scores are chosen by; the method's own is "cumulative". "relative", "topk" and "global" as in
+            :func:`sparseattn.ops.scores.choose_blocks`.
+        aggregate: How the rows of a query block agree: "mean" (the method's own) or "max".
+        density: Share of visible blocks to keep: of each row (rule "topk") or of a whole sequence ("global").
+        num_blocks: Blocks of every row, forced ones included (rule "topk").
+        max_blocks: No list is longer, but for its forced blocks.
     """
 
     threshold: Threshold = 0.9
@@ -36,6 +45,11 @@ class XAttentionConfig(SelectorConfig):
     block_size: int = 128
     keep_sink: bool | None = None
     keep_recent: bool = True
+    rule: str = "cumulative"
+    aggregate: str = "mean"
+    density: float | None = None
+    num_blocks: int | None = None
+    max_blocks: int | None = None
 
     def __post_init__(self) -> None:
         threshold: Any = self.threshold
@@ -47,6 +61,9 @@ class XAttentionConfig(SelectorConfig):
         self._check_bool("keep_recent")
         if self.keep_sink is not None:
             self._check_bool("keep_sink")
+        if self.aggregate not in AGGREGATES:
+            raise argument_error("aggregate", f"one of {AGGREGATES}", repr(self.aggregate))
+        check_rule(Rule(self.rule, (0.0,), self.density, self.num_blocks, self.max_blocks), 1)
 
     def thresholds(self, heads: int, layer: int | None = None) -> float | tuple[float, ...]:
         """The threshold, or the thresholds of the query heads of a layer.
@@ -139,10 +156,27 @@ def xattention(
         ranges_q=ranges_q,
         ranges_k=ranges_k,
     )
+    thresholds = config.thresholds(q.shape[-2], layer)
+    if config.rule != "cumulative" or config.aggregate != "mean" or config.max_blocks is not None:
+        values = thresholds if isinstance(thresholds, tuple) else (thresholds,)
+        counts, indices = antidiagonal_blocks(
+            q,
+            k,
+            Rule(config.rule, values, config.density, config.num_blocks, config.max_blocks),
+            stride=config.stride,
+            block_size=config.block_size,
+            causal=causal,
+            aggregate=config.aggregate,
+            forced=Forced(int(config.keep_sink is not False), 0 if config.keep_recent else None),
+            scale=scale,
+            sequences=sequences,
+            impl=impl,
+        )
+        return build_mask(counts, indices, sequences, config.block_size, causal)
     counts, indices = xattention_blocks(
         q,
         k,
-        config.thresholds(q.shape[-2], layer),
+        thresholds,
         stride=config.stride,
         block_size=config.block_size,
         causal=causal,
