@@ -188,8 +188,8 @@ def _pooled_scores_kernel(
     q_low = q
     if BOUND:
         zero = tl.zeros([BLOCK_M, BLOCK_D], q.dtype)
-        q_low = tl.minimum(q, zero)
-        q = tl.maximum(q, zero)
+        q_low = tl.where(q < zero, q, zero)  # tl.minimum would make float32 of bfloat16 in older releases
+        q = tl.where(q > zero, q, zero)
 
     # Pages that each row sees are those before its limit.
     pages = (k_len + PAGE - 1) // PAGE
