@@ -19,6 +19,7 @@ from sparseattn.selectors.head_tables import load_head_config, load_head_table, 
 from sparseattn.selectors.heads import HeadsConfig, heads
 from sparseattn.selectors.landmark import LandmarkConfig, landmark
 from sparseattn.selectors.landmark_cache import LandmarkCache
+from sparseattn.selectors.landmark_calibration import calibrate_landmark
 from sparseattn.selectors.minference import MInferenceConfig, minference
 from sparseattn.selectors.oracle import OracleConfig, oracle
 from sparseattn.selectors.streaming import StreamingConfig, streaming
@@ -75,6 +76,7 @@ __all__ = [
     "TopKConfig",
     "XAttentionConfig",
     "bound",
+    "calibrate_landmark",
     "configure",
     "flashprefill",
     "flexprefill",

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from sparseattn.masks import BlockMask
 from sparseattn.ops.scores import landmark_scores
-from sparseattn.selectors import LandmarkCache, LandmarkConfig, StreamingConfig, configure, landmark
+from sparseattn.selectors import (
+    LandmarkCache,
+    LandmarkConfig,
+    StreamingConfig,
+    calibrate_landmark,
+    configure,
+    landmark,
+)
 
 CONFIG = LandmarkConfig(tau=0.15, block_size=64, floor=1)
 ALL_ROWS = LandmarkConfig(tau=0.15, block_size=64, floor=1, rows="all")
@@ -339,3 +346,41 @@ def test_config_of_another_method() -> None:
     q, k = make(64, 64)
     with pytest.raises(TypeError, match="config: expected a LandmarkConfig, got dict"):
         landmark(q, k, {"tau": 0.5})  # type: ignore[arg-type]
+
+
+# ---- calibration ----
+
+
+def kept_mass(q: Tensor, k: Tensor, config: LandmarkConfig, rows: slice) -> Tensor:
+    """Mean share of the attention mass of some query blocks that a mask keeps, by head."""
+    length = q.shape[1]
+    logits = torch.einsum("ihd,jhd->hij", q[0], k[0].repeat_interleave(2, 1)) * q.shape[-1] ** -0.5
+    p = logits.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -math.inf).softmax(-1)
+    held = (p * landmark(q, k, config, layer=0).to_dense()[0]).sum(-1)
+    return held.view(held.shape[0], -1, config.block_size)[:, rows].mean((1, 2))
+
+
+def test_calibration_reaches_its_recall_and_no_more() -> None:
+    q, k = make(640, 640, dim=32)
+    for every, rows in ((1, slice(None)), (4, slice(1, None, 4))):
+        config = calibrate_landmark(q, k, 0.8, LandmarkConfig(block_size=64, floor=1), every=every)
+        assert isinstance(config.tau, tuple)
+        assert len(config.tau) == 4
+        held = kept_mass(q, k, config, rows)
+        assert (held >= 0.8 - 1e-6).all()
+        assert (held < 0.83).all()
+    one = calibrate_landmark(q, k, 0.8, LandmarkConfig(block_size=64, floor=1), per_head=False, every=1)
+    assert kept_mass(q, k, one, slice(None)).mean() == pytest.approx(0.8, abs=0.02)
+    assert calibrate_landmark(q, k, 1.0, LandmarkConfig(block_size=64)).tau != ()
+
+
+def test_calibration_refuses_what_it_cannot_do() -> None:
+    q, k = make(64, 64)
+    for arguments, message in (
+        ({"recall": 0.0}, r"recall: expected a number in \(0, 1\], got 0.0"),
+        ({"recall": math.nan}, "recall: expected a number"),
+        ({"every": 0}, "every: expected an int of at least 1"),
+        ({"config": LandmarkConfig(density=0.5)}, "config: expected a config without density"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate_landmark(q, k, **arguments)
