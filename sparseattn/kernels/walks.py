@@ -49,16 +49,14 @@ def first_query_tile(q_start, b, max_q, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _first_step(
-    list_ptr, count, limit, y_len, search_steps, inside, BLOCK: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr
+def _first_steps(
+    list_ptr, count, limit, search_steps, inside, BLOCK: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """The first step of a walk that begins at row ``limit`` or later, or how many there are."""
-    limit = tl.maximum(tl.minimum(limit, y_len), 0)
+    """The first steps of walks that begin at rows ``limit`` or later, or how many there are; shapes that broadcast."""
     if MASKED:
         block = limit // BLOCK
-        low = count * 0
+        low = (count + block) * 0
         high = count + block * 0
-        low += block * 0
         for _ in range(search_steps):
             middle = (low + high) // 2
             entry = tl.load(list_ptr + middle, mask=inside & (middle < high), other=0)
@@ -196,23 +194,24 @@ def walk_kernel(
     list_ptr = index_ptr + row.to(tl.int64) * idx_width
     if MASKED:
         count = tl.load(count_ptr + row, mask=present, other=0)
-    n0 = _first_step(
-        list_ptr, count, some_lo[:, None] + count * 0, y_len[:, None], search_steps, present, BLOCK_Y, STEP, MASKED
+    # [TILES, HEADS_P2, 4]: the four bounds in one search, whose loads then wait together.
+    which = tl.arange(0, 4)[None, None, :]
+    limit = tl.where(which < 1, some_lo[:, None, None], full_lo[:, None, None])
+    limit = tl.where(which < 2, limit, tl.where(which < 3, full_hi[:, None, None], some_hi[:, None, None]))
+    limit = tl.maximum(tl.minimum(limit, y_len[:, None, None]), 0)
+    steps = _first_steps(
+        list_ptr[:, :, None], count[:, :, None], limit, search_steps, present[:, :, None], BLOCK_Y, STEP, MASKED
     )
-    n1 = _first_step(
-        list_ptr, count, full_lo[:, None] + count * 0, y_len[:, None], search_steps, present, BLOCK_Y, STEP, MASKED
-    )
-    n2 = _first_step(
-        list_ptr, count, full_hi[:, None] + count * 0, y_len[:, None], search_steps, present, BLOCK_Y, STEP, MASKED
-    )
-    n3 = _first_step(
-        list_ptr, count, some_hi[:, None] + count * 0, y_len[:, None], search_steps, present, BLOCK_Y, STEP, MASKED
-    )
+    steps += (count * 0)[:, :, None]
+    n0 = tl.sum(tl.where(which == 0, steps, 0), 2)
+    n1 = tl.sum(tl.where(which == 1, steps, 0), 2)
+    n2 = tl.sum(tl.where(which == 2, steps, 0), 2)
+    n3 = tl.sum(tl.where(which == 3, steps, 0), 2)
     n0 = tl.minimum(n0, n3)
     n1 = tl.minimum(tl.maximum(n1, n0), n3)
     n2 = tl.minimum(tl.maximum(n2, n1), n3)
     masked = tl.sum(tl.where(present, n1 - n0 + n3 - n2, 0), 1)
-    steps = tl.sum(tl.where(present, n3 - n0, 0), 1)
+    total_steps = tl.sum(tl.where(present, n3 - n0, 0), 1)
 
     record = record_ptr + rank * RECORD
     tl.store(record + X0, x0, mask=inside)
@@ -220,7 +219,7 @@ def walk_kernel(
     tl.store(record + OUT_ROW, b * out_rows + x_start, mask=inside)
     tl.store(record + X_LENGTH, x_len, mask=inside)
     tl.store(record + MASKED_STEPS, masked, mask=inside)
-    tl.store(record + STEPS, steps, mask=inside)
+    tl.store(record + STEPS, total_steps, mask=inside)
     tl.store(record + OFFSET, k_len - q_len, mask=inside)
     tl.store(record + Y_LENGTH, y_len, mask=inside)
     tl.store(record + TILE, first_query_tile(q_start, b, max_q, PACKED), mask=inside)

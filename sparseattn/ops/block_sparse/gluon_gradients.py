@@ -27,6 +27,8 @@ def unsupported_backward_reason(
     """Why these kernels cannot run the call, or None."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"the Hopper backward takes bfloat16 and float16, not {q.dtype}"
+    if g.column_indices is not None or g.mean_correction:
+        return "the Hopper backward takes listed blocks only: no columns, no mean correction"
     if g.scale <= 0:
         return f"the Hopper backward needs a positive scale, not {g.scale}"
     dim = max(q.shape[-1], v.shape[-1])
@@ -76,17 +78,25 @@ def _lists(counts: Tensor | None, indices: Tensor | None) -> tuple[Tensor, Tenso
     return counts.contiguous(), indices.contiguous(), 0 if batch == 1 else heads * rows, rows, indices.shape[-1]
 
 
-def heads_per_program(group: int, tiles: int, processors: int) -> int:
+def heads_per_program(group: int, tiles: int, processors: int, dense: bool) -> int:
     """Query heads of a group that one program walks; the others' partial dK and dV are summed afterwards.
 
-    Longer walks amortise a tile's keys and need no sums, shorter ones balance better. On an H200 at 16K, 128-blocks
-    and four heads a group, two heads beat four by 7 % dense and 3 % at a tenth; at 32K four win where blocks are
-    skipped.
+    Longer walks amortise a tile's keys and need no sums, shorter ones balance better: as many heads as leave each
+    processor some tiles. (H200, four heads a group, 128-blocks: at 16K two heads beat four by 7 % with every block and
+    3 % with a tenth, and one head by 0 and 16 %; at 32K four beat two by 3 % wherever blocks are skipped, and lose 4 %
+    where none are.)
+
+    Args:
+        group: Query heads of a KV head.
+        tiles: Tiles of 128 keys, over all KV heads and sequences.
+        processors: Programs that share them.
+        dense: No mask: nothing is skipped but for the diagonal.
     """
-    heads = group
-    while heads > 2 and heads % 2 == 0 and tiles * group < 12 * processors * heads:
-        heads //= 2
-    return heads
+    for heads in range(group, 1, -1):
+        enough = 4 if heads <= 2 else 24 if dense else 12
+        if group % heads == 0 and tiles * (group // heads) >= enough * processors:
+            return heads
+    return 1
 
 
 def _score_factors(g: Geometry) -> tuple[float, float]:
@@ -209,7 +219,7 @@ def _keys_pass(
     with_dq = sums.numel() == numbers.numel() // 2 * block_d
     if heads is None:
         tiles = g.batch * heads_k * triton.cdiv(g.max_k, 128)
-        heads = heads_per_program(group, tiles, processors) if with_dq else group
+        heads = heads_per_program(group, tiles, processors, g.kv_num_blocks is None) if with_dq else group
     parts = group // heads
     dk_part, dv_part = dk, dv
     if parts > 1:
