@@ -1,7 +1,7 @@
 """Tables and a plot from benchmark rows.
 
     python -m benchmarks.report                      # print the tables of benchmarks/results/*.jsonl
-    python -m benchmarks.report --plot docs/benchmarks.png --readme README.md --docs docs/benchmarks.md
+    python -m benchmarks.report --plot docs/benchmarks.png --readme README.md README_ZH.md --docs docs/benchmarks.md
 
 ``--readme`` and ``--docs`` rewrite what stands between two marker comments, so that a number in a document is always a
 row: the main tables there, those of the other sets of workloads here.
@@ -341,15 +341,18 @@ def plot(rows: list[Row], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Tables and a plot from rows.")
     parser.add_argument("rows", type=Path, nargs="*", help="JSON-lines files; default benchmarks/results/*.jsonl")
-    parser.add_argument("--readme", type=Path, help="rewrite the main tables between the markers of this file")
+    parser.add_argument(
+        "--readme", type=Path, nargs="+", default=[], help="rewrite the main tables between the markers of these files"
+    )
     parser.add_argument("--docs", type=Path, help="rewrite the tables of the other sets in this one")
     parser.add_argument("--plot", type=Path, help="write a PNG")
     options = parser.parse_args(argv)
     rows = read(options.rows or RESULTS.glob("*.jsonl"))
     print(tables(rows), details(rows), sep="\n\n")
-    for document, text in ((options.readme, tables(rows)), (options.docs, details(rows))):
-        if document:
-            document.write_text(inject(document.read_text(encoding="utf-8"), text), encoding="utf-8")
+    documents = [(readme, tables(rows)) for readme in options.readme]
+    documents += [(options.docs, details(rows))] if options.docs else []
+    for document, text in documents:
+        document.write_text(inject(document.read_text(encoding="utf-8"), text), encoding="utf-8")
     if options.plot:
         plot(rows, options.plot)
 

@@ -1,4 +1,4 @@
-"""Code in README.md and docs/ runs: every ```python block, in order, one namespace a page.
+"""Code in the READMEs and docs/ runs: every ```python block, in order, one namespace a page.
 
 A block whose info string says ``gpu`` or ``download`` after ``python`` needs what no test machine must have; it is
 parsed and skipped.
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "README_ZH.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {"gpu": "needs a GPU", "download": "needs a model from the hub"}
 BLOCK = re.compile(r"^```python([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -47,3 +47,10 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_readmes_run_the_same_code() -> None:
+    def trees(page: Path) -> list[tuple[list[str], str]]:
+        return [(words, ast.dump(ast.parse(code))) for _, words, code in blocks(page)]
+
+    assert trees(ROOT / "README.md") == trees(ROOT / "README_ZH.md"), "comments may differ, code may not"

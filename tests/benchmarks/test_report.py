@@ -146,9 +146,10 @@ def test_main_writes_all_documents(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_readme_and_docs_show_the_committed_rows() -> None:
     rows = report.read(harness.RESULTS.glob("*.jsonl"))
-    advice = "run: python -m benchmarks.report --readme README.md --docs docs/benchmarks.md --plot docs/benchmarks.png"
-    for path, text in ((ROOT / "README.md", report.tables(rows)), (ROOT / "docs/benchmarks.md", report.details(rows))):
-        document = path.read_text(encoding="utf-8")
+    main, details = report.tables(rows), report.details(rows)
+    advice = "run: python -m benchmarks.report --readme README*.md --docs docs/benchmarks.md --plot docs/benchmarks.png"
+    for name, text in (("README.md", main), ("README_ZH.md", main), ("docs/benchmarks.md", details)):
+        document = (ROOT / name).read_text(encoding="utf-8")
         assert document == report.inject(document, text), advice
 
 
