@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
+from sparseattn.masks.columns import scatter_columns
 
 
 class QKV(NamedTuple):
@@ -166,7 +167,7 @@ def random_block_mask(
 
 
 def poison_unselected(k: Tensor, v: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor]:
-    """Copies of k and v with NaN in every key block that no query of its KV head selects.
+    """Copies of k and v with NaN in every key whose block, and which itself as a column, no query of its head selects.
 
     An operator that so much as multiplies an unselected block by zero returns NaN.
 
@@ -178,10 +179,11 @@ def poison_unselected(k: Tensor, v: Tensor, mask: BlockMask) -> tuple[Tensor, Te
     if mask.ragged:
         raise argument_error("mask", "a mask for whole rows", "a ragged one")
     batch, sk, heads_k, _ = k.shape
-    listed = mask.to_blocks().any(dim=2)  # [B|1, H, NB]
+    tokens = mask.to_blocks().any(dim=2).repeat_interleave(mask.block_size[1], dim=2)[..., :sk]  # [B|1, H, Sk]
+    if mask.column_indices is not None:
+        tokens = tokens | scatter_columns(mask.column_indices.flatten(2), sk)
     if mask.heads > heads_k:
-        listed = listed.unflatten(1, (heads_k, -1)).any(dim=2)
-    tokens = listed.repeat_interleave(mask.block_size[1], dim=2)[..., :sk]
+        tokens = tokens.unflatten(1, (heads_k, -1)).any(dim=2)
     poison = ~tokens.expand(batch, heads_k, sk).transpose(1, 2)[..., None]
     return k.masked_fill(poison, math.nan), v.masked_fill(poison, math.nan)
 

@@ -101,7 +101,7 @@ CASES = [
         "padding-and-empty", interpret=False, batch=3, seq=(40, 60), mask_batch=3,
         ranges=(((0, 40), (3, 50)), ((9, 9), (0, 60)), ((5, 40), (20, 20))),
     ),
-    Case("columns-per-head", columns=20, density=0.3, heads=(4, 2), mask_heads=4, seq=(75, 75)),
+    Case("columns-per-head", interpret=False, columns=20, density=0.3, heads=(4, 2), mask_heads=4, seq=(75, 75)),
     Case("columns-per-kv-head", interpret=False, columns=90, density=0.2, heads=(4, 2), mask_heads=2, seq=(60, 120)),
     Case("columns-shared-fp16", columns=70, density=0.1, heads=(4, 2), seq=(70, 101), dtype=F16, block=(32, 16)),
     Case("columns-alone", interpret=False, columns=9, density=0.0, heads=(4, 2), mask_heads=4, sinks=True, dtype=F16),
@@ -115,14 +115,17 @@ CASES = [
         ranges=(((0, 50), (0, 50)), ((13, 50), (13, 50))),
     ),
     Case("columns-bf16", interpret=False, columns=30, density=0.2, dtype=torch.bfloat16, heads=(4, 2), mask_heads=4),
-    Case("means-per-head", means=True, density=0.2, heads=(4, 2), mask_heads=4, seq=(90, 90)),
+    Case("means-per-head", interpret=False, means=True, density=0.2, heads=(4, 2), mask_heads=4, seq=(90, 90)),
     Case("means-shared-fp16", means=True, density=0.1, heads=(4, 2), seq=(50, 107), dtype=F16, block=(32, 16)),
     Case("means-alone", interpret=False, means=True, density=0.0, sinks=True, dtype=F16, seq=(64, 100)),
     Case(
         "means-window-softcap", means=True, density=0.2, window=(60, 9), softcap=3.0, causal=False, mask_causal=False,
         seq=(70, 130), mask_heads=2,
     ),
-    Case("means-packed", means=True, density=0.3, lengths=((17, 50), (5, 0), (40, 33)), mask_batch=3, mask_heads=2),
+    Case(
+        "means-packed", means=True, columns=20, density=0.3, lengths=((17, 50), (5, 0), (40, 33)), mask_heads=2,
+        dtype=F16,
+    ),
     Case(
         "means-left-padding", interpret=False, means=True, density=0.3, batch=2, seq=(80, 80),
         ranges=(((0, 80), (0, 80)), ((13, 80), (13, 80))),
@@ -274,15 +277,25 @@ def _means(case: Case, problem: Problem, sequence: int, k: Tensor, v: Tensor) ->
 
 
 def _attend_with_means(
-    case: Case, problem: Problem, sequence: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+    case: Case,
+    problem: Problem,
+    sequence: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    order: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """``dense_attention`` of one sequence with the mean correction, in the tensors' dtype."""
+    """``dense_attention`` of one sequence with the mean correction, in the tensors' dtype; ``order`` shuffles keys."""
     group = q.shape[2] // k.shape[2]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     allowed = visible_tokens(case, problem, sequence)
     mean_k, mean_v, weights = _means(case, problem, sequence, k, v)
     k, v = torch.cat([k, mean_k], 1), torch.cat([v, mean_v], 1)
     weights = torch.cat([allowed.expand(*weights.shape[:3], -1).to(work), weights.to(work)], -1)
+    if order is not None:
+        keys = torch.randperm(k.shape[1], generator=torch.Generator().manual_seed(order)).to(k.device)
+        k, v, weights = k[:, keys], v[:, keys], weights[..., keys]
     qt, kt, vt = q.transpose(1, 2), *(t.transpose(1, 2).repeat_interleave(group, dim=1) for t in (k, v))
     if weights.shape[1] not in (1, q.shape[2]):
         weights = weights.repeat_interleave(group, dim=1)
@@ -319,7 +332,7 @@ def dense_result(
         keys = keys.to(q.device)
         if case.means and k1 > k0:
             spans = q[row : row + 1, q0:q1], k[row : row + 1, k0:k1], v[row : row + 1, k0:k1]
-            part_o, part_lse = _attend_with_means(case, problem, b, *spans, sinks)
+            part_o, part_lse = _attend_with_means(case, problem, b, *spans, sinks, order)
         else:
             part_o, part_lse = dense_attention(
                 q[row : row + 1, q0:q1], k[row : row + 1, keys], v[row : row + 1, keys],

@@ -43,14 +43,16 @@ def _loss(q, k, v, mask, sinks):
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if c.id in {"sinks-softcap-window", "packed-chunked", "dense-causal"}], ids=str
+    "case",
+    [c for c in CASES if c.id in {"sinks-softcap-window", "packed-chunked", "dense-causal", "means-and-columns"}],
+    ids=str,
 )
 def test_opcheck(case, device: str):
     problem = build(case, device)
     layout = {n: x for n, x in problem.kwargs.items() if "seqlen" in n or "ranges" in n}
     g = make_geometry(
         problem.q, problem.k, problem.v, problem.mask, problem.kwargs["causal"], case.scale, case.window, case.softcap,
-        problem.sinks, "auto", resolve_sequences(problem.q, problem.k, **layout),
+        problem.sinks, "auto", resolve_sequences(problem.q, problem.k, **layout), case.means,
     )  # fmt: skip
     inputs = (problem.q, problem.k, problem.v)
     torch.library.opcheck(OPS.block_sparse_fwd.default, (*inputs, problem.sinks, "auto", *g))

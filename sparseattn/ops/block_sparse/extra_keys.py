@@ -74,7 +74,7 @@ class ExtraKeys:
         everywhere = columns
         if rows is not None:
             mine = rows.columns[m]
-            everywhere = rows.numbers[m, : len(mine)].long()
+            everywhere = rows.numbers[m, : bisect_left(mine, len_k)].long()
             columns = everywhere[bisect_left(mine, low) : bisect_right(mine, high)]
         skipped, bias = self._skipped(blocks, everywhere, low, high, len_k)
         ends = ((skipped + 1) * self.size).clamp(max=len_k) - 1

@@ -256,7 +256,7 @@ def _dq_step(
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, norm_ptr, delta_ptr, dq_ptr, count_ptr, index_ptr,
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
-    column_count_ptr, column_ptr, mean_k_ptr, mean_v_ptr, bits_ptr, taken_ptr, column_width, num_blocks,
+    column_count_ptr, column_ptr, mean_k_ptr, mean_v_ptr, bits_ptr, taken_ptr, column_width, num_blocks, taken_stride_b,
     stride_q, stride_k, stride_v, stride_do, stride_dq, lse_stride_b, lse_stride_h,
     mask_stride_b, mask_stride_h, idx_width, max_q, max_k, scale, softcap, window_left, window_right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -327,9 +327,10 @@ def dq_kernel(
     if MEANS:
         means = (b64 * (tl.num_programs(1) * CHUNK // GROUP) + head_k) * num_blocks
         dq = dq_means(
-            dq, q, do, norm, delta, rows, mean_k_ptr + means * D, mean_v_ptr + means * DV, bits_ptr, taken_ptr,
-            list_row, num_blocks, m0, last, offset, k_len, scale, softcap, window_left, window_right,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_E, BLOCK_KV, CAUSAL, WINDOW, SOFTCAP, COLUMNS, PRECISION,
+            dq, q, do, norm, delta, rows, mean_k_ptr + means * D, mean_v_ptr + means * DV, bits_ptr,
+            taken_ptr + b64 * taken_stride_b, list_row, num_blocks, m0, last, offset, k_len, scale, softcap,
+            window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_E, BLOCK_KV, CAUSAL, WINDOW, SOFTCAP, COLUMNS,
+            PRECISION,
         )  # fmt: skip
 
     offs_d = tl.arange(0, BLOCK_D)

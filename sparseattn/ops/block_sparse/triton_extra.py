@@ -1,7 +1,7 @@
 """Keys that a row of blocks attends besides its listed blocks: single columns, and the means of skipped blocks.
 
 Both are tiles of extra keys with three numbers each: a row sees an extra key if it sees all tokens from ``first`` to
-``last``, and its score gets ``bias``, the log of how many keys it stands for (-inf: none).
+``last``, and ``weight`` is how many keys it stands for (0: it is none).
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
-from sparseattn.kernels.attention import cap_scores, key_range, online_softmax, sequence_span, visible
+from sparseattn.kernels.attention import LOG2E, cap_scores, exp_scores, key_range, sequence_span, visible
 from sparseattn.kernels.tiles import load_rows
 from sparseattn.ops.block_sparse.geometry import Geometry
 
 # Arguments that change with the prompt.
-EXTRA = ["column_width", "num_blocks"]
+EXTRA = ["column_width", "num_blocks", "taken_stride_b"]
 
 
 @triton.jit
 def extra_scores(
-    s, rows, first, last, bias, offset, k_len, scale, softcap, window_left, window_right,
+    s, rows, first, last, weight, offset, k_len, scale, softcap, window_left, window_right,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Raw scores of extra keys with their bias, -inf where hidden, and the soft cap's derivative.
+    """Raw scores of extra keys, -inf where hidden, and the soft cap's derivative.
 
-    ``rows``, ``first``, ``last`` and ``bias`` broadcast against ``s``.
+    ``rows``, ``first``, ``last`` and ``weight`` broadcast against ``s``.
     """
     slope = 1.0
     if SOFTCAP:
@@ -39,7 +39,7 @@ def extra_scores(
     seen = visible(rows, last, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
     if WINDOW:
         seen = seen & visible(rows, first, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
-    return tl.where(seen, s + bias / scale, float("-inf")), slope
+    return tl.where(seen & (weight > 0), s, float("-inf")), slope
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def mean_tile(
     bits_ptr, taken_ptr, list_row, begin, num_blocks, k_len,
     TILE: tl.constexpr, BLOCK_KV: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``first``, ``last`` and ``bias`` of the means of ``TILE`` blocks, for one row of blocks."""
+    """``first``, ``last`` and ``weight`` of the means of ``TILE`` blocks, for one row of blocks."""
     j = begin + tl.arange(0, TILE)
     first = j * BLOCK_KV
     last = tl.minimum(first + BLOCK_KV, k_len) - 1
@@ -74,8 +74,8 @@ def mean_tile(
     word = tl.load(bits_ptr + list_row * words + j // 32, mask=j < num_blocks, other=-1)
     if COLUMNS:
         count -= tl.load(taken_ptr + list_row * num_blocks + j, mask=j < num_blocks, other=0)
-    skipped = (count > 0) & (((word >> (j % 32)) & 1) == 0)
-    return first, last, tl.where(skipped, tl.log(tl.maximum(count, 1).to(tl.float32)), float("-inf"))
+    listed = (word >> (j % 32)) & 1
+    return first, last, tl.where(listed == 0, tl.maximum(count, 0), 0).to(tl.float32)
 
 
 @triton.jit
@@ -91,18 +91,22 @@ def mean_range(
 
 @triton.jit
 def _attend_extra(
-    acc, m_i, l_i, q, k, v, token, first, last, bias, offset, k_len, scale, softcap, window_left, window_right,
+    acc, m_i, l_i, q, k, v, token, first, last, weight, offset, k_len, scale, softcap, window_left, window_right,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold a tile of extra keys into the running softmax of a tile of query rows."""
     s = tl.dot(q, k.T, input_precision=PRECISION)
     s, _ = extra_scores(
-        s, token[:, None], first[None, :], last[None, :], bias[None, :], offset, k_len, scale, softcap,
+        s, token[:, None], first[None, :], last[None, :], weight[None, :], offset, k_len, scale, softcap,
         window_left, window_right, CAUSAL, WINDOW, SOFTCAP,
     )  # fmt: skip
-    p, alpha, m_i, l_i = online_softmax(s, m_i, l_i, scale, PRECISION)
+    # ``online_softmax`` with weights. They are factors behind the exponential, not logs in the scores: less to round.
+    m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = exp_scores(s, scale, m_safe[:, None], PRECISION) * weight[None, :]
+    alpha = tl.exp2((m_i - m_safe) * LOG2E)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, m_i, l_i
+    return acc, m_new, l_i * alpha + tl.sum(p, 1)
 
 
 @triton.jit
@@ -115,12 +119,13 @@ def attend_columns(
     """Fold a row of blocks' columns into the running softmax of a tile of its query rows."""
     count = tl.load(count_ptr + list_row)
     list_ptr = column_ptr + list_row * column_width
+    once = tl.full([BLOCK_E], 1.0, tl.float32)
     for begin in range(0, count, BLOCK_E):
         cols = column_tile(list_ptr, begin, count, k_len, BLOCK_E)
         k = gather_rows(k_base, cols, k_len, stride_k[1], stride_k[3], D, BLOCK_D, WIDE)
         v = gather_rows(v_base, cols, k_len, stride_v[1], stride_v[3], DV, BLOCK_DV, WIDE)
         acc, m_i, l_i = _attend_extra(
-            acc, m_i, l_i, q, k, v, token, cols, cols, cols * 0.0, offset, k_len, scale, softcap,
+            acc, m_i, l_i, q, k, v, token, cols, cols, once, offset, k_len, scale, softcap,
             window_left, window_right, CAUSAL, WINDOW, SOFTCAP, PRECISION,
         )  # fmt: skip
     return acc, m_i, l_i
@@ -139,11 +144,11 @@ def attend_means(
         first_token, last_token, offset, k_len, window_left, window_right, BLOCK_E, BLOCK_KV, CAUSAL, WINDOW
     )
     for j in range(begin, end, BLOCK_E):
-        first, last, bias = mean_tile(bits_ptr, taken_ptr, list_row, j, num_blocks, k_len, BLOCK_E, BLOCK_KV, COLUMNS)
+        first, last, weight = mean_tile(bits_ptr, taken_ptr, list_row, j, num_blocks, k_len, BLOCK_E, BLOCK_KV, COLUMNS)
         k = load_rows(k_base, j, num_blocks, D, 1, BLOCK_E, D, BLOCK_D, True, False)
         v = load_rows(v_base, j, num_blocks, DV, 1, BLOCK_E, DV, BLOCK_DV, True, False)
         acc, m_i, l_i = _attend_extra(
-            acc, m_i, l_i, q, k, v, token, first, last, bias, offset, k_len, scale, softcap,
+            acc, m_i, l_i, q, k, v, token, first, last, weight, offset, k_len, scale, softcap,
             window_left, window_right, CAUSAL, WINDOW, SOFTCAP, PRECISION,
         )  # fmt: skip
     return acc, m_i, l_i
@@ -187,29 +192,34 @@ def mean_kernel(
     tl.store(mean_v_ptr + at * DV + offs_dv, mean_v.to(mean_v_ptr.dtype.element_ty), mask=offs_dv < DV)
 
 
-@triton.jit(do_not_specialize=["idx_width", "column_width", "num_blocks"])
+@triton.jit(do_not_specialize=["idx_width", "column_width", "num_blocks", "taken_stride_b", "batch_rows", "max_k"])
 def listed_kernel(
-    count_ptr, index_ptr, column_count_ptr, column_ptr, bits_ptr, taken_ptr, idx_width, column_width, num_blocks,
-    COLUMNS: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr,
+    count_ptr, index_ptr, column_count_ptr, column_ptr, bits_ptr, taken_ptr, k_start_ptr, k_end_ptr,
+    idx_width, column_width, num_blocks, taken_stride_b, batch_rows, max_k,
+    COLUMNS: tl.constexpr, RAGGED_K: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program: which blocks a row of blocks lists, a bit each, and how many columns it has in each block.
 
-    Grid (rows of blocks,). ``bits`` int32 [rows, blocks / 32] and ``taken`` int32 [rows, blocks] hold zeros before.
+    Grid (rows of blocks, sequences that share them). ``bits`` int32 [rows, blocks / 32] and ``taken`` int32 [sequences,
+    rows, blocks] hold zeros before. Columns past a sequence's end are not counted, so sequences count for themselves.
     """
     row = tl.program_id(0).to(tl.int64)
+    shared = tl.program_id(1)
     offs = tl.arange(0, TILE)
-    count = tl.load(count_ptr + row)
-    for begin in range(0, count, TILE):
-        inside = begin + offs < count
-        j = tl.load(index_ptr + row * idx_width + begin + offs, mask=inside, other=0)
-        bit = tl.full([TILE], 1, tl.int32) << (j % 32)
-        tl.atomic_or(bits_ptr + row * tl.cdiv(num_blocks, 32) + j // 32, bit, mask=inside)
-    if COLUMNS:
-        count = tl.load(column_count_ptr + row)
+    if shared == 0:
+        count = tl.load(count_ptr + row)
         for begin in range(0, count, TILE):
             inside = begin + offs < count
-            column = tl.load(column_ptr + row * column_width + begin + offs, mask=inside, other=0)
-            tl.atomic_add(taken_ptr + row * num_blocks + column // BLOCK_KV, tl.full([TILE], 1, tl.int32), mask=inside)
+            j = tl.load(index_ptr + row * idx_width + begin + offs, mask=inside, other=0)
+            bit = tl.full([TILE], 1, tl.int32) << (j % 32)
+            tl.atomic_or(bits_ptr + row * tl.cdiv(num_blocks, 32) + j // 32, bit, mask=inside)
+    if COLUMNS:
+        _, k_len = sequence_span(k_start_ptr, k_end_ptr, shared + row // batch_rows, max_k, RAGGED_K)
+        taken_ptr += shared.to(tl.int64) * taken_stride_b + row * num_blocks
+        count = tl.load(column_count_ptr + row)
+        for begin in range(0, count, TILE):
+            column = tl.load(column_ptr + row * column_width + begin + offs, mask=begin + offs < count, other=k_len)
+            tl.atomic_add(taken_ptr + column // BLOCK_KV, tl.full([TILE], 1, tl.int32), mask=column < k_len)
 
 
 class Extra(NamedTuple):
@@ -224,6 +234,7 @@ class Extra(NamedTuple):
         taken: int32 [B|1, H, MB, NB], columns in each block.
         column_width: C.
         num_blocks: NB.
+        taken_stride_b: From one sequence of ``taken`` to the next where they share the lists, else 0.
     """
 
     column_counts: Tensor
@@ -234,6 +245,7 @@ class Extra(NamedTuple):
     taken: Tensor
     column_width: int
     num_blocks: int
+    taken_stride_b: int
 
 
 def prepare_extra(k: Tensor, v: Tensor, g: Geometry, stride_k: object, stride_v: object, stand_in: Tensor) -> Extra:
@@ -242,7 +254,7 @@ def prepare_extra(k: Tensor, v: Tensor, g: Geometry, stride_k: object, stride_v:
     columns = g.column_counts is not None and g.column_indices is not None
     counts = g.column_counts.contiguous() if columns else stand_in  # type: ignore[union-attr]
     indices = g.column_indices.contiguous() if columns else stand_in  # type: ignore[union-attr]
-    extra = Extra(counts, indices, k, v, stand_in, stand_in, indices.shape[-1] if columns else 0, num_blocks)
+    extra = Extra(counts, indices, k, v, stand_in, stand_in, indices.shape[-1] if columns else 0, num_blocks, 0)
     if not g.mean_correction or g.kv_num_blocks is None or g.kv_indices is None:
         return extra
     shape = (g.batch, k.shape[-2], num_blocks)
@@ -254,13 +266,16 @@ def prepare_extra(k: Tensor, v: Tensor, g: Geometry, stride_k: object, stride_v:
         D=k.shape[-1], DV=v.shape[-1], BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_KV=g.block_kv,
         ROWS=min(32, g.block_kv & -g.block_kv), RAGGED_K=g.k_start is not None, num_warps=4, **LAUNCH,
     )  # fmt: skip
-    listed = g.kv_num_blocks.shape
-    bits = torch.zeros((*listed, triton.cdiv(num_blocks, 32)), dtype=torch.int32, device=k.device)
-    taken = torch.zeros((*listed, num_blocks), dtype=torch.int32, device=k.device) if columns else stand_in
-    if g.kv_num_blocks.numel():
-        listed_kernel[(g.kv_num_blocks.numel(),)](
-            g.kv_num_blocks.contiguous(), g.kv_indices.contiguous(), counts, indices, bits, taken,
-            g.kv_indices.shape[-1], extra.column_width, num_blocks,
-            COLUMNS=columns, BLOCK_KV=g.block_kv, TILE=64, num_warps=1, **LAUNCH,
+    lists, rows = g.kv_num_blocks.shape, g.kv_num_blocks.numel()
+    # Sequences of their own lengths that share one mask have columns of their own: some lie past the end.
+    sharing = g.batch if lists[0] == 1 and columns and g.k_start is not None else 1
+    bits = torch.zeros((*lists, triton.cdiv(num_blocks, 32)), dtype=torch.int32, device=k.device)
+    taken = torch.zeros((sharing, *lists, num_blocks), dtype=torch.int32, device=k.device) if columns else stand_in
+    extra = extra._replace(taken_stride_b=rows * num_blocks if sharing > 1 else 0)
+    if rows:
+        listed_kernel[(rows, sharing)](
+            g.kv_num_blocks.contiguous(), g.kv_indices.contiguous(), counts, indices, bits, taken, *spans,
+            g.kv_indices.shape[-1], extra.column_width, num_blocks, extra.taken_stride_b, lists[1] * lists[2], g.max_k,
+            COLUMNS=columns, RAGGED_K=g.k_start is not None, BLOCK_KV=g.block_kv, TILE=64, num_warps=1, **LAUNCH,
         )  # fmt: skip
     return extra._replace(mean_k=mean_k, mean_v=mean_v, bits=bits, taken=taken)

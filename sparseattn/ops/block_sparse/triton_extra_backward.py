@@ -31,16 +31,16 @@ COLUMN_KEYS = 32
 
 @triton.jit
 def _dq_step(
-    dq, q, k, v, do, norm, delta, rows, first, last, bias, offset, k_len, scale, softcap, window_left, window_right,
+    dq, q, k, v, do, norm, delta, rows, first, last, weight, offset, k_len, scale, softcap, window_left, window_right,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what a tile of extra keys contributes to a row tile's dQ."""
     s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_E]
     s, slope = extra_scores(
-        s, rows[:, None], first[None, :], last[None, :], bias[None, :], offset, k_len, scale, softcap,
+        s, rows[:, None], first[None, :], last[None, :], weight[None, :], offset, k_len, scale, softcap,
         window_left, window_right, CAUSAL, WINDOW, SOFTCAP,
     )  # fmt: skip
-    p = exp_scores(s, scale, norm[:, None], PRECISION)
+    p = exp_scores(s, scale, norm[:, None], PRECISION) * weight[None, :]
     ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
     if SOFTCAP:
         ds = ds * slope
@@ -57,12 +57,13 @@ def dq_columns(
     """Add what a row of blocks' columns contribute to a row tile's dQ."""
     count = tl.load(count_ptr + list_row)
     list_ptr = column_ptr + list_row * column_width
+    once = tl.full([BLOCK_E], 1.0, tl.float32)
     for begin in range(0, count, BLOCK_E):
         cols = column_tile(list_ptr, begin, count, k_len, BLOCK_E)
         k = gather_rows(k_base, cols, k_len, stride_k[1], stride_k[3], D, BLOCK_D, WIDE)
         v = gather_rows(v_base, cols, k_len, stride_v[1], stride_v[3], DV, BLOCK_DV, WIDE)
         dq = _dq_step(
-            dq, q, k, v, do, norm, delta, rows, cols, cols, cols * 0.0, offset, k_len, scale, softcap,
+            dq, q, k, v, do, norm, delta, rows, cols, cols, once, offset, k_len, scale, softcap,
             window_left, window_right, CAUSAL, WINDOW, SOFTCAP, PRECISION,
         )  # fmt: skip
     return dq
@@ -81,11 +82,11 @@ def dq_means(
         first_token, last_token, offset, k_len, window_left, window_right, BLOCK_E, BLOCK_KV, CAUSAL, WINDOW
     )
     for j in range(begin, end, BLOCK_E):
-        first, last, bias = mean_tile(bits_ptr, taken_ptr, list_row, j, num_blocks, k_len, BLOCK_E, BLOCK_KV, COLUMNS)
+        first, last, weight = mean_tile(bits_ptr, taken_ptr, list_row, j, num_blocks, k_len, BLOCK_E, BLOCK_KV, COLUMNS)
         k = load_rows(k_base, j, num_blocks, D, 1, BLOCK_E, D, BLOCK_D, True, False)
         v = load_rows(v_base, j, num_blocks, DV, 1, BLOCK_E, DV, BLOCK_DV, True, False)
         dq = _dq_step(
-            dq, q, k, v, do, norm, delta, rows, first, last, bias, offset, k_len, scale, softcap,
+            dq, q, k, v, do, norm, delta, rows, first, last, weight, offset, k_len, scale, softcap,
             window_left, window_right, CAUSAL, WINDOW, SOFTCAP, PRECISION,
         )  # fmt: skip
     return dq
@@ -93,12 +94,13 @@ def dq_means(
 
 @triton.jit
 def _dkdv_step(
-    dk, dv, k, v, q_base, do_base, norm_ptr, delta_ptr, m0, q_len, first, last, bias, k_len, offset,
+    dk, dv, k, v, q_base, do_base, norm_ptr, delta_ptr, m0, q_len, first, last, weight, k_len, offset,
     stride_q, stride_do, scale, softcap, window_left, window_right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what the query rows ``m0 .. m0 + BLOCK_M`` of one head contribute to dK and dV of a tile of extra keys."""
+    m0 += tl.full((), 0, tl.int32)  # the interpreter counts loops in plain ints
     rows = m0 + tl.arange(0, BLOCK_M)
     q = load_rows(q_base, m0, q_len, stride_q[1], stride_q[3], BLOCK_M, D, BLOCK_D, True, WIDE)
     do = load_rows(do_base, m0, q_len, stride_do[1], stride_do[3], BLOCK_M, DV, BLOCK_DV, True, WIDE)
@@ -106,10 +108,10 @@ def _dkdv_step(
     delta = tl.load(delta_ptr + rows, mask=rows < q_len, other=0.0)
     s = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     s, slope = extra_scores(
-        s, rows[None, :], first[:, None], last[:, None], bias[:, None], offset, k_len, scale, softcap,
+        s, rows[None, :], first[:, None], last[:, None], weight[:, None], offset, k_len, scale, softcap,
         window_left, window_right, CAUSAL, WINDOW, SOFTCAP,
     )  # fmt: skip
-    p = exp_scores(s, scale, norm[None, :], PRECISION)
+    p = exp_scores(s, scale, norm[None, :], PRECISION) * weight[:, None]
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - delta[None, :])
     if SOFTCAP:
@@ -133,11 +135,10 @@ def _first_at_least(list_ptr, count, least, search_steps):
 
 @triton.jit
 def _column_member(list_ptr, begin, count, cols, TILE: tl.constexpr):
-    """0 for the tile's columns that a list holds among its ``count`` entries from ``begin`` on, -inf for others."""
+    """1 for the tile's columns that a list holds among its ``count`` entries from ``begin`` on, 0 for others."""
     offs = tl.arange(0, TILE)
     entry = tl.load(list_ptr + begin + offs, mask=offs < count, other=-1)
-    listed = tl.max((entry[None, :] == cols[:, None]).to(tl.int32), 1)
-    return tl.where(listed > 0, 0.0, float("-inf"))
+    return tl.max((entry[None, :] == cols[:, None]).to(tl.float32), 1)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, *EXTRA, "q_blocks", "key_width", "key_stride_b", "key_stride_h",
@@ -202,12 +203,12 @@ def column_dkdv_kernel(
                     if n > 0:
                         begin = tl.sum(tl.where(offs_r == i, low, 0), 0)
                         list_ptr = column_ptr + (first_row + r0 + i) * column_width
-                        bias = _column_member(list_ptr, begin, n, cols, BLOCK_N)
+                        weight = _column_member(list_ptr, begin, n, cols, BLOCK_N)
                         end = tl.minimum((r0 + i + 1) * BLOCK_Q, q_len)
                         for m0 in range((r0 + i) * BLOCK_Q, end, BLOCK_M):
                             dk, dv = _dkdv_step(
                                 dk, dv, k, v, q_base, do_base, norm_ptr + row_base, delta_ptr + row_base, m0, q_len,
-                                cols, cols, bias, k_len, offset, stride_q, stride_do, scale, softcap,
+                                cols, cols, weight, k_len, offset, stride_q, stride_do, scale, softcap,
                                 window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M,
                                 CAUSAL, WINDOW, SOFTCAP, WIDE, PRECISION,
                             )  # fmt: skip
@@ -228,8 +229,9 @@ def column_dkdv_kernel(
 @triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, *EXTRA])
 def mean_dkdv_kernel(
     q_ptr, mean_k_ptr, mean_v_ptr, do_ptr, norm_ptr, delta_ptr, dk_ptr, dv_ptr,
-    q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr, bits_ptr, taken_ptr, num_blocks, stride_q, stride_do,
-    lse_stride_b, lse_stride_h, mask_stride_b, mask_stride_h, max_q, max_k, scale, softcap, window_left, window_right,
+    q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr, bits_ptr, taken_ptr, num_blocks, taken_stride_b,
+    stride_q, stride_do, lse_stride_b, lse_stride_h, mask_stride_b, mask_stride_h, max_q, max_k,
+    scale, softcap, window_left, window_right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     GROUP: tl.constexpr, MASK_GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -264,12 +266,13 @@ def mean_dkdv_kernel(
         row_base = b64 * lse_stride_b + head_q * lse_stride_h + q_start
         first_row = b64 * mask_stride_b + (head_q // MASK_GROUP) * mask_stride_h
         for m0 in range(row_lo // BLOCK_M * BLOCK_M, row_hi, BLOCK_M):
-            first, last, bias = mean_tile(
-                bits_ptr, taken_ptr, first_row + m0 // BLOCK_Q, j0, num_blocks, k_len, BLOCK_N, BLOCK_KV, COLUMNS
-            )
+            first, last, weight = mean_tile(
+                bits_ptr, taken_ptr + b64 * taken_stride_b, first_row + m0 // BLOCK_Q, j0, num_blocks, k_len,
+                BLOCK_N, BLOCK_KV, COLUMNS,
+            )  # fmt: skip
             dk, dv = _dkdv_step(
-                dk, dv, k, v, q_base, do_base, norm_ptr + row_base, delta_ptr + row_base, m0, q_len, first, last, bias,
-                k_len, offset, stride_q, stride_do, scale, softcap, window_left, window_right,
+                dk, dv, k, v, q_base, do_base, norm_ptr + row_base, delta_ptr + row_base, m0, q_len, first, last,
+                weight, k_len, offset, stride_q, stride_do, scale, softcap, window_left, window_right,
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, CAUSAL, WINDOW, SOFTCAP, WIDE, PRECISION,
             )  # fmt: skip
     j = j0 + tl.arange(0, BLOCK_N)
@@ -374,8 +377,8 @@ def add_extra_gradients(
         block_n = 16 if extra.num_blocks <= 2048 else 32
         mean_dkdv_kernel[(triton.cdiv(extra.num_blocks, block_n), heads_k, g.batch)](
             q, extra.mean_k, extra.mean_v, do, norm, delta, mean_dk, mean_dv, *spans, extra.bits, extra.taken,
-            extra.num_blocks, strides["q"], strides["do"], *strides["lse"], *strides["mask"], *numbers,
-            BLOCK_N=block_n, BLOCK_KV=g.block_kv, COLUMNS=facts["COLUMNS"], **common,
+            extra.num_blocks, extra.taken_stride_b, strides["q"], strides["do"], *strides["lse"], *strides["mask"],
+            *numbers, BLOCK_N=block_n, BLOCK_KV=g.block_kv, COLUMNS=facts["COLUMNS"], **common,
         )  # fmt: skip
         rows = min(32, g.block_kv & -g.block_kv)
         for sums, grad, name, padded in ((dk, mean_dk, "dk", "BLOCK_D"), (dv, mean_dv, "dv", "BLOCK_DV")):

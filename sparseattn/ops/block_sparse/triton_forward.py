@@ -47,7 +47,7 @@ def _attend(
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr, count_ptr, index_ptr,
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
-    column_count_ptr, column_ptr, mean_k_ptr, mean_v_ptr, bits_ptr, taken_ptr, column_width, num_blocks,
+    column_count_ptr, column_ptr, mean_k_ptr, mean_v_ptr, bits_ptr, taken_ptr, column_width, num_blocks, taken_stride_b,
     stride_q, stride_k, stride_v, stride_o, lse_stride_b, lse_stride_h,
     mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_splits, split_stride_o, split_stride_lse,
     scale, softcap, window_left, window_right,
@@ -140,9 +140,10 @@ def forward_kernel(
     if MEANS:
         means = (b64 * (tl.num_programs(1) * CHUNK // GROUP) + head_k) * num_blocks
         acc, m_i, l_i = attend_means(
-            acc, m_i, l_i, q, mean_k_ptr + means * D, mean_v_ptr + means * DV, bits_ptr, taken_ptr, list_row,
-            num_blocks, token, first, last, offset, k_len, scale, softcap, window_left, window_right,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_E, BLOCK_KV, CAUSAL, WINDOW, SOFTCAP, COLUMNS, PRECISION,
+            acc, m_i, l_i, q, mean_k_ptr + means * D, mean_v_ptr + means * DV, bits_ptr,
+            taken_ptr + b64 * taken_stride_b, list_row, num_blocks, token, first, last, offset, k_len, scale, softcap,
+            window_left, window_right, D, DV, BLOCK_D, BLOCK_DV, BLOCK_E, BLOCK_KV, CAUSAL, WINDOW, SOFTCAP, COLUMNS,
+            PRECISION,
         )  # fmt: skip
 
     offs_dv = tl.arange(0, BLOCK_DV)
