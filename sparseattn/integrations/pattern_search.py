@@ -7,20 +7,16 @@ and keys, scored by the attention mass that it keeps. The result is what ``MInfe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from sparseattn import fidelity
 from sparseattn.errors import argument_error
-from sparseattn.integrations import layout
-from sparseattn.integrations.transformers import PREFIX, attention_forward
+from sparseattn.integrations.observe import LayerCall, observed
 from sparseattn.ops.block_sparse import block_sparse_attention
 from sparseattn.selectors import minference_patterns
 from sparseattn.selectors.minference import MInferenceConfig, minference
@@ -36,7 +32,6 @@ CANDIDATES: tuple[minference_patterns.Pattern, ...] = (
     ("block_sparse", 100),
 )
 
-_NAME = f"{PREFIX}_search"
 _VALUE_DIM = 16  # the mass does not depend on the values: the narrowest the operator takes
 
 
@@ -177,47 +172,17 @@ def search_patterns(
     first = min(2500, input_ids.shape[1] // 2) if first_row is None else first_row
     layers: dict[int, tuple[HeadChoice, ...]] = {}
 
-    def visit(module: nn.Module, q: Tensor, k: Tensor, scale: float | None, windowed: bool) -> None:
-        options: dict[str, Any] = {"config": config, "first_row": first, "scale": scale, "impl": impl}
-        causal = bool(getattr(module, "is_causal", True))
-        tried: Sequence[Any] = [("dense",)] if windowed else candidates
-        scores = score_patterns(q, k, tried, causal=causal, **options)
-        index: Any = module.layer_idx
+    def visit(call: LayerCall) -> None:
+        options: dict[str, Any] = {"config": config, "first_row": first, "scale": call.scale, "impl": impl}
+        tried: Sequence[Any] = [("dense",)] if call.windowed else candidates
+        scores = score_patterns(call.q, call.k, tried, causal=call.causal, **options)
+        index: Any = call.layer
         layers[index] = choose_patterns(tried, *scores, min_recall)
 
-    with _visited(model, visit):
+    with observed(model, visit):
         model(input_ids=input_ids, use_cache=False, **inputs)
     if not layers:
         raise argument_error("model", "one that calls Transformers' attention functions", type(model).__name__)
     heads = len(next(iter(layers.values())))
     dense = (HeadChoice(("dense",), 1.0, 1.0),) * heads
     return tuple(layers.get(i, dense) for i in range(max(layers) + 1))
-
-
-Visitor = Callable[[nn.Module, Tensor, Tensor, float | None, bool], None]
-_visitor: ContextVar[Visitor | None] = ContextVar("sparseattn_visitor", default=None)
-
-
-@contextmanager
-def _visited(model: Any, visit: Visitor) -> Iterator[None]:
-    """Have every attention layer of the model show its queries and keys, and attend densely."""
-    AttentionInterface.register(_NAME, _show)
-    AttentionMaskInterface.register(_NAME, layout.row_mask)
-    before = model.config._attn_implementation
-    token = _visitor.set(visit)
-    model.set_attn_implementation(_NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        _visitor.reset(token)
-
-
-def _show(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    """One attention layer: to the visitor, then dense."""
-    visit = _visitor.get()
-    if visit is not None:
-        window = kwargs.get("sliding_window")
-        windowed = window is not None and window < key.shape[2]
-        visit(module, query.transpose(1, 2), key.transpose(1, 2), kwargs.get("scaling"), windowed)
-    return attention_forward(module, query, key, value, attention_mask, sparseattn_method="dense", **kwargs)
