@@ -103,6 +103,20 @@ def test_density_is_exact_in_every_row(density: float) -> None:
     assert (mask.kv_num_blocks - expected <= 1).all()  # keep_recent keeps the block before an unaligned diagonal, too
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_lists_are_as_wide_as_the_options_allow(shared: bool) -> None:
+    q, k = make(640, 667)
+    base = {**CONFIG.to_dict(), "group_shared": shared}
+    for density in (0.05, 0.5):
+        mask = flexprefill(q, k, FlexPrefillConfig(**{**base, "density": density}))
+        assert mask.kv_indices.shape[-1] < mask.num_kv_blocks or shared
+        assert (mask.kv_num_blocks < mask.kv_indices.shape[-1]).all()  # nothing was cut off
+    bounded = flexprefill(q, k, FlexPrefillConfig(**{**base, "max_budget": 64, "tau": 0.0}))
+    full = flexprefill(q, k, FlexPrefillConfig(**{**base, "max_budget": 64, "tau": 1e-9}))  # no head is as close
+    assert bounded.kv_indices.shape[-1] < full.kv_indices.shape[-1]
+    assert torch.equal(blocks(bounded), blocks(full))
+
+
 def test_density_takes_the_best_blocks() -> None:
     q, k = torch.randn(1, 640, 1, 32), torch.randn(1, 640, 1, 32)
     direction = torch.nn.functional.normalize(torch.randn(32), dim=0)

@@ -9,7 +9,9 @@ from sparseattn.masks.lists import compact, scatter_blocks
 from sparseattn.ops.scores.block_lists import MASS, POOLED, ListPlan, Ranking, difference_index
 
 
-def block_means(x: Tensor, start: Tensor, end: Tensor, packed: bool, block_size: int, num_blocks: int) -> Tensor:
+def block_means(
+    x: Tensor, start: Tensor, end: Tensor, packed: bool, block_size: int, num_blocks: int, wanted: Tensor | None = None
+) -> Tensor:
     """Means over blocks of rows, counted from each sequence's start.
 
     Args:
@@ -19,6 +21,7 @@ def block_means(x: Tensor, start: Tensor, end: Tensor, packed: bool, block_size:
         packed: Rows count in the packed tensor instead of the batch row.
         block_size: Rows of a block.
         num_blocks: Blocks of the longest sequence.
+        wanted: bool ``[B|1, H]``, heads whose means are needed; kernels leave those of others undefined. None: all.
 
     Returns:
         float32 (float64 for float64 inputs) ``[B, H, num_blocks, D]``; 0 for blocks without rows.

@@ -29,13 +29,16 @@ _POOLED: tl.constexpr = tl.constexpr(1)
 
 @triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
 def _means_kernel(
-    x_ptr, means_ptr, start_ptr, end_ptr, stride_x, num_blocks,
-    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, means_ptr, start_ptr, end_ptr, wanted_ptr, stride_x, num_blocks,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """Mean of one block of rows -> float32 ``means [B, H, num_blocks, D]``. Grid (num_blocks, H, B)."""
     n = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2)
+    if SOME:  # noqa: SIM102
+        if tl.load(wanted_ptr + b * tl.num_programs(1) + h) == 0:
+            return
     first = tl.load(start_ptr + b) + n * BLOCK
     count = tl.minimum(tl.load(end_ptr + b) - first, BLOCK)
     offs = tl.arange(0, BLOCK)
@@ -326,15 +329,19 @@ def _columns_kernel(
         count += tl.sum(keep)
 
 
-def block_means(x: Tensor, start: Tensor, end: Tensor, packed: bool, block_size: int, num_blocks: int) -> Tensor:
+def block_means(
+    x: Tensor, start: Tensor, end: Tensor, packed: bool, block_size: int, num_blocks: int, wanted: Tensor | None = None
+) -> Tensor:
     """float32 ``[B, H, num_blocks, D]``. See ``block_lists_reference.block_means``."""
     heads, head_dim = x.shape[-2:]
     means = torch.empty((start.shape[0], heads, num_blocks, head_dim), dtype=torch.float32, device=x.device)
     if means.numel():
         stride = (0, *x.stride()) if packed else x.stride()
         _means_kernel[(num_blocks, heads, start.shape[0])](
-            x, means, start.int().contiguous(), end.int().contiguous(), stride, num_blocks,
-            D=head_dim, BLOCK=block_size, BLOCK_D=triton.next_power_of_2(head_dim), num_warps=4, **LAUNCH,
+            x, means, start.int().contiguous(), end.int().contiguous(),
+            None if wanted is None else wanted.expand(means.shape[:2]).int().contiguous(), stride, num_blocks,
+            D=head_dim, BLOCK=block_size, BLOCK_D=triton.next_power_of_2(head_dim), SOME=wanted is not None,
+            num_warps=4, **LAUNCH,
         )  # fmt: skip
     return means
 
@@ -448,7 +455,7 @@ def compile_cases() -> list[tuple[str, object, dict, dict, dict, int, int]]:
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
     floats = ("q_means_ptr", "k_means_ptr", "lse_ptr", "mass_ptr", "mass_band_ptr", "need_ptr", "histogram_ptr")
     types = {name: "*fp32" for name in (*floats, "means_ptr")} | {"vertical_ptr": "*u8", "band_ptr": "*u8"}
-    case = offline(_means_kernel, {"D": 128, "BLOCK": 128, "BLOCK_D": 128}, types | {"x_ptr": "*bf16"})
+    case = offline(_means_kernel, {"D": 128, "BLOCK": 128, "BLOCK_D": 128, "SOME": True}, types | {"x_ptr": "*bf16"})
     cases = [("block-means-128", *case, 4, 3)]
     shape = {"GROUP": 4, "D": 128, "BLOCK_D": 128, "PRECISION": "tf32", "BLOCK_M": _POOL_ROWS, "BLOCK_N": 64}
     cases.append(("pooled-lse-128", *offline(_pooled_lse_kernel, shape, types), 8, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -69,8 +70,8 @@ def flexprefill_blocks(
         impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
 
     Returns:
-        counts int32 ``[B, H, MB]``, indices int32 ``[B, H, MB, NB]`` (ascending, undefined past the count; H is Hkv
-        with ``group_shared``, else Hq) and query_aware bool ``[B, Hq]``.
+        counts int32 ``[B, H, MB]``, indices int32 ``[B, H, MB, K]`` (ascending, undefined past the count; H is Hkv with
+        ``group_shared``, else Hq; K is NB or what the options bound) and query_aware bool ``[B, Hq]``.
 
     Raises:
         ValueError: A shape, value or implementation that does not fit.
@@ -99,6 +100,18 @@ class _Options(NamedTuple):
     block_size: int
     keep_sink: bool
     keep_recent: bool
+
+    def width(self, max_k: int) -> int:
+        """The longest list that a head can have, as far as the options tell."""
+        columns = (max_k + self.block_size - 1) // self.block_size
+        if self.density >= 0:
+            # Block 0 and two of a diagonal, or the share and what its rounding may add. In whole numbers: lengths may be
+            # symbols.
+            return min(columns, 3 + columns * math.ceil(self.density * 2**20) // 2**20)
+        if self.tau == 0 and self.max_budget >= 0:
+            # A run of slashes, 2B - 1 keys with the rows it is seen from, crosses three blocks at most.
+            return min(columns, 4 * max(1, -(-self.max_budget // self.block_size)))
+        return columns
 
 
 def _selected(mass: Tensor, block_mass: Tensor, query_aware: Tensor, o: _Options, impl: str) -> Tensor:
@@ -172,7 +185,8 @@ def _flexprefill_blocks(
     rows, columns = -(-max_q // block_size), -(-max_k // block_size)
     if 0 in (batch, max_q, max_k):
         counts = torch.zeros((batch, kept, rows), dtype=torch.int32, device=q.device)
-        indices = torch.zeros((batch, kept, rows, columns), dtype=torch.int32, device=q.device)
+        width = min(columns, o.width(max_k) * (q.shape[-2] // kept))
+        indices = torch.zeros((batch, kept, rows, width), dtype=torch.int32, device=q.device)
         return counts, indices, torch.zeros((batch, q.shape[-2]), dtype=torch.bool, device=q.device)
     last = LastQueries(s, block_size, causal, scale)
     counts, indices, query_aware = _lists(q, k, last, o, impl)
@@ -196,7 +210,7 @@ def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, impl: str) -> tupl
         q_mean = module.block_means(q, end - p.rows(q.device), end, s.packed, size, 1)
         sizes = (k_len[:, None] - torch.arange(columns, device=q.device) * size).clamp(0, size)
         query_aware = _distance(q_mean, k_means, block_mass[0], sizes, p.scale) < o.tau
-        q_means = module.block_means(q, first_q, end, s.packed, size, rows)
+        q_means = module.block_means(q, first_q, end, s.packed, size, rows, query_aware)
         ranking = ranking._replace(mode=query_aware.int() * POOLED, q_means=q_means, k_means=k_means)
 
     bounds = row_bounds(s, size, p.causal, False, q.device)
@@ -215,7 +229,7 @@ def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, impl: str) -> tupl
             band=crossing_mass(block_mass[1], s, size, rows),
             top=(bounds.visible * o.density).ceil().int().clamp(min=1)[:, None],
         )
-    return *module.list_blocks(plan, ranked, columns), query_aware
+    return *module.list_blocks(plan, ranked, o.width(s.max_k)), query_aware
 
 
 @torch.library.register_fake("sparseattn::flexprefill_blocks")
@@ -224,11 +238,9 @@ def _flexprefill_blocks_fake(
     batch: int, max_q: int, max_k: int, gamma: float, tau: float, min_budget: int, max_budget: int, density: float,
     block_size: int, scale: float, causal: bool, keep_sink: bool, keep_recent: bool, group_shared: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows, columns = (max_q + block_size - 1) // block_size, (max_k + block_size - 1) // block_size
-    shape = (batch, k.shape[-2] if group_shared else q.shape[-2], rows)
-    counts = q.new_empty(shape, dtype=torch.int32)
-    return (
-        counts,
-        q.new_empty((*shape, columns), dtype=torch.int32),
-        q.new_empty((batch, q.shape[-2]), dtype=torch.bool),
-    )
+    o = _Options(gamma, tau, min_budget, max_budget, density, block_size, keep_sink, keep_recent)
+    kept = k.shape[-2] if group_shared else q.shape[-2]
+    counts = q.new_empty((batch, kept, (max_q + block_size - 1) // block_size), dtype=torch.int32)
+    width = min((max_k + block_size - 1) // block_size, o.width(max_k) * (q.shape[-2] // kept))
+    indices = counts.new_empty((*counts.shape, width))
+    return counts, indices, q.new_empty((batch, q.shape[-2]), dtype=torch.bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -139,7 +140,8 @@ class _Options(NamedTuple):
             return 0, 0
         vertical, slash = b.vertical, b.slash
         if self.adaptive >= 0:
-            budget = int(max_k * self.adaptive)
+            # In whole numbers, since lengths may be symbols, and one more for what rounding may add.
+            budget = max_k * math.ceil(self.adaptive * 2**20) // 2**20 + 1
             vertical, slash = budget // 5, budget * 4 // 5
         return min(max_k, max(vertical, self.num_sink, 1)), min(max_k, max(slash, self.num_local, 1))
 
@@ -189,7 +191,7 @@ def _ranking(q: Tensor, k: Tensor, p: LastQueries, o: _Options, table: Tensor, i
     first_k = torch.zeros_like(k_len) if s.k_start is None else s.k_start.long()
     return Ranking(
         ((table[:, 5] > 0).int() * POOLED).expand(s.batch, -1),
-        module.block_means(q, first_q, first_q + q_len, s.packed, size, -(-s.max_q // size)),
+        module.block_means(q, first_q, first_q + q_len, s.packed, size, -(-s.max_q // size), table[None, :, 5] > 0),
         module.block_means(k, first_k, first_k + k_len, s.packed, size, -(-s.max_k // size)),
         p.scale,
         top=table[:, 5, None].expand(s.batch, -1, -(-s.max_q // size)),
