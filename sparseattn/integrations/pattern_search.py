@@ -58,6 +58,7 @@ def score_patterns(
     first_row: int = 0,
     causal: bool = True,
     scale: float | None = None,
+    softcap: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """What each candidate pattern keeps of each head's attention mass.
@@ -70,6 +71,7 @@ def score_patterns(
         first_row: Rows before it do not count: early ones are easy for every pattern.
         causal: Bottom-right aligned causality.
         scale: Factor on q . k; default ``1 / sqrt(D)``.
+        softcap: Of the scores whose mass is kept; choosing knows none.
         impl: As the operator takes it.
 
     Returns:
@@ -85,11 +87,11 @@ def score_patterns(
         raise argument_error("first_row", f"an int in [0, {q.shape[1]})", first_row)
     options: dict[str, Any] = {"causal": causal, "scale": scale, "impl": impl}
     v = k[..., :_VALUE_DIM]
-    _, dense = block_sparse_attention(q, k, v, None, return_lse=True, **options)
+    _, dense = block_sparse_attention(q, k, v, None, return_lse=True, softcap=softcap, **options)
     recalls, densities = [], []
     for pattern in candidates:
         mask = minference(q, k, replace(base, patterns=pattern, group_shared=False), **options)
-        _, lse = block_sparse_attention(q, k, v, mask, return_lse=True, **options)
+        _, lse = block_sparse_attention(q, k, v, mask, return_lse=True, softcap=softcap, **options)
         kept = torch.exp(-fidelity.deficit_from_lse(lse, dense))[..., first_row:]
         recalls.append(kept.nanmean((0, 2)))  # rows that see no key have no mass to keep
         densities.append(mask.densities().mean(0).expand(q.shape[2]))
@@ -173,9 +175,10 @@ def search_patterns(
     layers: dict[int, tuple[HeadChoice, ...]] = {}
 
     def visit(call: LayerCall) -> None:
-        options: dict[str, Any] = {"config": config, "first_row": first, "scale": call.scale, "impl": impl}
+        options: dict[str, Any] = {"config": config, "first_row": first, "impl": impl}
+        options |= {"causal": call.causal, "scale": call.scale, "softcap": call.softcap}
         tried: Sequence[Any] = [("dense",)] if call.windowed else candidates
-        scores = score_patterns(call.q, call.k, tried, causal=call.causal, **options)
+        scores = score_patterns(call.q, call.k, tried, **options)
         index: Any = call.layer
         layers[index] = choose_patterns(tried, *scores, min_recall)
 

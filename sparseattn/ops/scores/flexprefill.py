@@ -105,8 +105,8 @@ class _Options(NamedTuple):
         """The longest list that a head can have, as far as the options tell."""
         columns = (max_k + self.block_size - 1) // self.block_size
         if self.density >= 0:
-            # Block 0 and two of a diagonal, or the share and what its rounding may add. In whole numbers: lengths may be
-            # symbols.
+            # Block 0 and two of a diagonal, or the share and what its rounding may add. Whole numbers, for lengths that
+            # are symbols.
             return min(columns, 3 + columns * math.ceil(self.density * 2**20) // 2**20)
         if self.tau == 0 and self.max_budget >= 0:
             # A run of slashes, 2B - 1 keys with the rows it is seen from, crosses three blocks at most.
