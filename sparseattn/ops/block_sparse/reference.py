@@ -9,178 +9,21 @@ repeated. The backward pass is written out (recomputed tile by tile), not derive
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparseattn.errors import argument_error
-from sparseattn.ops.block_sparse.extra_keys import Extra, ExtraKeys
 from sparseattn.ops.block_sparse.geometry import Geometry
+from sparseattn.ops.block_sparse.reference_tiles import Sequence, Tile, lists_of, sequences_of
 
-# Rows of a tile when there is no mask to say, and scores a tile may hold before KV heads are taken one at a time. On a
-# CPU a tile should stay in the cache; on a GPU larger ones hide the launches.
-_DENSE_ROWS = 64
+# Scores that a tile may hold before KV heads are taken one at a time. On a CPU a tile should stay in the cache; on a
+# GPU larger ones hide the launches.
 _TILE_SCORES = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, gradients: str | None = None) -> str | None:
     """The reference takes everything that passes validation."""
     return None
-
-
-class _Tile(NamedTuple):
-    """One matrix product: the rows of some heads against the keys they share.
-
-    Attributes:
-        kv_heads: ``[first, last)`` KV heads, each with its own keys.
-        q_heads: The query heads that read them.
-        rows: ``[first, last)`` query rows, counted in the sequence.
-        keys: Token range ``(first, last)`` when the listed blocks are adjacent, else int32 block numbers.
-        right: Column from which some row must not see a key, or None.
-        left: Column up to which some row must not see a key, or None.
-        extra: Columns and means of skipped blocks, behind the keys of the listed blocks; or None.
-    """
-
-    kv_heads: slice
-    q_heads: slice
-    rows: slice
-    keys: tuple[int, int] | Tensor
-    right: int | None
-    left: int | None
-    extra: Extra | None
-
-
-class _Sequence:
-    """One sequence of the batch: where its rows are and which tiles it consists of."""
-
-    def __init__(self, g: Geometry, index: int, bounds: tuple[int, int, int, int], heads: tuple[int, int]) -> None:
-        q0, q1, k0, k1 = bounds
-        self.g = g
-        self.index = index
-        self.q_rows = (slice(q0, q1),) if g.packed else (index, slice(q0, q1))
-        self.k_rows = (slice(k0, k1),) if g.packed else (index, slice(k0, k1))
-        self.lse_rows = (slice(None), slice(q0, q1)) if g.packed else (index, slice(None), slice(q0, q1))
-        self.len_q, self.len_k = q1 - q0, k1 - k0
-        self.heads_q, self.heads_k = heads
-        offset = self.len_k - self.len_q
-        # Row i sees keys lo(i) .. hi(i), both rising with i.
-        right = 0 if g.causal else g.window_right
-        self.shift_hi = None if right < 0 and not g.causal else offset + right
-        self.shift_lo = None if g.window_left < 0 else offset - g.window_left
-
-    def hi(self, row: int) -> int:
-        return self.len_k - 1 if self.shift_hi is None else min(self.len_k - 1, row + self.shift_hi)
-
-    def lo(self, row: int) -> int:
-        return 0 if self.shift_lo is None else max(0, row + self.shift_lo)
-
-    def tiles(self, lists: _Lists | None, budget: int) -> Iterator[_Tile]:
-        """All tiles that see at least one key, in a fixed order."""
-        group = self.heads_q // self.heads_k
-        mask_heads = 1 if lists is None else lists.heads
-        step = _DENSE_ROWS if lists is None else self.g.block_q
-        for head in range(mask_heads):
-            table = None if lists is None else lists.rows(self.index, head)
-            extra_rows = None if lists is None or lists.extra is None else lists.extra.rows(self.index, head)
-            if mask_heads == 1:
-                kv_heads, per_kv = range(self.heads_k), group
-            else:
-                per_kv = self.heads_q // mask_heads if mask_heads == self.heads_k else 1
-                kv_heads = range(head * per_kv // group, head * per_kv // group + 1)
-            for m, r0 in enumerate(range(0, self.len_q, step)):
-                r1 = min(r0 + step, self.len_q)
-                low, high = self.lo(r0), self.hi(r1 - 1)
-                if low > high:
-                    continue
-                keys, columns, right, left = self._span(r0, r1) if table is None else self._listed(r0, r1, table, m)
-                extra = None
-                if lists is not None and lists.extra is not None and table is not None:
-                    extra = lists.extra.of_tile(
-                        extra_rows, m, table.blocks[m][: table.counts[m]], low, high, self.len_k
-                    )
-                    columns += len(extra)
-                if columns == 0:
-                    continue
-                shared = len(kv_heads) * per_kv * (r1 - r0) * columns <= budget
-                for first in kv_heads[:1] if shared else kv_heads:
-                    count = len(kv_heads) if shared else 1
-                    h0 = first * group if mask_heads == 1 else head * per_kv
-                    yield _Tile(
-                        slice(first, first + count),
-                        slice(h0, h0 + count * per_kv),
-                        slice(r0, r1),
-                        keys,
-                        right,
-                        left,
-                        extra,
-                    )
-
-    def _span(self, r0: int, r1: int) -> tuple[tuple[int, int], int, int | None, int | None]:
-        """Keys of rows ``r0..r1`` of dense attention: one token range."""
-        first, last = self.lo(r0), self.hi(r1 - 1) + 1
-        right = max(0, self.hi(r0) + 1 - first)
-        left = min(self.lo(r1 - 1), last) - first
-        columns = last - first
-        return (first, last), columns, right if right < columns else None, left if left > 0 else None
-
-    def _listed(
-        self, r0: int, r1: int, table: _Rows, m: int
-    ) -> tuple[tuple[int, int] | Tensor, int, int | None, int | None]:
-        """Keys of a row of blocks: its list, less the blocks that no row of it can see."""
-        size = self.g.block_kv
-        blocks = table.blocks[m][: table.counts[m]]
-        a = bisect_left(blocks, self.lo(r0) // size)
-        c = bisect_right(blocks, self.hi(r1 - 1) // size)
-        if a >= c:
-            return (0, 0), 0, None, None
-        # Blocks up to `full` lie below every row's last visible key; those from `seen` on above every row's first.
-        full = bisect_left(blocks, (self.hi(r0) + 1) // size, a, c)
-        seen = bisect_left(blocks, -(-self.lo(r1 - 1) // size), a, c)
-        keys: tuple[int, int] | Tensor
-        if blocks[c - 1] - blocks[a] == c - 1 - a:
-            keys = (blocks[a] * size, (blocks[c - 1] + 1) * size)
-        else:
-            keys = table.numbers[m, a:c]
-        columns = (c - a) * size
-        return keys, columns, (full - a) * size if full < c else None, (seen - a) * size if seen > a else None
-
-
-class _Rows(NamedTuple):
-    """Block lists of one mask head: on the host to plan with, on the device to gather with."""
-
-    counts: list[int]
-    blocks: list[list[int]]
-    numbers: Tensor
-
-
-class _Lists:
-    """The mask's lists, brought to the host one head at a time."""
-
-    def __init__(self, counts: Tensor, indices: Tensor, extra: ExtraKeys | None) -> None:
-        self.extra = extra
-        self.shared = counts.shape[0] == 1
-        self.heads = counts.shape[1]
-        self.counts = counts.cpu()
-        width = int(self.counts.max()) if self.counts.numel() else 0
-        self.indices = indices[..., :width]
-
-    def rows(self, index: int, head: int) -> _Rows:
-        b = 0 if self.shared else index
-        indices = self.indices[b, head]
-        return _Rows(self.counts[b, head].tolist(), indices.tolist(), indices)
-
-
-def _lists(g: Geometry, work: torch.dtype, device: torch.device) -> _Lists | None:
-    """The mask of a call, or None for dense attention."""
-    if g.kv_num_blocks is None or g.kv_indices is None:
-        return None
-    extra = None
-    if g.column_indices is not None or g.mean_correction:
-        extra = ExtraKeys(g.column_indices, g.mean_correction, g.block_kv, work, device)
-    return _Lists(g.kv_num_blocks, g.kv_indices, extra)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) -> tuple[Tensor, Tensor]:
@@ -193,9 +36,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) 
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     o = q.new_zeros((*q.shape[:-1], v.shape[-1]))
     lse = _full_lse(q, work)
-    lists = _lists(g, work, q.device)
+    lists = lists_of(g, work, q.device)
     sink = None if sinks is None else sinks.to(work)[:, None]
-    for seq in _sequences(q, k, g):
+    for seq in sequences_of(q, k, g):
         keys = _Keys(k[seq.k_rows], v[seq.k_rows], seq, work, lists is None)
         qs = _heads_first(q[seq.q_rows], work)
         os = qs.new_zeros((*qs.shape[:-1], v.shape[-1]))
@@ -245,10 +88,10 @@ def backward(
     """
     work = lse.dtype
     dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    lists = _lists(g, work, q.device)
+    lists = lists_of(g, work, q.device)
     sink = None if sinks is None else sinks.to(work)[:, None]
     dsink = None if sinks is None else torch.zeros_like(sinks, dtype=work)
-    for seq in _sequences(q, k, g):
+    for seq in sequences_of(q, k, g):
         keys = _Keys(k[seq.k_rows], v[seq.k_rows], seq, work, lists is None)
         qs = _heads_first(q[seq.q_rows], work)
         dos = _heads_first(do[seq.q_rows], work)
@@ -288,7 +131,7 @@ def backward(
 class _Keys:
     """Keys and values of one sequence, heads first, padded with zeros to whole blocks and gathered by tile."""
 
-    def __init__(self, k: Tensor, v: Tensor, seq: _Sequence, work: torch.dtype, dense: bool) -> None:
+    def __init__(self, k: Tensor, v: Tensor, seq: Sequence, work: torch.dtype, dense: bool) -> None:
         self.size = 1 if dense else seq.g.block_kv
         # Dense attention reads every key once a tile: a strided view is as good as a copy there.
         self.k = _heads_first(k, work) if dense else _whole_blocks(_heads_first(k, work), self.size)
@@ -310,11 +153,11 @@ class _Keys:
         """``[H, NB, head dim]``, the mean of every block's tokens (padding is zero)."""
         return t.unflatten(1, (-1, self.size)).sum(2) / self.block_lengths
 
-    def gather(self, tile: _Tile) -> tuple[Tensor, Tensor]:
+    def gather(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """``[KV heads of the tile, its keys, head dim]`` of K and V; extra keys last."""
         return self._gather(0, self.k, tile), self._gather(1, self.v, tile)
 
-    def _gather(self, which: int, t: Tensor, tile: _Tile) -> Tensor:
+    def _gather(self, which: int, t: Tensor, tile: Tile) -> Tensor:
         t = t[tile.kv_heads]
         n, _, dim = t.shape
         if isinstance(tile.keys, tuple):
@@ -328,7 +171,7 @@ class _Keys:
             parts.append(self.means[which][tile.kv_heads].index_select(1, tile.extra.blocks))
         return torch.cat(parts, 1)
 
-    def add(self, which: int, grad: Tensor, tile: _Tile, value: Tensor) -> None:
+    def add(self, which: int, grad: Tensor, tile: Tile, value: Tensor) -> None:
         """Add the gradient of what ``gather`` returned. Entries of a list are unique, so this is deterministic."""
         grad = grad[tile.kv_heads]
         if tile.extra is not None:
@@ -352,7 +195,7 @@ class _Keys:
             for grad, mean_grad in zip((dk, dv), self.mean_grads, strict=True):
                 grad += (mean_grad / self.block_lengths).repeat_interleave(self.size, 1)
 
-    def columns(self, tile: _Tile, part: slice) -> Tensor:
+    def columns(self, tile: Tile, part: slice) -> Tensor:
         """Token positions of some of the tile's columns; ``part`` starts and ends between blocks."""
         if isinstance(tile.keys, tuple):
             return self.positions[tile.keys[0] : tile.keys[1]][part]
@@ -360,7 +203,7 @@ class _Keys:
         return self.positions.view(-1, self.size).index_select(0, blocks).view(-1)
 
 
-def _scores(qs: Tensor, kt: Tensor, keys: _Keys, tile: _Tile, g: Geometry) -> Tensor:
+def _scores(qs: Tensor, kt: Tensor, keys: _Keys, tile: Tile, g: Geometry) -> Tensor:
     """Scaled, soft-capped scores ``[KV heads, rows of their query heads, keys]``; -inf where hidden."""
     n, columns, dim = kt.shape
     qt = qs[tile.q_heads, tile.rows].reshape(n, -1, dim)
@@ -386,7 +229,7 @@ def _scores(qs: Tensor, kt: Tensor, keys: _Keys, tile: _Tile, g: Geometry) -> Te
     return s
 
 
-def _cap_slope(s: Tensor, tile: _Tile, softcap: float) -> Tensor:
+def _cap_slope(s: Tensor, tile: Tile, softcap: float) -> Tensor:
     """Derivative of the soft cap, from the scores that ``_scores`` returned; -inf where those are hidden."""
     slope = s / softcap
     if tile.extra is not None:
@@ -397,24 +240,6 @@ def _cap_slope(s: Tensor, tile: _Tile, softcap: float) -> Tensor:
 def _kept_by_sink(lse: Tensor, sink: Tensor) -> Tensor:
     """exp(lse - logaddexp(lse, sink)); 0 for a row without keys, even when the sink is -inf."""
     return torch.sigmoid(lse - sink).masked_fill_(lse == -math.inf, 0)
-
-
-def _sequences(q: Tensor, k: Tensor, g: Geometry) -> Iterator[_Sequence]:
-    """The non-empty sequences of a call; checks the ranges, which only the host can."""
-    axis = 0 if g.packed else 1
-    columns = [
-        [whole] * g.batch if t is None else t.tolist()
-        for t, whole in ((g.q_start, 0), (g.q_end, g.max_q), (g.k_start, 0), (g.k_end, g.max_k))
-    ]
-    for index, (q0, q1, k0, k1) in enumerate(zip(*columns, strict=True)):
-        for name, t, start, end, longest in (("q", q, q0, q1, g.max_q), ("k", k, k0, k1, g.max_k)):
-            what = f"cu_seqlens_{name}" if g.packed else f"ranges_{name}"
-            if not 0 <= start <= end <= t.shape[axis]:
-                raise argument_error(what, f"rows within 0..{t.shape[axis]}, ascending", f"[{start}, {end})")
-            if end - start > longest:
-                raise argument_error(f"max_seqlen_{name}", f"at least {end - start}, the longest sequence", longest)
-        if q1 > q0 and k1 > k0:
-            yield _Sequence(g, index, (q0, q1, k0, k1), (q.shape[-2], k.shape[-2]))
 
 
 def _full_lse(q: Tensor, work: torch.dtype) -> Tensor:
