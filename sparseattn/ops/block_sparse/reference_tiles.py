@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.ops.block_sparse.reference_extra import Extra, ExtraKeys
 from sparseattn.ops.block_sparse.geometry import Geometry
+from sparseattn.ops.block_sparse.reference_extra import Extra, ExtraKeys
 
 # Rows of a tile when there is no mask to say.
 _DENSE_ROWS = 64
