@@ -36,8 +36,8 @@ def _scaled_scores(
     RAGGED_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Scaled scores of the last rows of a head against one tile of keys, -inf where hidden; ``rows``, ``position``."""
-    tile = tl.program_id(0)
-    h = tl.program_id(1)
+    h = tl.program_id(0)  # the heads of a group meet each tile of keys side by side, so that L2 serves all but one
+    tile = tl.program_id(1)
     b = tl.program_id(2)
     q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
     k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, RAGGED_K)
@@ -70,7 +70,7 @@ def _row_lse_kernel(
     ROWS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, RAGGED_Q: tl.constexpr,
     RAGGED_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """LSE of each of the last rows over one tile of keys -> ``lse [B, Hq, tiles, ROWS]``. Grid (tiles, Hq, B)."""
+    """LSE of each of the last rows over one tile of keys -> ``lse [B, Hq, tiles, ROWS]``. Grid (Hq, tiles, B)."""
     s, _, _ = _scaled_scores(
         q_ptr, k_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr, stride_q, stride_k, max_q, max_k, scale,
         ROWS, GROUP, D, CAUSAL, RAGGED_Q, RAGGED_K, PRECISION, BLOCK_N, BLOCK_D,
@@ -78,8 +78,8 @@ def _row_lse_kernel(
     m = tl.max(s, 1)
     m_safe = tl.where(m == float("-inf"), 0.0, m)
     l = tl.sum(tl.exp2((s - m_safe[:, None]) * LOG2E), 1)
-    head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    row = head * tl.num_programs(0) + tl.program_id(0)
+    head = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    row = head * tl.num_programs(1) + tl.program_id(1)
     tl.store(lse_ptr + row * ROWS + tl.arange(0, ROWS), natural_lse(m_safe, l))
 
 
@@ -92,7 +92,7 @@ def _mass_kernel(
 ):  # fmt: skip
     """Column sums ``vertical [B, Hq, Sk]`` and diagonal sums ``partial [B, Hq, tiles, 2 * BLOCK_N]`` of one tile.
 
-    Grid (tiles, Hq, B); ``lse [B, Hq, ROWS]``. Local row r and column c lie on diagonal ``r - c``; entry e of the
+    Grid (Hq, tiles, B); ``lse [B, Hq, ROWS]``. Local row r and column c lie on diagonal ``r - c``; entry e of the
     partial sums is diagonal ``e - BLOCK_N``. Rotating row r by r brings diagonal x or x - BLOCK_N to column x, so one
     gather and two sums add up all diagonals (ROWS <= BLOCK_N).
     """
@@ -100,8 +100,8 @@ def _mass_kernel(
         q_ptr, k_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr, stride_q, stride_k, max_q, max_k, scale,
         ROWS, GROUP, D, CAUSAL, RAGGED_Q, RAGGED_K, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    tile = tl.program_id(0)
-    head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tile = tl.program_id(1)
+    head = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     offs_m = tl.arange(0, ROWS)
     offs_n = tl.arange(0, BLOCK_N)
     lse = tl.load(lse_ptr + head * ROWS + offs_m)
@@ -114,7 +114,7 @@ def _mass_kernel(
         p = tl.where(cols[None, :] <= position[:, None], p, 0.0)
     rotated = tl.gather(p, (offs_m[:, None] - offs_n[None, :] + BLOCK_N) % BLOCK_N, 1)
     wrapped = offs_m[:, None] < offs_n[None, :]
-    partial_ptr += (head * tl.num_programs(0) + tile) * (2 * BLOCK_N)
+    partial_ptr += (head * tl.num_programs(1) + tile) * (2 * BLOCK_N)
     tl.store(partial_ptr + offs_n, tl.sum(tl.where(wrapped, rotated, 0.0), 0))
     tl.store(partial_ptr + BLOCK_N + offs_n, tl.sum(tl.where(wrapped, 0.0, rotated), 0))
 
@@ -176,7 +176,7 @@ def last_query_mass(q: Tensor, k: Tensor, p: LastQueries) -> tuple[Tensor, Tenso
         return vertical, torch.zeros_like(vertical)
     tiles = config_for(q.dtype, head_dim)
     count = -(-s.max_k // tiles.block_n)
-    grid = (count, heads, s.batch)
+    grid = (heads, count, s.batch)
     tile_lse = torch.empty((s.batch, heads, count, p.num_queries), dtype=torch.float32, device=q.device)
     partial = torch.empty((s.batch, heads, count, 2 * tiles.block_n), dtype=torch.float32, device=q.device)
     spans = (s.q_start, s.q_end, s.k_start, s.k_end)
