@@ -45,13 +45,13 @@ def qkv(
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The definition, in float64: softmax over visible keys, 0 where there are none."""
-    q, k, v = (x.double() for x in (q, k, v))
+    """The definition, in float64 on the CPU: softmax over visible keys, 0 where there are none."""
+    q, k, v = (x.cpu().double() for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
     scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2) / math.sqrt(q.shape[-1])
     if bias is not None:
         scores = scores + bias.double()
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)
+    weights = scores.masked_fill(~visible.cpu(), -torch.inf).softmax(-1).nan_to_num(0.0)
     return weights @ v.repeat_interleave(group, 1)
 
 
@@ -141,13 +141,13 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_outputs_are_softmax_over_what_was_selected(name: str, masks: list[BlockMask]) -> None:
-    q, k, v = qkv(sq=700)
+def test_outputs_are_softmax_over_what_was_selected(name: str, masks: list[BlockMask], device: str) -> None:
+    q, k, v = qkv(sq=700, device=device)
     out = CALLS[name](q, k, v)
-    visible = masks[0].expand_heads(4).to_dense()
+    visible = masks[0].expand_heads(4).to_dense().cpu()
     assert masks[0].density < 0.95 or name in ("flexprefill-gamma", "minference-adaptive")  # budgets past 700 tokens
     assert not (visible & ~causal(700, 700)).any()
-    torch.testing.assert_close(out.double(), softmax_attention(q, k, v, visible), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.cpu().double(), softmax_attention(q, k, v, visible), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -172,8 +172,8 @@ def test_dtypes(dtype: torch.dtype, device: str) -> None:
         assert out.isfinite().all()
 
 
-def test_everything_kept_is_dense_attention() -> None:
-    q, k, v = qkv(sq=100, sk=333)
+def test_everything_kept_is_dense_attention(device: str) -> None:
+    q, k, v = qkv(sq=100, sk=333, device=device)
     want = softmax_attention(q, k, v, causal(100, 333))
     for out in (
         Xattention_prefill(q, k, v, threshold=1.0),
@@ -181,10 +181,10 @@ def test_everything_kept_is_dense_attention() -> None:
         Minference_prefill(q, k, v),
         Full_prefill(q, k, v),
     ):
-        torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out.cpu().double(), want, atol=1e-5, rtol=1e-5)
     both = softmax_attention(q, k, v, torch.ones(100, 333, dtype=torch.bool))
     for out in (Xattention_prefill(q, k, v, 1.0, causal=False), Full_prefill(q, k, v, causal=False)):
-        torch.testing.assert_close(out.double(), both, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out.cpu().double(), both, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_flow() -> None:
@@ -204,12 +204,12 @@ def test_thresholds_per_head(masks: list[BlockMask]) -> None:
 
 @pytest.mark.parametrize("ratio", [0.2, 0.35])
 @pytest.mark.parametrize("tau", [0.0, 0.1, 0.9], ids="tau{}".format)
-def test_sparsity_ratio_is_the_share_kept(ratio: float, tau: float, masks: list[BlockMask]) -> None:
-    q, k, v = qkv(1, sq=64 * 30)
+def test_sparsity_ratio_is_the_share_kept(ratio: float, tau: float, masks: list[BlockMask], device: str) -> None:
+    q, k, v = qkv(1, sq=64 * 30, device=device)
     Flexprefill_prefill(q, k, v, sparsity_ratio=ratio, tau=tau)
     rows = torch.arange(1, 31)  # so many blocks a row sees; its own and the first are always kept
     want = torch.maximum((rows * ratio).ceil(), rows.clamp(max=2)).int()
-    assert (masks[0].kv_num_blocks == want).all()
+    assert (masks[0].kv_num_blocks.cpu() == want).all()
     assert masks[0].block_size == (64, 64)
 
 
@@ -235,24 +235,24 @@ SHOWN = {
 @pytest.mark.parametrize("kind", SHOWN)
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "both-ways"])
 @pytest.mark.parametrize("sk", [120, 200])
-def test_masks_of_bools_keep_and_masks_of_floats_add(kind: str, is_causal: bool, sk: int) -> None:
-    q, k, v = qkv(sq=120, sk=sk)
+def test_masks_of_bools_keep_and_masks_of_floats_add(kind: str, is_causal: bool, sk: int, device: str) -> None:
+    q, k, v = qkv(sq=120, sk=sk, device=device)
     keep = SHOWN[kind](2, 4, 120, sk)
     visible = keep & causal(120, sk) if is_causal else keep
     want = softmax_attention(q, k, v, visible)
     hidden = torch.zeros(keep.shape).masked_fill(~keep, torch.finfo(torch.float32).min)
     for mask in (keep, hidden, hidden.masked_fill(~keep, -torch.inf), hidden.double()):
-        out = Full_prefill(q, k, v, is_causal, mask)
-        torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+        out = Full_prefill(q, k, v, is_causal, mask.to(device))
+        torch.testing.assert_close(out.cpu().double(), want, atol=1e-5, rtol=1e-5)
     bias = torch.randn(keep.shape)
-    out = Full_prefill(q, k, v, is_causal, bias + hidden)
-    torch.testing.assert_close(out.double(), softmax_attention(q, k, v, visible, bias), atol=1e-5, rtol=1e-5)
+    out = Full_prefill(q, k, v, is_causal, (bias + hidden).to(device))
+    torch.testing.assert_close(out.cpu().double(), softmax_attention(q, k, v, visible, bias), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("hide", [torch.finfo(torch.float32).min, -torch.inf, -1e9], ids=str)
-def test_rows_that_see_nothing_are_zero(hide: float) -> None:
-    q, k, v = (x.half().requires_grad_() for x in qkv(1, sq=64))
-    mask = torch.zeros(1, 1, 64, 64)
+def test_rows_that_see_nothing_are_zero(hide: float, device: str) -> None:
+    q, k, v = (x.half().requires_grad_() for x in qkv(1, sq=64, device=device))
+    mask = torch.zeros(1, 1, 64, 64, device=device)
     mask[..., :10, :] = hide
     out = Full_prefill(q, k, v, attention_mask=mask)
     out.float().sum().backward()
