@@ -13,8 +13,10 @@ from sparseattn.masks.algebra import intersection, union
 from sparseattn.masks.checks import check_columns, check_contents, check_fields, no_columns
 from sparseattn.masks.columns import scatter_columns, tidy_columns
 from sparseattn.masks.converters import Converters
+from sparseattn.masks.engines import to_block_sparse_tensors, to_minference
 from sparseattn.masks.lists import compact, listed_entries, scatter_blocks
-from sparseattn.masks.visibility import Frame, visible_range, visible_tokens
+from sparseattn.masks.statistics import kept_and_visible
+from sparseattn.masks.visibility import Frame, visible_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -155,33 +157,19 @@ class BlockMask(Converters):
         Returns:
             float32 ``[batch, H]`` on the mask's device, without waiting for it.
         """
-        kept, visible = (t.sum(-1) for t in self._kept_and_visible())
+        kept, visible = (t.sum(-1) for t in kept_and_visible(self))
         return (kept / visible.clamp(min=1)).float()
 
     def row_densities(self) -> Tensor:
         """As :meth:`densities`, of every row of blocks: float32 ``[batch, H, MB]``."""
-        kept, visible = self._kept_and_visible()
+        kept, visible = kept_and_visible(self)
         return (kept / visible.clamp(min=1)).float()
 
     @property
     def density(self) -> float:
         """Share of all visible blocks that is listed. Waits for the device; :meth:`densities` does not."""
-        kept, visible = (t.sum() for t in self._kept_and_visible())
+        kept, visible = (t.sum() for t in kept_and_visible(self))
         return (kept / visible.clamp(min=1)).item()
-
-    def _kept_and_visible(self) -> tuple[Tensor, Tensor]:
-        """How many visible blocks are listed, and how many there are: float64 and int64 ``[batch, H, MB]``."""
-        bounds = visible_range(self.frame)
-        visible = (bounds[1] + 1 - bounds[0]).unsqueeze(1)
-        first, last = (bound[:, None, :, None] for bound in bounds)
-        kept = listed_entries(self.kv_num_blocks, self.kv_indices)
-        kept = kept & (self.kv_indices >= first) & (self.kv_indices <= last)
-        blocks = kept.sum(-1).double()
-        if self.column_indices is not None:
-            block_kv = self.block_size[1]
-            columns = (self.column_indices >= first * block_kv) & (self.column_indices < (last + 1) * block_kv)
-            blocks = blocks + columns.sum(-1) / block_kv
-        return blocks, visible.expand_as(blocks)
 
     def to_blocks(self) -> Tensor:
         """bool ``[B|1, H, MB, NB]``: which blocks are listed, visible or not. Columns are no part of it."""
@@ -360,6 +348,36 @@ class BlockMask(Converters):
         from sparseattn.masks.flex import to_flex
 
         return to_flex(self, num_heads, self_contained=self_contained)
+
+    def to_block_sparse_tensors(self, num_heads: int | None = None, *, transposed: bool = False) -> dict[str, Any]:
+        """The fields of FlashAttention-4's ``BlockSparseTensorsTorch``: ``BlockSparseTensorsTorch(**fields)``.
+
+        Args:
+            num_heads: Query heads; lists are repeated to it as by :meth:`to_flex`.
+            transposed: Lists of query blocks for every key block, which its backward pass takes.
+
+        Returns:
+            ``mask_block_cnt`` int32 ``[B|1, H|1, MB]`` and ``mask_block_idx`` ``[..., K]``, blocks that the diagonal,
+            the window or an end cuts; ``full_block_cnt`` and ``full_block_idx``, whole ones; and ``block_size``. The
+            kernel hides tokens in the former as its own ``causal`` and ``window_size`` say: pass the mask's.
+
+        Raises:
+            ValueError: The mask has columns, or ``num_heads`` does not fit.
+        """
+        return to_block_sparse_tensors(self, num_heads, transposed=transposed)
+
+    def to_minference(self, num_heads: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The lists of MInference's vertical-slash kernel, tiles of 64 queries and runs of 64 keys.
+
+        Returns:
+            ``block_count`` int32 ``[B, H, tiles]``, ``block_offset`` ``[B, H, tiles, S]`` (first tokens of runs),
+            ``column_count`` ``[B, H, tiles]`` and ``column_index`` ``[B, H, tiles, C]``, 0 past the counts.
+
+        Raises:
+            ValueError: What the kernel cannot do: a mask that is not causal, a window, lengths that differ, blocks that
+                are no multiples of 64, columns behind the first row of their tile (found by waiting for the device).
+        """
+        return to_minference(self, num_heads)
 
     def plot(self, heads: Sequence[int] | None = None, *, batch: int = 0, path: str | None = None) -> Figure:
         """Draw the block maps of a few heads.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.masks.constructors import Constructors, Pair, Window, at_least_zero, make_frame
+from sparseattn.masks.engines import RUN, block_sparse_lists, minference_lists
 from sparseattn.masks.lists import compact, listed_entries, scatter_blocks
 from sparseattn.masks.visibility import Frame, visible_tokens
 
@@ -272,6 +273,79 @@ class Converters(Constructors):
         from sparseattn.masks.flex import from_flex
 
         return cls._build(*from_flex(block_mask, seqused_q, seqused_k)).trimmed()
+
+    @classmethod
+    def from_block_sparse_tensors(
+        cls,
+        tensors: Any,
+        *,
+        seq_lens: Pair,
+        block_size: Pair | None = None,
+        causal: bool = False,
+        window: Window | None = None,
+        seqused_q: Tensor | None = None,
+        seqused_k: Tensor | None = None,
+        validate: bool = True,
+    ) -> BlockMask:
+        """From FlashAttention-4's ``BlockSparseTensorsTorch`` (forward lists), or a dict of its fields.
+
+        Args:
+            tensors: ``mask_block_cnt``, ``mask_block_idx`` and, if any, ``full_block_cnt``, ``full_block_idx``; batch
+                and head dimensions may be 1. Lists need not ascend.
+            seq_lens: ``(Sq, Sk)`` or one length for both.
+            block_size: ``(block_q, block_kv)``; by default the tensors' own.
+            causal: What the kernel was told, which hides tokens in the partial blocks.
+            window: Likewise.
+            seqused_q: int32 [B] true query lengths.
+            seqused_k: int32 [B] true key lengths.
+            validate: Check the contents, which waits for the device.
+
+        Raises:
+            TypeError: Fields that are no int32 tensors.
+            ValueError: Shapes that do not fit; with ``validate`` also contents that do not, full blocks that ``causal``
+                or ``window`` would cut among them.
+        """
+        own = tensors.get("block_size") if isinstance(tensors, dict) else getattr(tensors, "block_size", None)
+        size = own if block_size is None else block_size
+        if size is None:
+            raise argument_error("block_size", "given where the tensors do not say", None)
+        counts = tensors.get("mask_block_cnt") if isinstance(tensors, dict) else tensors.mask_block_cnt
+        device = getattr(counts, "device", None)
+        frame = make_frame(seq_lens, size, causal, window, seqused_q, seqused_k, device)
+        return cls._build(*block_sparse_lists(tensors, frame, validate), frame)
+
+    @classmethod
+    def from_minference(
+        cls,
+        block_count: Tensor,
+        block_offset: Tensor,
+        column_count: Tensor,
+        column_index: Tensor,
+        *,
+        seq_lens: Pair,
+        superset: bool = False,
+    ) -> BlockMask:
+        """From the lists of MInference's vertical-slash kernel. Waits for the device.
+
+        Its runs of 64 keys start anywhere. Blocks of 64 that runs and columns cover are listed, and the keys left over
+        become columns, so the mask shows exactly what the kernel does (causally, also among its columns).
+
+        Args:
+            block_count: int32 ``[B, H, tiles]``, runs of every tile of 64 queries.
+            block_offset: int32 ``[B, H, tiles, S]``, their first tokens.
+            column_count: int32 ``[B, H, tiles]``.
+            column_index: int32 ``[B, H, tiles, C]``, tokens.
+            seq_lens: ``(Sq, Sk)`` or one length for both.
+            superset: List every block that a run touches instead; columns stay columns.
+
+        Raises:
+            TypeError: Lists that are not int32.
+            ValueError: Shapes that do not fit.
+        """
+        frame = make_frame(seq_lens, RUN, True, None, None, None, getattr(block_count, "device", None))
+        lists = (block_count, block_offset, column_count, column_index)
+        blocks, columns = minference_lists(lists, frame, superset)
+        return cls._build(*compact(blocks), frame).with_columns(columns, sort=True).trimmed()
 
 
 def _any_token(dense: Tensor, frame: Frame) -> Tensor:

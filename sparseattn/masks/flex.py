@@ -10,7 +10,7 @@ from torch import Tensor
 from sparseattn.errors import argument_error
 from sparseattn.masks.constructors import make_frame
 from sparseattn.masks.lists import compact, scatter_blocks
-from sparseattn.masks.visibility import Frame, full_range, in_range, visible_range
+from sparseattn.masks.visibility import Frame, full_range, in_range, uncut_blocks, visible_range
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -157,23 +157,9 @@ def _find_bounds(mask_mod: MaskMod, partial_blocks: Tensor, full_blocks: Tensor,
         found = frame._replace(causal=True, window=None if left is None else (left, None))
     else:
         found = frame._replace(window=(left, right))
-    if (full_blocks & ~_uncut(found)).any():
+    if (full_blocks & ~uncut_blocks(found)).any():
         raise error("full blocks that its mask_mod would cut")
     return found
-
-
-def _uncut(frame: Frame) -> Tensor:
-    """bool ``[B|1, 1, MB, NB]``: blocks whose tokens, as far as they exist, are neither past the diagonal nor outside
-    the window."""
-    (mb, nb), (block_q, block_kv) = frame.blocks, frame.block_size
-    sq, sk = (n[:, None, None] for n in frame.lengths())
-    top = torch.arange(mb, device=frame.device)[:, None] * block_q
-    start = torch.arange(nb, device=frame.device) * block_kv
-    nearest = start - (torch.minimum(top + block_q, sq) - 1 + sk - sq)
-    farthest = torch.minimum(start + block_kv, sk) - 1 - (top + sk - sq)
-    uncut = (top >= sq) | (start >= sk)
-    left, right = (max(frame.seq_lens) if bound is None else bound for bound in (frame.left, frame.right))
-    return uncut | ((nearest >= -left) & (farthest <= right))
 
 
 def _distances(mask_mod: MaskMod, partial_blocks: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:

@@ -127,3 +127,17 @@ def visible_tokens(frame: Frame) -> Tensor:
     if frame.right is not None:
         visible = visible & (distance <= frame.right)
     return visible.unsqueeze(1)
+
+
+def uncut_blocks(frame: Frame) -> Tensor:
+    """bool ``[B|1, 1, MB, NB]``: blocks whose tokens, as far as they exist, are neither past the diagonal nor outside
+    the window."""
+    (mb, nb), (block_q, block_kv) = frame.blocks, frame.block_size
+    sq, sk = (n[:, None, None] for n in frame.lengths())
+    top = torch.arange(mb, device=frame.device)[:, None] * block_q
+    start = torch.arange(nb, device=frame.device) * block_kv
+    nearest = start - (torch.minimum(top + block_q, sq) - 1 + sk - sq)
+    farthest = torch.minimum(start + block_kv, sk) - 1 - (top + sk - sq)
+    uncut = (top >= sq) | (start >= sk)
+    left, right = (max(frame.seq_lens) if bound is None else bound for bound in (frame.left, frame.right))
+    return uncut | ((nearest >= -left) & (farthest <= right))
