@@ -13,6 +13,7 @@ import vertical_slash_oracle as oracle
 from torch import Tensor
 
 from sparseattn.masks import BlockMask
+from sparseattn.ops.scores import flexprefill as flexprefill_operator
 from sparseattn.ops.scores import unsupported_reason
 from sparseattn.ops.scores.flexprefill import flexprefill_blocks
 from sparseattn.selectors import FlexPrefillConfig, configure, flexprefill
@@ -58,6 +59,15 @@ def test_tau_decides_and_zero_turns_it_off() -> None:
     k[:, 64:96] -= 1e4 * q[:, -32:].mean(1, keepdim=True)[:, :, ::2]
     assert flexprefill_blocks(q, k, tau=10.0, block_size=32)[2].all()
     assert flexprefill_blocks(q.float(), k.float(), tau=10.0, block_size=32)[2].all()
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-45, 1e-40])
+def test_the_divergence_is_finite_at_any_mass(tiny: float) -> None:
+    means, sizes = torch.tensor([[[[0.0], [-400.0]]]]), torch.tensor([[32, 32]])
+    distance = flexprefill_operator._distance(torch.ones(1, 1, 1, 1), means, torch.tensor([[[1.0, tiny]]]), sizes, 1.0)
+    torch.testing.assert_close(distance, torch.zeros(1, 1), rtol=0, atol=1e-6)
+    swapped = flexprefill_operator._distance(torch.ones(1, 1, 1, 1), means, torch.tensor([[[tiny, 1.0]]]), sizes, 1.0)
+    torch.testing.assert_close(swapped, torch.full((1, 1), math.log(2) ** 0.5))
 
 
 def test_a_slash_keeps_both_blocks_it_crosses() -> None:

@@ -20,8 +20,12 @@ from sparseattn.ops.scores.block_lists import ListPlan, Ranking
 from sparseattn.ops.scores.vertical_slash_triton import offline, precision
 
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
-_LENGTHS = ["num_rows", "num_cols", "visible_stride", "step", "shift", "width", "num_blocks", "steps", "last_stride"]
-_VIEWS = ["start_ptr", "end_ptr"]
+_LENGTHS = [
+    "num_rows", "num_cols", "visible_stride", "step", "shift", "width", "num_blocks", "steps", "last_stride",
+    "tokens_width",
+]  # fmt: skip
+# Views into larger tensors: aligned or not as the number of blocks has it.
+_VIEWS = ["start_ptr", "end_ptr", "vertical_ptr", "band_ptr", "mass_ptr", "mass_band_ptr"]
 _POOL_ROWS = 32  # rows of blocks that share a tile of means in the passes over all pairs
 _ALL: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 _POOLED: tl.constexpr = tl.constexpr(1)
@@ -196,7 +200,7 @@ def _planned(vertical_ptr, band_ptr, dense_ptr, head, rows, cols, visible, num_r
     return keep & seen
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
 def _row_top_kernel(
     mode_ptr, q_means_ptr, k_means_ptr, lse_ptr, mass_ptr, mass_band_ptr, vertical_ptr, band_ptr, dense_ptr,
     visible_ptr, top_ptr, cut_ptr, ties_ptr, num_rows, num_cols, visible_stride, scale,
@@ -241,7 +245,7 @@ def _row_top_kernel(
     tl.store(ties_ptr + at, top - above, mask=inside)
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
 def _lists_kernel(
     mode_ptr, q_means_ptr, k_means_ptr, lse_ptr, mass_ptr, mass_band_ptr, vertical_ptr, band_ptr, dense_ptr,
     visible_ptr, cut_ptr, ties_ptr, counts_ptr, indices_ptr, num_rows, num_cols, visible_stride, width, scale,

@@ -158,9 +158,9 @@ def _distance(q_mean: Tensor, k_means: Tensor, mass: Tensor, sizes: Tensor, scal
     middle = (estimate + mass) / 2
 
     def divergence(p: Tensor) -> Tensor:
-        # Where p is 0 it adds nothing; where p is positive so is the middle.
-        ratio = p / torch.where(p > 0, middle, 1.0)
-        return torch.special.xlogy(p, torch.where(p > 0, ratio, 1.0)).sum(-1)
+        # A ratio is at most 2; the smallest numbers have no half, and would be divided by 0.
+        ratio = torch.where(p > 0, p / middle.clamp(min=torch.finfo(p.dtype).tiny), 1.0).clamp(max=2.0)
+        return torch.special.xlogy(p, ratio).sum(-1)
 
     return ((divergence(estimate) + divergence(mass)) / 2).clamp(min=0).sqrt()
 
