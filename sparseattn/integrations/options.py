@@ -39,6 +39,8 @@ class AttentionOptions:
         layers: Options of single layers, flat: ``{3: {"method": "streaming"}, 4: {"tau": 0.1}}``.
         sliding_layers: What layers do whose sliding window hides keys: ``"dense"`` runs them by the windowed dense
             operator (already cheap: its cost is the window, not the prompt), ``"sparse"`` selects blocks as well.
+        mean_correction: Attend the blocks that the method skips by the means of their keys and values, as
+            ``block_sparse_attention`` defines it.
         impl: ``"auto"``, or the implementation that selector and operator must use.
     """
 
@@ -48,6 +50,7 @@ class AttentionOptions:
     dense_layers: tuple[int, ...] = ()
     layers: Mapping[int, Flat] = field(default_factory=dict)
     sliding_layers: str = DENSE
+    mean_correction: bool = False
     impl: str = "auto"
 
     def __post_init__(self) -> None:
@@ -57,6 +60,8 @@ class AttentionOptions:
             raise argument_error("min_seq_len", "an int of at least 1", repr(self.min_seq_len))
         if self.sliding_layers not in (DENSE, "sparse"):
             raise argument_error("sliding_layers", "'dense' or 'sparse'", repr(self.sliding_layers))
+        if not isinstance(self.mean_correction, bool):
+            raise argument_error("mean_correction", "True or False", repr(self.mean_correction))
         if self.impl not in IMPLS:
             raise argument_error("impl", f"one of {', '.join(IMPLS)}", repr(self.impl))
         object.__setattr__(self, "dense_layers", _layer_indices(self.dense_layers))

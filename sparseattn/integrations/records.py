@@ -54,7 +54,13 @@ class CallRecord:
     _attention: Stopwatch | None = field(default=None, repr=False)
 
     def run(
-        self, recorder: Recorder, device: torch.device, select: Select, attend: Attend, bounds: Bounds | None = None
+        self,
+        recorder: Recorder,
+        device: torch.device,
+        select: Select,
+        attend: Attend,
+        bounds: Bounds | None = None,
+        corrected: bool = False,
     ) -> Tensor:
         """Make the call this record is about, and note what the recorder asks for.
 
@@ -62,8 +68,9 @@ class CallRecord:
             recorder: Where the record goes.
             device: Of the tensors.
             select: Chooses the blocks; None for a call that is to run dense.
-            attend: ``attend(mask, return_lse=...)``, the operator on this call's tensors.
+            attend: ``attend(mask, return_lse=..., mean_correction=...)``, the operator on this call's tensors.
             bounds: ``recall_bounds`` of this call's tensors.
+            corrected: Means stand for skipped blocks in ``attend`` unless it is told otherwise. They are no recall.
 
         Returns:
             The attention output.
@@ -74,6 +81,8 @@ class CallRecord:
             out, lse = attention.run(lambda: attend(mask, return_lse=True))
             with torch.no_grad():
                 dense, dense_lse = attend(None, return_lse=True)
+                if corrected:
+                    _, lse = attend(mask, return_lse=True, mean_correction=False)
                 self._recall = torch.exp(-fidelity.deficit_from_lse(lse, dense_lse)).nanmean()
                 self._output_error = fidelity.relative_error(out, dense)
                 self.heads = fidelity.head_statistics(mask, lse, dense_lse, (out, dense))

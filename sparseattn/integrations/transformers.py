@@ -111,10 +111,10 @@ def attention_forward(
                 q, k, chosen.config, causal=causal, scale=scaling, layer=layer, impl=chosen.impl, **where.arguments
             )
 
-    def attend(mask: BlockMask | None, **more: Any) -> Any:
+    def attend(mask: BlockMask | None, mean_correction: bool = chosen.mean_correction, **more: Any) -> Any:
         return block_sparse_attention(
             q, k, v, mask, causal=causal, scale=scaling, window=window, softcap=softcap, sinks=s_aux,
-            impl=chosen.impl, **where.arguments, **more,
+            mean_correction=mean_correction, impl=chosen.impl, **where.arguments, **more,
         )  # fmt: skip
 
     def bounds(mask: BlockMask) -> fidelity.RecallBounds:
@@ -126,7 +126,8 @@ def attention_forward(
         out = attend(select() if reason is None else None)
     else:
         call = records.CallRecord(layer, chosen.method if reason is None else DENSE, q_len, k_len, reason)
-        out = call.run(recorder, q.device, select if reason is None else None, attend, bounds)
+        corrected = chosen.mean_correction
+        out = call.run(recorder, q.device, select if reason is None else None, attend, bounds, corrected)
     return out.view(query.shape[0], q_len, *out.shape[-2:]), None
 
 

@@ -87,6 +87,7 @@ def test_json_round_trip() -> None:
         "min_seq_len": 9,
         "impl": "reference",
         "sliding_layers": "sparse",
+        "mean_correction": True,
     }
     chosen = AttentionOptions.from_dict(json.loads(json.dumps(flat)))
     again = AttentionOptions.from_dict(json.loads(json.dumps(chosen.to_dict())))
@@ -114,6 +115,7 @@ def test_json_round_trip() -> None:
         ({"layers": {0: {"nonsense": 1}}}, r"layers\[0\]: expected options among .*got nonsense"),
         ({"layers": {0: {"num_sink_tokens": 1}}}, "of method 'landmark'.*got num_sink_tokens"),
         ({"sliding_layers": "window"}, "sliding_layers: expected 'dense' or 'sparse'"),
+        ({"mean_correction": 1}, "mean_correction: expected True or False"),
         ({"impl": "cuda"}, "impl: expected one of auto, .*triton, reference, got 'cuda'"),
     ],
 )

@@ -77,6 +77,22 @@ def test_sparse_prefill_skips_blocks_and_says_so(device: str) -> None:
         json.dumps(call.to_dict())
 
 
+def test_skipped_blocks_may_be_attended_by_their_means() -> None:
+    model = make_model("llama")
+    ids = stripes(model)
+    found = {}
+    for corrected in (False, True):
+        with (
+            hf.options(method="streaming", num_sink_tokens=64, num_local_tokens=64, mean_correction=corrected, **SHORT),
+            hf.record(fidelity=True) as calls,
+        ):
+            found[corrected] = model(ids).logits, calls
+    assert not torch.equal(found[True][0], found[False][0])
+    first = [found[corrected][1][0] for corrected in (False, True)]
+    assert first[0].recall == pytest.approx(first[1].recall)
+    assert first[0].output_error > first[1].output_error > 0
+
+
 def test_records_of_dense_calls() -> None:
     model = make_model("qwen3-sliding")
     ids = tokens(1, SEQ)
