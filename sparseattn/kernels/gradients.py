@@ -44,18 +44,19 @@ def tile_numbers_kernel(
 ):  # fmt: skip
     """One program: the row numbers of 64 query rows of one head, packed for one copy, and zeros for their dQ.
 
-    Grid (row tiles, heads, batch). Writes ``numbers`` float32 [heads * row_tiles, 2, 64]: the norm in base 2 (+inf past
-    the sequence's end) and delta; with ``ZERO`` zeros to ``sums`` float32 [heads * row_tiles, 64 * BLOCK_D].
+    Grid (heads, row tiles, batch): neighbours read the heads of the same tokens, which lie side by side. Writes
+    ``numbers`` float32 [heads * row_tiles, 2, 64]: the norm in base 2 (+inf past the sequence's end) and delta; with
+    ``ZERO`` zeros to ``sums`` float32 [heads * row_tiles, 64 * BLOCK_D].
     """
     b = tl.program_id(2)
-    head = tl.program_id(1)
+    head = tl.program_id(0)
     b64 = b.to(tl.int64)
     head64 = head.to(tl.int64)
     q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
-    m0 = tl.program_id(0) * 64
+    m0 = tl.program_id(1) * 64
     if m0 >= q_len:
         return
-    tile = head64 * row_tiles + first_query_tile(q_start, b, max_q, PACKED) + tl.program_id(0)
+    tile = head64 * row_tiles + first_query_tile(q_start, b, max_q, PACKED) + tl.program_id(1)
     if ZERO:
         offs = tl.arange(0, 4096)
         for part in tl.static_range(BLOCK_D // 64):
@@ -92,16 +93,16 @@ def dq_from_sums_kernel(
 ):  # fmt: skip
     """One program: 64 rows of dQ of one head, from the float32 sums in the order of wgmma's accumulators.
 
-    Grid (row tiles, heads, batch). A sum tile is BLOCK_D / 64 pieces of 64 columns; in a piece the numbers are ordered
+    Grid (heads, row tiles, batch). A sum tile is BLOCK_D / 64 pieces of 64 columns; in a piece the numbers are ordered
     [8 columns of 8, 4 warps, 8 rows, 4 threads, 2 halves of 8 rows, 2 columns].
     """
     b = tl.program_id(2)
-    head = tl.program_id(1)
+    head = tl.program_id(0)
     q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
-    m0 = tl.program_id(0) * 64
+    m0 = tl.program_id(1) * 64
     if m0 >= q_len:
         return
-    tile = head.to(tl.int64) * row_tiles + first_query_tile(q_start, b, max_q, PACKED) + tl.program_id(0)
+    tile = head.to(tl.int64) * row_tiles + first_query_tile(q_start, b, max_q, PACKED) + tl.program_id(1)
     sums = tl.load(sums_ptr + tile * (64 * BLOCK_D) + tl.arange(0, 64 * BLOCK_D))
     sums = tl.reshape(sums, (BLOCK_D // 64, 8, 4, 8, 4, 2, 2))
     dq = tl.reshape(tl.permute(sums, (2, 5, 3, 0, 1, 4, 6)), (64, BLOCK_D))

@@ -54,6 +54,7 @@ CASES = [
         ranges=(((0, 200), (3, 250)), ((9, 9), (0, 300)), ((50, 200), (20, 20))),
     ),
     _case("bhsd-view", layout="bhsd", batch=2),
+    _case("one-tile", seq=(40, 40), heads=(1, 1), mask_heads=1, dim=(64, 64), block=None),
     _case("wide-rows-one-head", layout="wide", heads=(1, 1), mask_heads=1, batch=2),
 ]  # fmt: skip
 

@@ -134,12 +134,12 @@ def backward(
     if not _copyable(do, g.packed):
         do = do.contiguous()
     numbers, sums, dsink = _row_numbers(do, dlse, q, v, o, lse, sinks, g, not deterministic)
-    _keys_pass(do, q, k, v, dq, dk, dv, numbers, sums, g, heads)
-    if deterministic:
+    _keys_pass(do, q, k, v, dk, dv, numbers, sums, g, heads)
+    if sums is None:
         _queries_pass(do, q, k, v, dq, numbers, g)
     else:
         tiles = triton.cdiv(g.max_q, 64)
-        dq_from_sums_kernel[(tiles, q.shape[-2], g.batch)](
+        dq_from_sums_kernel[(q.shape[-2], tiles, g.batch)](
             sums, dq, *_spans(g, lse)[:2], _strides(dq, g.packed), g.max_q, _row_tiles(q, g), g.scale,
             D=q.shape[-1], BLOCK_D=_padded(q, v), RAGGED_Q=ragged_q, PACKED=g.packed, num_warps=8, **LAUNCH,
         )  # fmt: skip
@@ -171,20 +171,19 @@ def _spans(g: Geometry, stand_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
 def _row_numbers(
     do: Tensor, dlse: Tensor | None, q: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks: Tensor | None, g: Geometry,
     zero: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Row numbers, zeroed float32 sums for dQ (if asked for), and each row's share of the sink's gradient."""
     heads = q.shape[-2]
     tiles = _row_tiles(q, g)
     block_d = _padded(q, v)
     numbers = torch.empty(heads * tiles * 128, dtype=torch.float32, device=q.device)
-    # The tensor map of a pass that adds nothing still wants memory.
-    sums = torch.empty(heads * tiles * 64 * block_d if zero else 4096, dtype=torch.float32, device=q.device)
+    sums = torch.empty(heads * tiles * 64 * block_d, dtype=torch.float32, device=q.device) if zero else None
     dsink = lse if sinks is None else torch.zeros_like(lse)
     rows = q.shape[0] if g.packed else q.shape[1]
-    tile_numbers_kernel[(triton.cdiv(g.max_q, 64), heads, g.batch)](
+    tile_numbers_kernel[(heads, triton.cdiv(g.max_q, 64), g.batch)](
         o, do, lse, lse if dlse is None else dlse.contiguous(), lse if sinks is None else sinks,
-        numbers, sums, dsink, *_spans(g, lse)[:2], _strides(o, g.packed), _strides(do, g.packed),
-        0 if g.packed else heads * rows, rows, g.max_q, tiles,
+        numbers, numbers if sums is None else sums, dsink, *_spans(g, lse)[:2],
+        _strides(o, g.packed), _strides(do, g.packed), 0 if g.packed else heads * rows, rows, g.max_q, tiles,
         DV=v.shape[-1], BLOCK_DV=max(16, triton.next_power_of_2(v.shape[-1])), BLOCK_D=block_d,
         SINKS=sinks is not None, DLSE=dlse is not None, ZERO=zero, RAGGED_Q=g.q_start is not None, PACKED=g.packed,
         num_warps=4, **LAUNCH,
@@ -208,18 +207,17 @@ def _reach(g: Geometry) -> tuple[int, int]:
 
 
 def _keys_pass(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, numbers: Tensor, sums: Tensor,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, numbers: Tensor, sums: Tensor | None,
     g: Geometry, heads: int | None,
 ) -> None:  # fmt: skip
-    """dK and dV, and dQ's sums unless ``sums`` is too small to hold any."""
+    """dK and dV, and dQ's float32 sums where they are asked for."""
     heads_q, heads_k = q.shape[-2], k.shape[-2]
     group = heads_q // heads_k
     block_d = _padded(q, v)
     processors = _processors(q)
-    with_dq = sums.numel() == numbers.numel() // 2 * block_d
     if heads is None:
         tiles = g.batch * heads_k * triton.cdiv(g.max_k, 128)
-        heads = heads_per_program(group, tiles, processors, g.kv_num_blocks is None) if with_dq else group
+        heads = heads_per_program(group, tiles, processors, g.kv_num_blocks is None) if sums is not None else group
     parts = group // heads
     dk_part, dv_part = dk, dv
     if parts > 1:
@@ -239,6 +237,8 @@ def _keys_pass(
     )  # fmt: skip
     q_map, do_map, k_map, v_map = _maps(q, k, v, do, 64, block_d)
     numbers_map = TensorDescriptor(numbers, [numbers.numel()], [1], [128], NVMMASharedLayout(0, 32, 1))
+    with_dq = sums is not None
+    sums = numbers if sums is None else sums  # a tensor map wants memory, even of a pass that adds nothing
     sums_map = TensorDescriptor(sums, [sums.numel() // 128, 128], [128, 1], [32, 128], NVMMASharedLayout(0, 32, 2))
     _, indices, *strides = lists or (records, records, 0, 0, 0)
     factor, cap = _score_factors(g)
