@@ -107,7 +107,7 @@ class Curve:
         self._measure, self._knob = measure, knob
         self._points: dict[float, tuple[float, float]] = {}  # value: (position, measured)
 
-    def find(self, target: float, tolerance: float = 0.03, steps: int = 10) -> Found:
+    def find(self, target: float, tolerance: float = 0.05, steps: int = 10) -> Found:
         """The value that comes closest to a target.
 
         Where even an end of the knob misses the target (blocks a method always keeps, say), the end is what is found:

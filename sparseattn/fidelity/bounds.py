@@ -14,8 +14,8 @@ from sparseattn.masks import BlockMask
 from sparseattn.masks.visibility import Frame, in_range, visible_range
 from sparseattn.ops.sequences import resolve_sequences
 
-# Scores that exist at a time: 64 MB of float32.
-_SCORES = 1 << 24
+# Scores that exist at a time: 64 MB of float32 on a GPU, a cache's worth on a CPU.
+_SCORES, _SCORES_CPU = 1 << 24, 1 << 18
 
 
 class RecallBounds(NamedTuple):
@@ -49,28 +49,33 @@ def block_mass(
     (block_q, block_kv), (sq, sk) = frame.block_size, (q.shape[0], k.shape[0])
     rows, columns = -(-sq // block_q), -(-sk // block_kv)
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    keys, factor = k.to(work).T, q.shape[-1] ** -0.5 if scale is None else scale
-    position = torch.arange(sk, device=q.device)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    queries, keys = q.to(work) * factor, k.to(work).T.contiguous()
     mass = torch.zeros(rows, columns, dtype=torch.float64, device=q.device)
     seen = torch.zeros((), dtype=torch.float64, device=q.device)
-    step = max(1, _SCORES // max(1, block_q * sk))
+    step = max(1, (_SCORES_CPU if q.device.type == "cpu" else _SCORES) // max(1, block_q * sk))
     for first in range(0, rows, step):
-        chunk = q[first * block_q : (first + step) * block_q].to(work)
-        at = torch.arange(len(chunk), device=q.device) + first * block_q + sk - sq
-        distance = position[None, :] - at[:, None]
-        visible = torch.ones_like(distance, dtype=torch.bool)
+        top, end = first * block_q, min(sq, (first + step) * block_q)
+        # Only the blocks of keys that some row of the chunk may see.
+        low = 0 if frame.left is None else max(0, top + sk - sq - frame.left) // block_kv
+        high = sk if frame.right is None else max(0, min(sk, end + sk - sq + frame.right))
+        if high <= low * block_kv:
+            continue
+        at = torch.arange(top, end, device=q.device)[:, None] + sk - sq
+        position = torch.arange(low * block_kv, high, device=q.device)[None, :]
+        visible = torch.ones((), dtype=torch.bool, device=q.device)
         if frame.left is not None:
-            visible &= distance >= -frame.left
+            visible = visible & (position >= at - frame.left)
         if frame.right is not None:
-            visible &= distance <= frame.right
-        scores = chunk @ keys * factor
+            visible = visible & (position <= at + frame.right)
+        scores = queries[top:end] @ keys[:, low * block_kv : high]
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         # Rows that see nothing have NaN for weights: they have no mass.
         weights = scores.masked_fill_(~visible, -math.inf).softmax(-1).nan_to_num_(0.0)
-        seen += visible.any(-1).sum()
-        blocks = _sum_runs(weights, block_kv).double()
-        mass[first : first + step] = _sum_runs(blocks.T, block_q).T
+        seen += visible.expand_as(weights).any(-1).sum()
+        blocks = _sum_runs(_sum_runs(weights, block_kv).double().T, block_q).T
+        mass[first : first + step, low : low + blocks.shape[1]] = blocks
     return mass, seen
 
 
