@@ -34,11 +34,16 @@ _VIEWS = ["q_start_ptr", "q_end_ptr", "k_start_ptr", "k_end_ptr", "scores_ptr"]
 
 
 class Tiles(NamedTuple):
-    """Pages of a step of ``_pooled_scores_kernel``; warps and pipeline stages."""
+    """Pages of a step of ``_pooled_scores_kernel``; warps and pipeline stages; head dimensions of a product.
+
+    ``step`` 0 keeps whole queries at hand; otherwise they are read anew for every step of pages, so many dimensions at
+    a time, where whole ones would not fit (float32 products take several times the shared memory).
+    """
 
     block_n: int
     num_warps: int
     num_stages: int
+    step: int = 0
 
 
 @triton.jit
@@ -95,23 +100,55 @@ def _pool_kernel(
 
 
 @triton.jit
+def _queries(q_rows, inside, d, stride_d, D: tl.constexpr, WIDTH: tl.constexpr, BOUND: tl.constexpr):
+    """Dimensions ``d .. d + WIDTH`` of queries ``[BLOCK_M, WIDTH]``; BOUND: what is above 0, and what is below."""
+    offs_d = d + tl.arange(0, WIDTH)
+    mask = inside[:, None] & (offs_d < D)[None, :]
+    q = tl.load(q_rows[:, None] + offs_d[None, :] * stride_d, mask=mask, other=0.0)
+    q_low = q
+    if BOUND:
+        zero = tl.zeros(q.shape, q.dtype)
+        q_low = tl.where(q < zero, q, zero)  # tl.minimum would make float32 of bfloat16 in older releases
+        q = tl.where(q > zero, q, zero)
+    return q, q_low
+
+
+@triton.jit
+def _product(
+    acc, q, q_low, high_ptr, low_ptr, offs_n, pages, d, stride_row, stride_d,
+    D: tl.constexpr, WIDTH: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``acc`` plus the product of queries and pages over the dimensions ``d .. d + WIDTH``."""
+    offs_d = d + tl.arange(0, WIDTH)
+    offs = offs_n.to(tl.int64)[None, :] * stride_row + offs_d[:, None] * stride_d
+    inside = (offs_n < pages)[None, :]
+    if D % WIDTH != 0:
+        inside = inside & (offs_d < D)[:, None]
+    high = tl.load(high_ptr + offs, mask=inside, other=0.0)  # [WIDTH, BLOCK_N]
+    acc = tl.dot(q, high, acc, input_precision=PRECISION)
+    if BOUND:
+        low = tl.load(low_ptr + offs, mask=inside, other=0.0)
+        acc = tl.dot(q_low, low, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def _logits(
-    q, q_low, high_ptr, low_ptr, n, pages, limit, stride_row, stride_d, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
+    q, q_low, q_rows, rows_inside, high_ptr, low_ptr, n, pages, limit, stride_qd, stride_row, stride_d, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BOUND: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Logits (base 2) of a query tile against pages ``n .. n + BLOCK_N``; MASKED: -inf from each row's ``limit`` on."""
     offs_n = n + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs = offs_n.to(tl.int64)[None, :] * stride_row + offs_d[:, None] * stride_d
-    inside = (offs_n < pages)[None, :]
-    if D != BLOCK_D:
-        inside = inside & (offs_d < D)[:, None]
-    high = tl.load(high_ptr + offs, mask=inside, other=0.0)  # [BLOCK_D, BLOCK_N]
-    s = tl.dot(q, high, input_precision=PRECISION)
-    if BOUND:
-        low = tl.load(low_ptr + offs, mask=inside, other=0.0)
-        s = tl.dot(q_low, low, s, input_precision=PRECISION)
+    s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if STEP == 0:
+        s = _product(s, q, q_low, high_ptr, low_ptr, offs_n, pages, 0, stride_row, stride_d,
+                     D, BLOCK_D, BOUND, PRECISION)  # fmt: skip
+    else:
+        for d in range(0, D, STEP):
+            q_part, low_part = _queries(q_rows, rows_inside, d, stride_qd, D, STEP, BOUND)
+            s = _product(s, q_part, low_part, high_ptr, low_ptr, offs_n, pages, d, stride_row, stride_d,
+                         D, STEP, BOUND, PRECISION)  # fmt: skip
     s *= scale * LOG2E
     if MASKED:
         s = tl.where(offs_n[None, :] < limit[:, None], s, float("-inf"))
@@ -164,7 +201,7 @@ def _pooled_scores_kernel(
     PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, PACKED: tl.constexpr,
     BOUND: tl.constexpr, ROW_SOFTMAX: tl.constexpr, MAX: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Scores of one query block against every block it sees. Grid (query blocks of the chunk, Hq, B).
 
@@ -181,22 +218,17 @@ def _pooled_scores_kernel(
     q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
     k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, RAGGED_K)
     rows = (first_block + m_block) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
+    inside = rows < q_len
     q_base = q_ptr + b.to(tl.int64) * stride_q[0] + h.to(tl.int64) * stride_q[2]
-    q_ptrs = q_base + (q_start + rows).to(tl.int64)[:, None] * stride_q[1] + offs_d[None, :] * stride_q[3]
-    q = tl.load(q_ptrs, mask=(rows < q_len)[:, None] & (offs_d < D)[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
-    q_low = q
-    if BOUND:
-        zero = tl.zeros([BLOCK_M, BLOCK_D], q.dtype)
-        q_low = tl.where(q < zero, q, zero)  # tl.minimum would make float32 of bfloat16 in older releases
-        q = tl.where(q > zero, q, zero)
+    q_rows = q_base + (q_start + rows).to(tl.int64) * stride_q[1]
+    q, q_low = _queries(q_rows, inside, 0, stride_q[3], D, BLOCK_D if STEP == 0 else STEP, BOUND)
 
     # Pages that each row sees are those before its limit.
     pages = (k_len + PAGE - 1) // PAGE
     limit = tl.zeros([BLOCK_M], tl.int32) + pages
     if CAUSAL:
         limit = tl.maximum(rows + (k_len - q_len + 1), 0) // PAGE
-    limit = tl.where(rows < q_len, limit, 0)
+    limit = tl.where(inside, limit, 0)
     whole = tl.min(limit) // BLOCK_N * BLOCK_N
     seen = tl.max(limit)
     if PAGE == 1:
@@ -213,12 +245,12 @@ def _pooled_scores_kernel(
         m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         for n in range(0, whole, BLOCK_N):
-            s = _logits(q, q_low, high_ptr, low_ptr, n, pages, limit, stride_f[0], stride_f[2], scale,
-                        D, BLOCK_D, BLOCK_N, BOUND, PRECISION, False)  # fmt: skip
+            s = _logits(q, q_low, q_rows, inside, high_ptr, low_ptr, n, pages, limit, stride_q[3], stride_f[0],
+                        stride_f[2], scale, D, BLOCK_D, STEP, BLOCK_M, BLOCK_N, BOUND, PRECISION, False)  # fmt: skip
             m_i, l_i = _running_lse(s, m_i, l_i)
         for n in range(whole, seen, BLOCK_N):
-            s = _logits(q, q_low, high_ptr, low_ptr, n, pages, limit, stride_f[0], stride_f[2], scale,
-                        D, BLOCK_D, BLOCK_N, BOUND, PRECISION, True)  # fmt: skip
+            s = _logits(q, q_low, q_rows, inside, high_ptr, low_ptr, n, pages, limit, stride_q[3], stride_f[0],
+                        stride_f[2], scale, D, BLOCK_D, STEP, BLOCK_M, BLOCK_N, BOUND, PRECISION, True)  # fmt: skip
             m_i, l_i = _running_lse(s, m_i, l_i)
         z = tl.where(l_i > 0, m_i + tl.log2(tl.where(l_i > 0, l_i, 1.0)), 0.0)
 
@@ -227,15 +259,15 @@ def _pooled_scores_kernel(
     scores_ptr += b.to(tl.int64) * scores_stride_b + h.to(tl.int64) * scores_stride_h
     scores_ptr += m_block.to(tl.int64) * scores_pitch
     for n in range(0, whole, BLOCK_N):
-        s = _logits(q, q_low, high_ptr, low_ptr, n, pages, limit, stride_f[0], stride_f[2], scale,
-                    D, BLOCK_D, BLOCK_N, BOUND, PRECISION, False)  # fmt: skip
+        s = _logits(q, q_low, q_rows, inside, high_ptr, low_ptr, n, pages, limit, stride_q[3], stride_f[0],
+                    stride_f[2], scale, D, BLOCK_D, STEP, BLOCK_M, BLOCK_N, BOUND, PRECISION, False)  # fmt: skip
         if ROW_SOFTMAX:
             s -= z[:, None]
         block = n // PER_BLOCK + tl.arange(0, BLOCKS)
         tl.store(scores_ptr + block, _aggregate(s, count, BLOCK_M, BLOCK_N, PER_BLOCK, MAX), mask=block < visible)
     for n in range(whole, visible * PER_BLOCK, BLOCK_N):
-        s = _logits(q, q_low, high_ptr, low_ptr, n, pages, limit, stride_f[0], stride_f[2], scale,
-                    D, BLOCK_D, BLOCK_N, BOUND, PRECISION, True)  # fmt: skip
+        s = _logits(q, q_low, q_rows, inside, high_ptr, low_ptr, n, pages, limit, stride_q[3], stride_f[0],
+                    stride_f[2], scale, D, BLOCK_D, STEP, BLOCK_M, BLOCK_N, BOUND, PRECISION, True)  # fmt: skip
         if ROW_SOFTMAX:
             s -= z[:, None]
         block = n // PER_BLOCK + tl.arange(0, BLOCKS)
@@ -272,23 +304,26 @@ def _group_kernel(
 
 
 def config_for(dtype: torch.dtype, head_dim: int, page_size: int, bound: bool, capability: tuple[int, int]) -> Tiles:
-    """Tiles by GPU generation: two feature tiles ("bound"), float32 and wide heads leave room for fewer pages."""
+    """Tiles by GPU generation."""
     wide = head_dim > 128
+    if dtype == torch.float32:
+        return Tiles(64, 8, 1, 32)
+    if wide and (bound or page_size == 1):
+        return Tiles(64, 8, 2, 64)
     if page_size == 1:
         return Tiles(128, 8, 2)  # a step must hold the keys of a whole block
-    if dtype == torch.float32:
-        return Tiles(128 // page_size if page_size <= 4 else 32, 8, 2)
     if capability[0] >= 9:
         # Small enough for two programs a processor: one's exponentials, as many as its products take cycles, run beside
         # the other's products.
         return Tiles(64, 8, 2 if wide or bound else 3)
-    return Tiles(64 if not wide else 32, 8, 2)
+    return Tiles(32 if wide else 64, 8, 2)
 
 
 def _tiles(q: Tensor, p: PooledProblem) -> Tiles:
     per_block = p.block_size // p.page_size
     if not q.is_cuda:
-        return Tiles(max(32, per_block), 1, 1)  # the interpreter: small tiles reach every branch at small shapes
+        # The interpreter: small tiles reach every branch at small shapes.
+        return Tiles(max(32, per_block), 1, 1, 16 if q.shape[-1] > 32 else 0)
     capability = torch.cuda.get_device_capability(q.device)
     tiles = config_for(q.dtype, q.shape[-1], p.page_size, p.feature == "bound", capability)
     return tiles._replace(block_n=max(tiles.block_n, per_block))
@@ -347,8 +382,8 @@ def _score(
         PAGE=p.page_size, PER_BLOCK=p.block_size // p.page_size, GROUP=heads // kv_heads, D=d, BLOCK_D=_padded(d),
         CAUSAL=p.causal, RAGGED_Q=s.q_start is not None, RAGGED_K=s.k_start is not None, PACKED=s.packed,
         BOUND=p.feature == "bound", ROW_SOFTMAX=p.row_softmax, MAX=p.aggregate == "max",
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", BLOCK_M=p.block_size, BLOCK_N=tiles.block_n,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **LAUNCH,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", STEP=tiles.step, BLOCK_M=p.block_size,
+        BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **LAUNCH,
     )  # fmt: skip
 
 
@@ -408,19 +443,26 @@ def compile_cases() -> list[
 ]:
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
     cases = []
-    variants = (("mean", 128, 128, False, False), ("bound", 16, 128, False, False), ("exact", 1, 128, True, True),
-                ("bound", 32, 64, True, True), ("mean", 64, 64, True, False))  # fmt: skip
+    variants = (
+        ("mean", 128, 128, False, False, torch.bfloat16),
+        ("bound", 16, 128, False, False, torch.bfloat16),
+        ("exact", 1, 128, True, True, torch.bfloat16),
+        ("bound", 16, 128, False, False, torch.float32),
+    )
     for major in (8, 9):
-        for feature, page, block, softmax, maximum in variants:
+        for feature, page, block, softmax, maximum, dtype in variants:
             bound, per_block = feature == "bound", block // page
-            tiles = config_for(torch.bfloat16, 128, page, bound, (major, 0))
+            tiles = config_for(dtype, 128, page, bound, (major, 0))
             constants = {
                 "PAGE": page, "PER_BLOCK": per_block, "GROUP": 4, "D": 128, "BLOCK_D": 128, "CAUSAL": True,
                 "RAGGED_Q": maximum, "RAGGED_K": maximum, "PACKED": maximum, "BOUND": bound, "ROW_SOFTMAX": softmax,
-                "MAX": maximum, "PRECISION": "tf32", "BLOCK_M": block, "BLOCK_N": max(tiles.block_n, per_block),
+                "MAX": maximum, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", "STEP": tiles.step,
+                "BLOCK_M": block, "BLOCK_N": max(tiles.block_n, per_block),
             }  # fmt: skip
-            name = f"pooled-{feature}{page}-block{block}{'-softmax' * softmax}-sm{major}0"
-            cases.append((name, *_offline(_pooled_scores_kernel, constants), tiles.num_warps, tiles.num_stages))
+            kind = "-fp32" if dtype == torch.float32 else "-softmax" * softmax
+            offline = _offline(_pooled_scores_kernel, constants, "*fp32" if dtype == torch.float32 else "*bf16")
+            name = f"pooled-{feature}{page}-block{block}{kind}-sm{major}0"
+            cases.append((name, *offline, tiles.num_warps, tiles.num_stages))
     for bound in (False, True):
         constants = {
             "PAGE": 16 if bound else 128, "KEYS": _POOL_KEYS, "D": 128, "BLOCK_D": 128, "BOUND": bound,
@@ -431,8 +473,8 @@ def compile_cases() -> list[
     return cases
 
 
-def _offline(function: object, constants: dict[str, object]) -> tuple[object, dict, dict, dict]:
-    """Signature, constexprs and attributes of a bfloat16 call with contiguous tensors."""
+def _offline(function: object, constants: dict[str, object], inputs: str = "*bf16") -> tuple[object, dict, dict, dict]:
+    """Signature, constexprs and attributes of a call with contiguous tensors."""
     signature: dict[str, object] = {}
     constexprs: dict[object, object] = {}
     attributes: dict[object, object] = {}
@@ -447,8 +489,8 @@ def _offline(function: object, constants: dict[str, object]) -> tuple[object, di
             attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(size - 1)}
         elif param.name.endswith("_ptr"):
             index = param.name == "visible_ptr" or "start" in param.name or "end" in param.name
-            half = param.name in ("q_ptr", "k_ptr", "high_ptr", "low_ptr")
-            signature[param.name] = "*bf16" if half else "*i32" if index else "*fp32"
+            is_input = param.name in ("q_ptr", "k_ptr", "high_ptr", "low_ptr")
+            signature[param.name] = inputs if is_input else "*i32" if index else "*fp32"
             if param.name not in _VIEWS:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         else:

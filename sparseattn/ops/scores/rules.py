@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.ops.scores.api import IMPLEMENTATIONS, check_threshold, thresholds_on
+from sparseattn.ops.scores.api import IMPLEMENTATIONS, check_threshold
 from sparseattn.ops.scores.rules_problem import ListBounds, Rule, check_rule, log_threshold
 
 
@@ -88,7 +88,7 @@ def choose_blocks(
     if recent is None:
         recent = visible
     name = choose_impl(impl, scores)
-    values = thresholds_on(scores.device, log_threshold(chosen))
+    values = torch.tensor(log_threshold(chosen), dtype=torch.float32, device=scores.device)
     bounds = ListBounds(visible, recent, num_sink_blocks)
     return module(name).choose(scores.detach(), chosen, values, bounds, columns)
 
