@@ -25,7 +25,8 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 SKIPPED = {
     "newest": "",
     "oldest": r"-dense-|64x64|192x128|256x256|-ragged|(-plain|cells-64|cells-96).*/100|"
-    r"landmark.*/(80|100)|landmark_score-(all|fp8)",
+    r"landmark.*/(80|100)|landmark_score-(all|fp8)|"
+    r"(last-query|row-lse|descend|row-top|block-lists).*/(80|100)|query-mass.*fp32|descend-last",
 }
 
 # The most bytes that a thread may spill, by name/target; the first pattern that fits counts. A few registers around a
