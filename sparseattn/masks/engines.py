@@ -43,6 +43,13 @@ def to_block_sparse_tensors(mask: BlockMask, num_heads: int | None, *, transpose
     return {**dict(zip(_FIELDS, tensors, strict=True)), "block_size": mask.block_size}
 
 
+def _int32(name: str, t: object) -> Tensor:
+    if not isinstance(t, Tensor) or t.dtype != torch.int32:
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise argument_error(name, "an int32 tensor", got, kind=TypeError)
+    return t
+
+
 def block_sparse_lists(tensors: Any, frame: Frame, validate: bool) -> tuple[Tensor, Tensor]:
     """Counts ``[B|1, H, MB]`` and lists ``[B|1, H, MB, NB]`` of FlashAttention-4's tensors, partial and full united."""
 
@@ -56,10 +63,8 @@ def block_sparse_lists(tensors: Any, frame: Frame, validate: bool) -> tuple[Tens
         if counts is None and indices is None and kind == "full":
             kinds.append(torch.zeros_like(kinds[0]))
             continue
+        counts, indices = _int32(f"{kind}_block_cnt", counts), _int32(f"{kind}_block_idx", indices)
         for name, t, rank in ((f"{kind}_block_cnt", counts, 3), (f"{kind}_block_idx", indices, 4)):
-            if not isinstance(t, Tensor) or t.dtype != torch.int32:
-                got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-                raise argument_error(name, "an int32 tensor", got, kind=TypeError)
             if t.dim() != rank or t.shape[2] != mb:
                 raise argument_error(name, f"{rank} dimensions, the third {mb} query blocks", f"shape {tuple(t.shape)}")
         lead = torch.broadcast_shapes(counts.shape, indices.shape[:3])
@@ -120,10 +125,8 @@ def minference_lists(
     """Blocks bool ``[B, H, MB, NB]`` and columns int32 ``[B, H, MB, C]`` (unsorted, repeated) of MInference's lists."""
     names = ("block_count", "block_offset", "column_count", "column_index")
     mb, nb = frame.blocks
-    for name, t, rank in zip(names, tensors, (3, 4, 3, 4), strict=True):
-        if not isinstance(t, Tensor) or t.dtype != torch.int32:
-            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise argument_error(name, "an int32 tensor", got, kind=TypeError)
+    for name, given, rank in zip(names, tensors, (3, 4, 3, 4), strict=True):
+        t = _int32(name, given)
         if t.dim() != rank or t.shape[2] != mb or t.shape[:2] != tensors[0].shape[:2]:
             expected = f"{rank} dimensions [B, H, {mb}, ...], alike in all four"
             raise argument_error(name, expected, f"shape {tuple(t.shape)}")

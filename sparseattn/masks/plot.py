@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparseattn.errors import argument_error
+from sparseattn.masks.columns import scatter_columns
 from sparseattn.masks.visibility import in_range, visible_range
 
 if TYPE_CHECKING:
@@ -41,8 +42,12 @@ def plot_mask(mask: BlockMask, heads: Sequence[int] | None, *, batch: int, path:
 
     frame = mask.frame
     visible = in_range(visible_range(frame), mask.num_kv_blocks)
-    # 0: hidden by causality, window or length; 1: visible and skipped; 2: selected.
-    levels = (visible.int() + (mask.to_blocks() & visible).int()).expand(mask.batch, mask.heads, -1, -1)
+    # 0: hidden by causality, window or length; 1: visible and skipped; 2: selected; 3: skipped but for single columns.
+    levels = visible.int() + (mask.to_blocks() & visible).int()
+    if mask.column_indices is not None:
+        columns = scatter_columns(mask.column_indices, mask.num_kv_blocks, mask.block_size[1])
+        levels = torch.where(columns & (levels == 1), 3, levels)
+    levels = levels.expand(mask.batch, mask.heads, -1, -1)
     levels = levels[batch, torch.tensor(heads, device=mask.device)].cpu()
     densities = mask.densities()[batch].tolist()
 
@@ -50,10 +55,10 @@ def plot_mask(mask: BlockMask, heads: Sequence[int] | None, *, batch: int, path:
     rows = -(-len(heads) // columns)
     figure = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    colors = ListedColormap(["#e4e4e7", "#ffffff", "#1d4ed8"])
+    colors = ListedColormap(["#e4e4e7", "#ffffff", "#1d4ed8", "#93c5fd"])
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, head, level in zip(axes, heads, levels, strict=False):
-        axis.imshow(level.numpy(), cmap=colors, vmin=0, vmax=2, interpolation="nearest", aspect="auto")
+        axis.imshow(level.numpy(), cmap=colors, vmin=0, vmax=3, interpolation="nearest", aspect="auto")
         axis.set_title(f"head {head}: density {100 * densities[head]:.1f} %", fontsize=9)
         axis.set_xlabel(f"key block ({mask.block_size[1]} tokens)", fontsize=8)
         axis.set_ylabel(f"query block ({mask.block_size[0]} tokens)", fontsize=8)

@@ -21,6 +21,10 @@ def test_draws_heads_with_their_density(tmp_path):
     # 0 hidden, 1 skipped, 2 selected.
     assert figure.axes[0].images[0].get_array().tolist() == [[2, 0, 0, 0], [2, 1, 0, 0], [2, 1, 1, 0], [2, 1, 1, 1]]
     assert path.stat().st_size > 1000
+    # 3 skipped but for columns.
+    figure = mask.with_columns(torch.tensor([3, 20], dtype=torch.int32)).plot([0, 1])
+    assert figure.axes[0].images[0].get_array().tolist() == [[2, 0, 0, 0], [2, 3, 0, 0], [2, 3, 1, 0], [2, 3, 1, 1]]
+    assert figure.axes[1].images[0].get_array().tolist() == [[3, 0, 0, 0], [3, 3, 0, 0], [3, 3, 1, 0], [3, 3, 1, 1]]
 
 
 def test_wraps_many_heads_and_shares_one():
