@@ -45,8 +45,8 @@ def plot_mask(mask: BlockMask, heads: Sequence[int] | None, *, batch: int, path:
     # 0: hidden by causality, window or length; 1: visible and skipped; 2: selected; 3: skipped but for single columns.
     levels = visible.int() + (mask.to_blocks() & visible).int()
     if mask.column_indices is not None:
-        columns = scatter_columns(mask.column_indices, mask.num_kv_blocks, mask.block_size[1])
-        levels = torch.where(columns & (levels == 1), 3, levels)
+        lone = scatter_columns(mask.column_indices, mask.num_kv_blocks, mask.block_size[1])
+        levels = torch.where(lone & (levels == 1), 3, levels)
     levels = levels.expand(mask.batch, mask.heads, -1, -1)
     levels = levels[batch, torch.tensor(heads, device=mask.device)].cpu()
     densities = mask.densities()[batch].tolist()
