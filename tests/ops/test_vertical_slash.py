@@ -218,11 +218,15 @@ def test_triton_block_means(triton_device: str) -> None:
     )
     x = torch.randn(2, 100, 3, 24, device=triton_device)
     start, end = (torch.tensor(n, device=triton_device) for n in ([0, 30], [100, 75]))
-    expected = reference.block_means(x.double(), start, end, False, 32, 4)
-    torch.testing.assert_close(expected[1, 2, 1], x[1, 62:75, 2].double().mean(0))
-    torch.testing.assert_close(
-        kernels.block_means(x, start, end, False, 32, 4).double(), expected, rtol=1e-5, atol=1e-6
-    )
+    expected = reference.block_means(x.double(), start, end, False, 64, 2)
+    torch.testing.assert_close(expected[0, 2, 1], x[0, 64:, 2].double().mean(0))
+    torch.testing.assert_close(expected[1, 1, 0], x[1, 30:75, 1].double().mean(0))
+    assert (expected[1, :, 1] == 0).all()
+    got = kernels.block_means(x, start, end, False, 64, 2)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+    wanted = torch.tensor([[True, False, True]], device=triton_device)
+    some = kernels.block_means(x, start, end, False, 64, 2, wanted)
+    assert torch.equal(some[:, ::2], got[:, ::2])
 
 
 def test_bad_arguments() -> None:

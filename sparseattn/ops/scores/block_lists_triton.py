@@ -34,7 +34,7 @@ _POOLED: tl.constexpr = tl.constexpr(1)
 @triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
 def _means_kernel(
     x_ptr, means_ptr, start_ptr, end_ptr, wanted_ptr, stride_x, num_blocks,
-    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, SOME: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """Mean of one block of rows -> float32 ``means [B, H, num_blocks, D]``. Grid (num_blocks, H, B)."""
     n = tl.program_id(0)
@@ -45,12 +45,16 @@ def _means_kernel(
             return
     first = tl.load(start_ptr + b) + n * BLOCK
     count = tl.minimum(tl.load(end_ptr + b) - first, BLOCK)
-    offs = tl.arange(0, BLOCK)
+    offs = tl.arange(0, STEP)
     offs_d = tl.arange(0, BLOCK_D)
     base = x_ptr + b.to(tl.int64) * stride_x[0] + h.to(tl.int64) * stride_x[2]
     ptrs = base + (first + offs).to(tl.int64)[:, None] * stride_x[1] + offs_d[None, :] * stride_x[3]
-    rows = tl.load(ptrs, mask=(offs < count)[:, None] & (offs_d < D)[None, :], other=0.0)
-    mean = tl.sum(rows.to(tl.float32), 0) / tl.maximum(count, 1).to(tl.float32)
+    sums = tl.zeros([STEP, BLOCK_D], tl.float32)
+    for r in range(0, BLOCK, STEP):
+        inside = (r + offs < count)[:, None] & (offs_d < D)[None, :]
+        sums += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+        ptrs += STEP * stride_x[1]
+    mean = tl.sum(sums, 0) / tl.maximum(count, 1).to(tl.float32)
     block = (b.to(tl.int64) * tl.num_programs(1) + h) * num_blocks + n
     tl.store(means_ptr + block * D + offs_d, mean, mask=offs_d < D)
 
@@ -344,8 +348,8 @@ def block_means(
         _means_kernel[(num_blocks, heads, start.shape[0])](
             x, means, start.int().contiguous(), end.int().contiguous(),
             None if wanted is None else wanted.expand(means.shape[:2]).int().contiguous(), stride, num_blocks,
-            D=head_dim, BLOCK=block_size, BLOCK_D=triton.next_power_of_2(head_dim), SOME=wanted is not None,
-            num_warps=4, **LAUNCH,
+            D=head_dim, BLOCK=block_size, STEP=min(block_size, 32), BLOCK_D=triton.next_power_of_2(head_dim),
+            SOME=wanted is not None, num_warps=4, **LAUNCH,
         )  # fmt: skip
     return means
 
@@ -459,7 +463,9 @@ def compile_cases() -> list[tuple[str, object, dict, dict, dict, int, int]]:
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
     floats = ("q_means_ptr", "k_means_ptr", "lse_ptr", "mass_ptr", "mass_band_ptr", "need_ptr", "histogram_ptr")
     types = {name: "*fp32" for name in (*floats, "means_ptr")} | {"vertical_ptr": "*u8", "band_ptr": "*u8"}
-    case = offline(_means_kernel, {"D": 128, "BLOCK": 128, "BLOCK_D": 128, "SOME": True}, types | {"x_ptr": "*bf16"})
+    case = offline(
+        _means_kernel, {"D": 128, "BLOCK": 128, "STEP": 32, "BLOCK_D": 128, "SOME": True}, types | {"x_ptr": "*bf16"}
+    )
     cases = [("block-means-128", *case, 4, 3)]
     shape = {"GROUP": 4, "D": 128, "BLOCK_D": 128, "PRECISION": "tf32", "BLOCK_M": _POOL_ROWS, "BLOCK_N": 64}
     cases.append(("pooled-lse-128", *offline(_pooled_lse_kernel, shape, types), 8, 1))
