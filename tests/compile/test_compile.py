@@ -24,7 +24,7 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 # compile landmark_features for Blackwell; the kernels refuse there).
 SKIPPED = {
     "newest": "",
-    "oldest": r"-dense-|64x64|192x128|256x256|-ragged|(-plain|cells-64|cells-96).*/100|"
+    "oldest": r"-dense-|64x64|192x128|256x256|-ragged|(-plain|-means|cells-64|cells-96).*/100|"
     r"landmark.*/(80|100)|landmark_score-(all|fp8)|"
     r"(last-query|row-lse|descend|row-top|block-lists).*/(80|100)|query-mass.*fp32|descend-last",
 }
