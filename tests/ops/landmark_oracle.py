@@ -39,13 +39,11 @@ def prefix_of(blocks: int) -> int:
 
 
 def covariance(blocks: list[list[Tensor]]) -> Tensor:
-    """Of keys that lie at their centroids but for an isotropic rest."""
+    """Of the centroids, each weighing the square root of its keys."""
     groups = [g for block in blocks for g in block]
-    centroids = torch.cat([g.mean(0).expand(len(g), -1) for g in groups])
-    rest = sum(((g - g.mean(0)).square().mean() * len(g) for g in groups), torch.zeros((), dtype=torch.float64))
-    centred = centroids - centroids.mean(0)
-    eye = torch.eye(centroids.shape[1], dtype=torch.float64)
-    return centred.mT @ centred / len(centroids) + eye * rest / len(centroids)
+    weights = torch.tensor([math.sqrt(len(g)) for g in groups], dtype=torch.float64)
+    centroids = torch.stack([g.mean(0) for g in groups])
+    return torch.cov(centroids.mT, correction=0, aweights=weights)
 
 
 def scores(

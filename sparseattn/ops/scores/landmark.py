@@ -92,8 +92,8 @@ def landmark_scores(
         block_size: 64 or 128.
         clusters: As in :func:`landmark_features`.
         rows: Scored rows of a query block: a power of two from 16 to ``block_size``, which scores all of them; default
-            half of them. Those are scored whose distance from their block's mean, weighed by the covariance of the keys
-            before the block, is largest (ties: earlier first).
+            half of them. Those are scored whose distance from their block's mean, weighed by the covariance of the
+            landmarks before the block, is largest (ties: earlier first).
         causal: Bottom-right aligned causality.
         keep_sink: The first block is forced, hence exact. None: in causal calls.
         fp8: Round centroids and queries to float8_e4m3fn, each with a scale of its own, before their product.

@@ -112,7 +112,7 @@ def _chosen_rows(q: Tensor, f: LandmarkFeatures, p: LandmarkProblem, bounds: Row
     block_d, columns = _padded(dim), min(tiles.columns, _padded(dim))
     covariances = torch.empty((batch, kv_heads, snapshots, dim, dim), dtype=torch.float32, device=q.device)
     covariance_kernel[(snapshots, triton.cdiv(dim, columns), batch * kv_heads)](
-        f.centroids, f.spreads, f.sizes, covariances, blocks, snapshots, D=dim, CLUSTERS=p.clusters, BLOCK_D=block_d,
+        f.centroids, f.sizes, covariances, blocks, snapshots, D=dim, CLUSTERS=p.clusters, BLOCK_D=block_d,
         COLUMNS=columns, BLOCK_L=tiles.wide_landmarks, num_warps=4, num_stages=2, **LAUNCH,
     )  # fmt: skip
     rows = torch.empty((batch, heads, p.num_q_blocks, p.rows), dtype=torch.int32, device=q.device)

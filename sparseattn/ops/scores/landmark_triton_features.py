@@ -91,10 +91,10 @@ def features_kernel(
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def covariance_kernel(
-    centroids_ptr, spreads_ptr, sizes_ptr, covariances_ptr, blocks, snapshots,
+    centroids_ptr, sizes_ptr, covariances_ptr, blocks, snapshots,
     D: tl.constexpr, CLUSTERS: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of the covariance of the keys before one snapshot. Grid (snapshots, columns, B * Hkv)."""
+    """Some columns of the covariance of the landmarks before one snapshot. Grid (snapshots, columns, B * Hkv)."""
     t = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS
     head = tl.program_id(2).to(tl.int64)
@@ -107,24 +107,20 @@ def covariance_kernel(
     mean_d = tl.zeros([BLOCK_D], tl.float32)
     mean_c = tl.zeros([COLUMNS], tl.float32)
     total = tl.zeros([BLOCK_L], tl.float32)
-    within = tl.zeros([BLOCK_L], tl.float32)
     for l in range(0, landmarks, BLOCK_L):
         offs_l = l + tl.arange(0, BLOCK_L)
         inside = offs_l < landmarks
-        n = tl.load(sizes_ptr + first + offs_l, mask=inside, other=0).to(tl.float32)
-        spread = tl.load(spreads_ptr + first + offs_l, mask=inside, other=0.0)
+        w = tl.sqrt(tl.load(sizes_ptr + first + offs_l, mask=inside, other=0).to(tl.float32))
         at = centroids_ptr + (first + offs_l)[:, None] * D
         x = tl.load(at + offs_d[None, :], mask=inside[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
         y = tl.load(at + offs_c[None, :], mask=inside[:, None] & (offs_c < D)[None, :], other=0.0).to(tl.float32)
-        y *= n[:, None]
+        y *= w[:, None]
         acc = tl.dot(tl.trans(x), y, acc, input_precision="tf32x3")
-        mean_d += tl.sum(x * n[:, None], 0)
+        mean_d += tl.sum(x * w[:, None], 0)
         mean_c += tl.sum(y, 0)
-        total += n
-        within += n * spread * spread / (2.0 * tl.log(tl.maximum(n, 2.0)))
+        total += w
     count = tl.maximum(tl.sum(total), 1.0)
     cov = acc / count - (mean_d / count)[:, None] * (mean_c / count)[None, :]
-    cov += tl.where(offs_d[:, None] == offs_c[None, :], tl.sum(within) / count, 0.0)
     out = covariances_ptr + (head * snapshots + t) * D * D
     tl.store(out + offs_d[:, None] * D + offs_c[None, :], cov, mask=(offs_d < D)[:, None] & (offs_c < D)[None, :])
 
