@@ -172,7 +172,9 @@ def _registration() -> Iterator[Finding]:
         return
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    expected = {"sparseattn", "sparseattn_dense", *(f"sparseattn_{name}" for name in sparseattn.SELECTORS)}
+    from sparseattn.integrations.options import implementation_name, method_names
+
+    expected = {implementation_name(method) for method in (None, *method_names())}
     for name, registry in (("attention", AttentionInterface()), ("masks", AttentionMaskInterface())):
         missing = expected - set(registry.valid_keys())
         yield Finding(

@@ -130,6 +130,15 @@ def method_names() -> list[str]:
     return [*selectors.SELECTORS, DENSE]
 
 
+def implementation_name(method: str | None) -> str:
+    """The ``attn_implementation`` of a method, ``sparseattn_<method>``; of None ``sparseattn``.
+
+    Transformers takes every name with ``flash`` in it for FlashAttention, so ``flashprefill`` is
+    ``sparseattn_fprefill``.
+    """
+    return "sparseattn" if method is None else f"sparseattn_{method.replace('flash', 'f')}"
+
+
 def merge(*levels: Flat) -> dict[str, Any]:
     """Overlay flat options, later ones winning key by key.
 

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from sparseattn import fidelity, selectors
 from sparseattn.errors import argument_error
 from sparseattn.integrations import layout, records
-from sparseattn.integrations.options import DENSE, AttentionOptions, method_names, resolve
+from sparseattn.integrations.options import DENSE, AttentionOptions, implementation_name, method_names, resolve
 from sparseattn.masks import BlockMask
 from sparseattn.ops.block_sparse import block_sparse_attention
 
@@ -32,13 +32,13 @@ def register() -> list[str]:
     """Register the attention and mask functions with Transformers, and return their names.
 
     ``sparseattn`` takes its method from the options (``config.sparseattn``, ``sparseattn.options``; default
-    ``landmark``); ``sparseattn_<method>`` and ``sparseattn_dense`` say it. May be called again, for instance after
-    adding a selector.
+    ``landmark``); ``sparseattn_<method>`` and ``sparseattn_dense`` say it (``options.implementation_name``). May be
+    called again, for instance after adding a selector.
     """
     methods: list[str | None] = [None, *method_names()]
     names = []
     for method in methods:
-        name = PREFIX if method is None else f"{PREFIX}_{method}"
+        name = implementation_name(method)
         AttentionInterface.register(name, functools.partial(attention_forward, sparseattn_method=method))
         AttentionMaskInterface.register(name, layout.row_mask)
         names.append(name)

@@ -20,6 +20,7 @@ from tiny_models import SEQ, everything_selected, make_config, make_model, paddi
 import sparseattn
 import sparseattn.hf as hf
 from sparseattn.integrations.layout import row_mask
+from sparseattn.integrations.options import implementation_name
 from sparseattn.integrations.transformers import attention_forward, register
 from sparseattn.testing import dense_attention, make_qkv
 
@@ -35,7 +36,8 @@ def _no_grad():
 def test_names_are_in_both_registries_and_survive_a_second_call() -> None:
     names = register()
     assert names == register()
-    assert names == ["sparseattn", *(f"sparseattn_{method}" for method in (*sparseattn.SELECTORS, "dense"))]
+    assert names == ["sparseattn", *(implementation_name(method) for method in (*sparseattn.SELECTORS, "dense"))]
+    assert {"sparseattn_landmark", "sparseattn_fprefill", "sparseattn_dense"} <= set(names)
     functions, masks = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
     for name in names:
         assert functions[name] is not None
