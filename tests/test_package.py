@@ -107,6 +107,23 @@ def test_adapters_say_what_is_missing() -> None:
     assert "transformers" in python(code, blocked=("transformers",))
 
 
+def test_documented_functions_need_torch_alone() -> None:
+    code = """
+        import torch
+        from sparseattn import threshold
+        from sparseattn.src.load_llama import FastPrefillConfig, load_model
+        from sparseattn.src.Xattention import Xattention_prefill
+        q = torch.randn(1, 2, 200, 16)
+        assert Xattention_prefill(q, q, q).shape == q.shape
+        assert threshold.available()
+        try:
+            load_model(FastPrefillConfig(), "some/model")
+        except ModuleNotFoundError as error:
+            print(error)
+    """
+    assert "transformers" in python(code, blocked=("transformers", "typer", "rich", "triton"))
+
+
 def test_import_touches_no_device() -> None:
     code = """
         import torch
