@@ -154,7 +154,7 @@ def random_plan(rows: int, columns: int, device: str) -> ListPlan:
 
 
 def random_ranking(rows: int, columns: int, device: str, rule: str) -> Ranking:
-    mode = torch.tensor([[NONE, POOLED, MASS, POOLED]])
+    mode = torch.tensor([[NONE, POOLED, MASS, NONE]])
     means = torch.randn(1, 4, rows, 16), torch.randn(1, 2, columns, 16)
     mass = torch.rand(1, 4, columns).pow(8), torch.rand(1, 4, rows + columns - 1).pow(8)
     if rule == "share":
