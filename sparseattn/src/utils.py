@@ -48,7 +48,8 @@ def attend(
     mask = None
     if method != "dense":
         with torch.no_grad():
-            mask = selectors.get(method).select(q, k, selectors.configure(method, own), causal=causal)
+            selector = selectors.get(method)
+            mask = selector.select(q, k, selector.config(**own), causal=causal)
     out = block_sparse_attention(q, k, v, mask, causal=causal)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2)

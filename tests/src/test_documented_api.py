@@ -193,6 +193,13 @@ def test_gradients_flow() -> None:
     assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
 
 
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_they_compile_whole(function: Any) -> None:
+    q, k, v = qkv(1, sq=150)
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q, k, v), function(q, k, v))
+
+
 def test_thresholds_per_head(masks: list[BlockMask]) -> None:
     q, k, v = qkv(1, sq=1500)
     Xattention_prefill(q, k, v, threshold=torch.tensor([0.0, 0.3, 0.9, 1.0]))
