@@ -28,7 +28,8 @@ class PooledConfig(SelectorConfig):
         threshold: What ``rule`` compares with, in [0, 1]: one number, one per list of a query block (query heads; key
             heads with ``group_shared``), or one per layer and list (``[layers][lists]``; the call then needs
             ``layer``).
-        rule: "relative", "cumulative", "topk" or "global"; see :func:`sparseattn.ops.scores.choose_blocks`.
+        rule: "relative", "relative_free", "cumulative", "topk" or "global"; see
+            :func:`sparseattn.ops.scores.choose_blocks`.
         aggregate: How the queries of a block agree: "mean" or "max".
         row_softmax: Whether each query's logits become probabilities first. Rule "global" with a threshold needs it.
         density: Share of visible blocks to keep: of each row (rule "topk") or of a whole sequence ("global").

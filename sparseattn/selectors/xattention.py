@@ -32,7 +32,7 @@ class XAttentionConfig(SelectorConfig):
         block_size: Tokens of a block, 64 or 128.
         keep_sink: Every query block keeps the first key block. None: in causal calls.
         keep_recent: Every query block keeps the blocks its own diagonal touches. Causal calls only.
-        rule: What the scores are chosen by; the method's own is "cumulative". "relative", "topk" and "global" as in
+        rule: What the scores are chosen by; the method's own is "cumulative". The others are in
             :func:`sparseattn.ops.scores.choose_blocks`.
         aggregate: How the rows of a query block agree: "mean" (the method's own) or "max".
         density: Share of visible blocks to keep: of each row (rule "topk") or of a whole sequence ("global").

@@ -19,6 +19,7 @@ RULES = {
     "relative": {"rule": "relative", "threshold": 0.3},
     "relative_all": {"rule": "relative", "threshold": 0.0},
     "relative_best": {"rule": "relative", "threshold": 1.0},
+    "relative_free": {"rule": "relative_free", "threshold": 0.3},
     "relative_capped": {"rule": "relative", "threshold": 0.05, "max_blocks": 4},
     "cumulative": {"rule": "cumulative", "threshold": 0.6},
     "cumulative_none": {"rule": "cumulative", "threshold": 0.0},
@@ -64,7 +65,8 @@ def greedy(
             chosen.append(n)
             mass += p[n]
     else:
-        best = max(row[:visible], default=-math.inf) if rule == "relative" else 0.0
+        rivals = {"relative": row[:visible], "relative_free": [row[n] for n in order], "global": [0.0]}[rule]
+        best = max(rivals, default=-math.inf)
         cut = -math.inf if threshold == 0 else math.log(threshold) + best
         chosen = [n for n in order if row[n] >= cut and (row[n] > -math.inf or threshold == 0)]
     if not forced and not chosen:

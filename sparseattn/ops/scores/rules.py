@@ -28,18 +28,19 @@ def choose_blocks(
     num_sink_blocks: int = 0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Choose blocks from natural-log scores, row by row, by one of four rules.
+    """Choose blocks from natural-log scores, row by row, by one of five rules.
 
     Let p be the exponential of a score.
 
     - "relative": blocks with ``p >= threshold * p_best`` of the row (FlashPrefill, arXiv:2603.06199).
+    - "relative_free": likewise, the best of the blocks that are not forced.
     - "cumulative": by descending score until forced and chosen blocks hold ``threshold`` of the row's sum of p.
     - "topk": by descending score until the row lists ``num_blocks``, or ``density`` of its visible blocks (rounded).
     - "global": blocks with ``p >= threshold``, the same number for all rows; with ``density`` the score is used that
       keeps this share of the visible blocks of each batch row, over all heads and rows (equal scores all stay).
 
-    Equal scores go to the lower index. A score of -inf is chosen only by thresholds that keep everything (0 for
-    "relative" and "global", 1 for "cumulative") or to fill a budget. A row that sees a block keeps at least one.
+    Equal scores go to the lower index. A score of -inf is chosen only by thresholds that keep everything (1 for
+    "cumulative", 0 for the others) or to fill a budget. A row that sees a block keeps at least one.
 
     Args:
         scores: float32 (reference: any float) ``[B, H, MB, NB]``, not NaN, not +inf; read where visible only.

@@ -12,17 +12,18 @@ from sparseattn.errors import argument_error
 from sparseattn.ops.scores.problem import RowBounds, diagonal_blocks, row_bounds
 from sparseattn.ops.sequences import Sequences
 
-RULES = ("relative", "cumulative", "topk", "global")
+RULES = ("relative", "relative_free", "cumulative", "topk", "global")
 
 
 class Rule(NamedTuple):
     """How a row of natural-log block scores becomes a list. ``docs/selectors.md`` compares them.
 
     Attributes:
-        name: "relative": blocks of at least ``threshold`` times the row's best (exponentials of scores). "cumulative":
-            the fewest blocks that hold ``threshold`` of the row's total. "topk": the best ``num_blocks``, or the best
-            ``density`` of the blocks a row sees. "global": blocks that score at least ``threshold``, the same for all
-            rows; or, with ``density``, at least the score that keeps that share of all visible blocks of a sequence.
+        name: "relative": blocks of at least ``threshold`` times the row's best (exponentials of scores);
+            "relative_free": times the best that is not forced. "cumulative": the fewest blocks that hold ``threshold``
+            of the row's total. "topk": the best ``num_blocks``, or the best ``density`` of the blocks a row sees.
+            "global": blocks that score at least ``threshold``, the same for all rows; or, with ``density``, at least
+            the score that keeps that share of all visible blocks of a sequence.
         threshold: One number in [0, 1], or one per head of the scores. Not read where ``density`` or ``num_blocks`` is.
         density: A share in (0, 1]; rules "topk" and "global".
         num_blocks: Blocks of a row's list, forced ones included; rule "topk".

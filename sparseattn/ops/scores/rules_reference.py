@@ -65,7 +65,9 @@ def _keep(scores: Tensor, rule: Rule, cuts: Tensor, bounds: ListBounds) -> Tenso
     elif rule.name == "cumulative":
         chosen = free & _cumulative(x, forced, order, rank, cuts)
     else:
-        best = x.amax(-1, keepdim=True) if rule.name == "relative" else 0.0
+        best: Tensor | float = 0.0
+        if rule.name != "global":
+            best = (x if rule.name == "relative" else x.masked_fill(~free, -torch.inf)).amax(-1, keepdim=True)
         chosen = free & (x >= cuts + best) & ((x > -torch.inf) | (cuts == -torch.inf))
     # No row that sees a block goes without one.
     chosen |= free & (rank == 0) & (num_forced == 0) & ~chosen.any(-1, keepdim=True)

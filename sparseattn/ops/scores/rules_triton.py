@@ -105,9 +105,15 @@ def _choose_kernel(
                 least, ties = _best_keys(row_ptr, first, recent, need, BLOCK)
         else:
             best = tl.full((), float("-inf"), tl.float32)
-            for n in range(0, visible, BLOCK):
+            if RULE == "relative_free":
+                begin = first
+                stop = recent
+            else:
+                begin = tl.full((), 0, tl.int32)
+                stop = visible
+            for n in range(begin, stop, BLOCK):
                 offs_n = n + tl.arange(0, BLOCK)
-                x, _ = _keys(row_ptr, offs_n, offs_n < visible)
+                x, _ = _keys(row_ptr, offs_n, offs_n < stop)
                 best = tl.maximum(best, tl.max(x))
             if RULE == "cumulative":
                 safe = tl.where(best == float("-inf"), 0.0, best)
@@ -132,10 +138,10 @@ def _choose_kernel(
                     above = _mass(row_ptr, first, recent, least, safe, BLOCK)
                     ties = tl.maximum(tl.minimum(tl.ceil((need - above) / value), 1.0e9), 1.0).to(tl.int32)
             else:
-                if RULE == "relative":
-                    cut_at = threshold + best
-                else:
+                if RULE == "global":
                     cut_at = threshold
+                else:
+                    cut_at = threshold + best
                 bits = (cut_at + 0.0).to(tl.int32, bitcast=True)
                 least = bits ^ ((bits >> 31) & 0x7FFFFFFF)
                 if threshold > float("-inf"):
