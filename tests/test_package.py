@@ -336,6 +336,7 @@ def test_wheel_is_pure_python_and_complete(wheel: Path) -> None:
     assert "sparseattn/py.typed" in names
     weights = [n for n in names if n.startswith("sparseattn/models/") and n.endswith(".safetensors")]
     assert weights, "the retrieval model ships with the package"
+    assert any(n.startswith("sparseattn/threshold/data/") for n in names), "tables ship with the package"
     top = {n.split("/")[0] for n in names}
     assert top == {"sparseattn", f"sparseattn-{sparseattn.__version__}.dist-info"}
     assert not [n for n in names if n.endswith((".so", ".pyd", ".cu", ".pyc"))]
