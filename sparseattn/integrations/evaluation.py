@@ -38,17 +38,19 @@ EVEN: dict[str, dict[str, Any]] = {
 
 
 class Workload(Protocol):
-    """Prompts of one task and length.
+    """Prompts of one task and length."""
 
-    Attributes:
-        task: Its name.
-        length: Tokens of a prompt, answers included.
-        prompts: How many.
-    """
+    @property
+    def task(self) -> str:
+        """Its name."""
 
-    task: str
-    length: int
-    prompts: int
+    @property
+    def length(self) -> int:
+        """Tokens of a prompt, answers included."""
+
+    @property
+    def prompts(self) -> int:
+        """How many are scored."""
 
     def prefill(self, model: Any, index: int) -> None:
         """Run the model once over a prompt; index -1 is one that is never scored."""
