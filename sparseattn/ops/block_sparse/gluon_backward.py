@@ -279,11 +279,11 @@ def gradient_step(
         rows = field(steps_s.index(2 * (it & 3) + 1), 0) + count_s.load(COLS)
         p = gl.where((rows[None, :] >= first_row[:, None]) & (rows[None, :] <= last_row[:, None]), p, 0.0)
     pa = gl.convert_layout(p.to(dtype), A_LAYOUT)
+    if SOFTCAP:
+        p = p * slope
     dp = warpgroup_mma_wait(0, deps=(dp,))
     dv = warpgroup_mma(pa, do_s.index(stage), dv, is_async=True)
     delta = numbers_s.index(stage).slice(64, 64, 0).load(COLS)
-    if SOFTCAP:
-        p = p * slope
     ds = (p * (dp - delta[None, :])).to(dtype)
     dsa = gl.convert_layout(ds, A_LAYOUT)
     if WITH_DQ:

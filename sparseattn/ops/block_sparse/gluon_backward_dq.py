@@ -31,6 +31,7 @@ from sparseattn.ops.block_sparse.gluon_backward import (
     LENGTHS,
     field,
     next_place,
+    opaque_zero,
     post_tile,
     probabilities,
     step_row,
@@ -101,38 +102,42 @@ def dq_loader(
 
 @gluon.jit
 def dq_step(
-    acc, dsa, zeros, q, do, k_s, v_s, steps_s, k_full, k_empty, v_full, v_empty, norm, delta,
+    acc, dsa, zeros, q_s, do_s, k_s, v_s, steps_s, count_s, k_full, k_empty, v_full, v_empty,
+    norm, delta,
     k_stage, k_phase, v_stage, v_phase, it, first_key, last_key, qk_scale, softcap,
-    MASK: gl.constexpr, SOFTCAP: gl.constexpr,
+    CID: gl.constexpr, MASK: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """S of these keys, dQ of the ones before (whose dS is ``dsa``) under its softmax, then dP and the new dS."""
     S_LAYOUT: gl.constexpr = zeros.type.layout
+    zero = opaque_zero()
     before = k_stage
     k_stage, k_phase = next_stage(k_stage, k_phase, K_STAGES)
     mbarrier.wait(k_full.index(k_stage), k_phase)
-    s = warpgroup_mma(q, k_s.index(k_stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma(q_s.index(CID), k_s.index(k_stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
     acc = warpgroup_mma(dsa, k_s.index(before), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     p, slope = probabilities(s, norm[:, None], qk_scale, softcap, SOFTCAP)
     if MASK:
-        keys = field(steps_s.index(it & 3), 0) + gl.arange(0, 128, gl.SliceLayout(0, S_LAYOUT))
+        keys = field(steps_s.index(it & 3), 0) + count_s.load(gl.SliceLayout(0, S_LAYOUT))
         p = gl.where((keys[None, :] >= first_key[:, None]) & (keys[None, :] <= last_key[:, None]), p, 0.0)
     if SOFTCAP:
         p = p * slope
     acc, dsa = warpgroup_mma_wait(0, deps=(acc, dsa))
     mbarrier.wait(v_full.index(v_stage), v_phase)
-    dp = warpgroup_mma(do, v_s.index(v_stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    dp = warpgroup_mma(
+        do_s.index(CID + zero), v_s.index(v_stage).permute((1, 0)), zeros, use_acc=False, is_async=True
+    )
     mbarrier.arrive(k_empty.index(before), count=1)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     mbarrier.arrive(v_empty.index(v_stage), count=1)
     v_stage, v_phase = next_stage(v_stage, v_phase, V_STAGES)
-    dsa = gl.convert_layout((p * (dp - delta[:, None])).to(q.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
+    dsa = gl.convert_layout((p * (dp - delta[:, None])).to(q_s.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
     return acc, dsa, k_stage, k_phase, v_stage, v_phase
 
 
 @gluon.jit
 def dq_consumer(
-    dq_desc, q_s, do_s, k_s, v_s, steps_s, tiles_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    dq_desc, q_s, do_s, k_s, v_s, steps_s, count_s, tiles_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     tile_full, tile_empty, numbers_ptr, row_tiles, reach_back, reach_ahead, qk_scale, softcap, scale,
     CID: gl.constexpr, BLOCK_D: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
@@ -144,7 +149,6 @@ def dq_consumer(
     dtype: gl.constexpr = q_s.dtype
     zeros = gl.zeros([64, 128], gl.float32, S_LAYOUT)
     q = q_s.index(CID)
-    do = do_s.index(CID)
     # The stage behind the last key tile: the one that a tile's first step takes comes next.
     k_stage = K_STAGES - 1
     k_phase = 1
@@ -176,9 +180,10 @@ def dq_consumer(
         acc = gl.zeros([64, BLOCK_D], gl.float32, LAYOUT)
         mbarrier.wait(q_full.index(CID), turn & 1)
         k_stage, k_phase, v_stage, v_phase, acc = dq_tile(
-            acc, zeros, q, do, k_s, v_s, steps_s, k_full, k_empty, v_full, v_empty, norm, delta,
+            acc, zeros, q_s, do_s, k_s, v_s, steps_s, count_s, k_full, k_empty, v_full, v_empty,
+            norm, delta,
             k_stage, k_phase, v_stage, v_phase, it, masked, steps, first_key, last_key, qk_scale, softcap,
-            A_LAYOUT, SOFTCAP,
+            CID, A_LAYOUT, SOFTCAP,
         )  # fmt: skip
         it += steps
         turn += 1
@@ -194,37 +199,40 @@ def dq_consumer(
 
 @gluon.jit
 def dq_tile(
-    acc, zeros, q, do, k_s, v_s, steps_s, k_full, k_empty, v_full, v_empty, norm, delta,
+    acc, zeros, q_s, do_s, k_s, v_s, steps_s, count_s, k_full, k_empty, v_full, v_empty,
+    norm, delta,
     k_stage, k_phase, v_stage, v_phase, it, masked, steps, first_key, last_key, qk_scale, softcap,
-    A_LAYOUT: gl.constexpr, SOFTCAP: gl.constexpr,
+    CID: gl.constexpr, A_LAYOUT: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """All steps of one tile; nothing happens where there are none."""
     S_LAYOUT: gl.constexpr = zeros.type.layout
     if steps > 0:
         k_stage, k_phase = next_stage(k_stage, k_phase, K_STAGES)
         mbarrier.wait(k_full.index(k_stage), k_phase)
-        s = warpgroup_mma(q, k_s.index(k_stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma(q_s.index(CID), k_s.index(k_stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(v_stage), v_phase)
-        dp = warpgroup_mma(do, v_s.index(v_stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dp = warpgroup_mma(do_s.index(CID), v_s.index(v_stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
         p, slope = probabilities(s, norm[:, None], qk_scale, softcap, SOFTCAP)
-        keys = field(steps_s.index(it & 3), 0) + gl.arange(0, 128, gl.SliceLayout(0, S_LAYOUT))
+        keys = field(steps_s.index(it & 3), 0) + count_s.load(gl.SliceLayout(0, S_LAYOUT))
         p = gl.where((keys[None, :] >= first_key[:, None]) & (keys[None, :] <= last_key[:, None]), p, 0.0)
         if SOFTCAP:
             p = p * slope
         dp = warpgroup_mma_wait(0, deps=(dp,))
         mbarrier.arrive(v_empty.index(v_stage), count=1)
         v_stage, v_phase = next_stage(v_stage, v_phase, V_STAGES)
-        dsa = gl.convert_layout((p * (dp - delta[:, None])).to(q.dtype), A_LAYOUT)
+        dsa = gl.convert_layout((p * (dp - delta[:, None])).to(q_s.dtype), A_LAYOUT)
         for i in range(1, masked):
             acc, dsa, k_stage, k_phase, v_stage, v_phase = dq_step(
-                acc, dsa, zeros, q, do, k_s, v_s, steps_s, k_full, k_empty, v_full, v_empty, norm, delta,
-                k_stage, k_phase, v_stage, v_phase, it + i, first_key, last_key, qk_scale, softcap, True, SOFTCAP,
+                acc, dsa, zeros, q_s, do_s, k_s, v_s, steps_s, count_s, k_full, k_empty, v_full, v_empty,
+                norm, delta,
+                k_stage, k_phase, v_stage, v_phase, it + i, first_key, last_key, qk_scale, softcap, CID, True, SOFTCAP,
             )  # fmt: skip
         for i in range(gl.maximum(masked, 1), steps):
             acc, dsa, k_stage, k_phase, v_stage, v_phase = dq_step(
-                acc, dsa, zeros, q, do, k_s, v_s, steps_s, k_full, k_empty, v_full, v_empty, norm, delta,
-                k_stage, k_phase, v_stage, v_phase, it + i, first_key, last_key, qk_scale, softcap, False, SOFTCAP,
+                acc, dsa, zeros, q_s, do_s, k_s, v_s, steps_s, count_s, k_full, k_empty, v_full, v_empty,
+                norm, delta,
+                k_stage, k_phase, v_stage, v_phase, it + i, first_key, last_key, qk_scale, softcap, CID, False, SOFTCAP,
             )  # fmt: skip
         acc = warpgroup_mma(dsa, k_s.index(k_stage), acc, is_async=True)
         acc, dsa = warpgroup_mma_wait(0, deps=(acc, dsa))
@@ -253,15 +261,18 @@ def dq_kernel(
     tiles_s, tile_full, tile_empty = ring(gl.int32, 2, [RECORD], plain, 1, 2)
     do_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], tile_2d)
     steps_s = gl.allocate_shared_memory(gl.int32, [4, 1], plain)
+    # 0 .. 127: read where they are needed; computed, they would stay in registers throughout.
+    count_s = gl.allocate_shared_memory(gl.int32, [128], plain)
+    count_s.store(gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])))
     fence_async_shared()
     gl.warp_specialize([
         (dq_consumer, (
-            dq_desc, q_s, do_s, k_s, v_s, steps_s, tiles_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            dq_desc, q_s, do_s, k_s, v_s, steps_s, count_s, tiles_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             tile_full, tile_empty, numbers_ptr, row_tiles, reach_back, reach_ahead, qk_scale, softcap, scale,
             0, BLOCK_D, SOFTCAP,
         )),
         (dq_consumer, (
-            dq_desc, q_s, do_s, k_s, v_s, steps_s, tiles_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            dq_desc, q_s, do_s, k_s, v_s, steps_s, count_s, tiles_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             tile_full, tile_empty, numbers_ptr, row_tiles, reach_back, reach_ahead, qk_scale, softcap, scale,
             1, BLOCK_D, SOFTCAP,
         )),
