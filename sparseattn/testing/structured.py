@@ -19,80 +19,26 @@ kind              which keys a query wants                                      
 ``blend``         a sink, a band, columns and topics at once; from the first KV head    ln N + 4 (sink), others
                   to the last the weight moves from band to columns and topics          below ln N + 1.1
 ================  ====================================================================  =======================
+
+Harder families, and mixes of them as published head statistics have them, are in ``families``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.testing import families
 from sparseattn.testing.inputs import QKV
+from sparseattn.testing.plots import SEGMENT, SINK_KEYS, SPAN, Planted, Plot
 
 #: Kinds of heads that plant one pattern each.
 KINDS = ("sink", "local", "vertical", "slash", "block_topic", "needle")
 
-SINK_KEYS, SPANS, SPAN, TOPICS, SEGMENT, NEEDLES, ASKERS = 4, 12, 16, 6, 256, 8, 16
-
-
-class Planted(NamedTuple):
-    """What is added to the background of one KV head, and where attention mass then belongs.
-
-    Attributes:
-        queries: [N, D].
-        keys: [N, D].
-        wanted: For int64 rows [R], which keys the pattern sends them to: bool [R, N], before causality.
-        rows: int64 [R], the queries that want a key they may see, causally.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    wanted: Callable[[Tensor], Tensor]
-    rows: Tensor
-
-
-class Plot:
-    """Where one set of heads is planted: its size, its random numbers and the directions that its heads share."""
-
-    def __init__(self, n: int, head_dim: int, device: torch.device | str, seed: int):
-        self.n, self.head_dim, self.device = n, head_dim, torch.device(device)
-        self.generator = torch.Generator(device=self.device).manual_seed(seed)
-        self.position = torch.arange(n, device=self.device)
-        self.floor = math.log(max(n, 2))  # a logit near ln N outweighs N background keys
-        pairs = max(1, head_dim // 8)
-        frequencies = torch.logspace(-1.5, -3.5, pairs, device=self.device)  # a bump some hundreds of tokens wide
-        basis = torch.linalg.qr(self.normal(head_dim, 2 * pairs))[0].T
-        angles = self.position[:, None] * frequencies[None, :]
-        self.band = torch.cat((angles.cos(), angles.sin()), dim=1) / math.sqrt(pairs) @ basis  # [N, D], unit rows
-        self.sink, self.column = self.direction(1), self.direction(1)
-        self.topics = self.direction(TOPICS)
-        self.spans = torch.randint(0, max(1, n - SPAN), (SPANS,), device=self.device, generator=self.generator)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self.device, generator=self.generator)
-
-    def direction(self, count: int) -> Tensor:
-        """Random unit vectors, [count, D]."""
-        u = self.normal(count, self.head_dim)
-        return u / u.norm(dim=-1, keepdim=True)
-
-    def gain(self, logit: float) -> float:
-        """How long a common vector of query and key is that adds ``logit`` to their scaled score."""
-        return math.sqrt(logit * math.sqrt(self.head_dim))
-
-    def in_span(self) -> Tensor:
-        """Which keys stand in a column, bool [N]."""
-        position = self.position[:, None]
-        return ((position >= self.spans) & (position < self.spans + SPAN)).any(1)
-
-    def segment_topics(self) -> Tensor:
-        """A fresh topic for every segment, int64 [segments]."""
-        count = -(-self.n // SEGMENT)
-        return torch.randint(0, TOPICS, (count,), device=self.device, generator=self.generator)
+NEEDLES, ASKERS = 8, 16
 
 
 def _sink(plot: Plot) -> Planted:
@@ -184,7 +130,7 @@ def plant(plot: Plot, kind: str, share: float = 0.0) -> Planted:
 
     Args:
         plot: What the heads of one call share.
-        kind: One of ``KINDS``, or "blend".
+        kind: One of ``KINDS``, "blend", or one of ``families``.
         share: Of a blend: 0 mostly band, 1 mostly columns and topics.
 
     Raises:
@@ -192,9 +138,9 @@ def plant(plot: Plot, kind: str, share: float = 0.0) -> Planted:
     """
     if kind == "blend":
         return _blend(plot, share)
-    if kind not in _PLANT:
-        raise argument_error("kind", f"one of {(*KINDS, 'blend')}", repr(kind))
-    return _PLANT[kind](plot)
+    if kind in _PLANT:
+        return _PLANT[kind](plot)
+    return families.plant(plot, kind, known=(*KINDS, "blend"))
 
 
 def structured_qkv(
@@ -218,8 +164,9 @@ def structured_qkv(
         dtype: What the numbers are rounded to.
         device: Where they are drawn: the same seed gives other numbers on another kind of device.
         seed: Of the generator.
-        kinds: Which pattern the KV heads have, one after the other and then from the start again; see the module. The
-            default gives every head a blend of several, each another one, so that densities differ by head.
+        kinds: Which pattern the KV heads have, one after the other and then from the start again; see the module and
+            ``families``, whose ``mixed_kinds`` draws them by published shares. The default gives every head a blend of
+            several, each another one, so that densities differ by head.
 
     Returns:
         ``q [1, N, Hq, D]``, ``k [1, N, Hkv, D]``, ``v [1, N, Hkv, D]`` (values are plain noise).
