@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparseattn.masks import BlockMask
 from sparseattn.ops.block_sparse import block_sparse_attention
+from sparseattn.ops.merge import merge_state, merge_states
+from sparseattn.ops.paged import PagedCache, paged_attention
 from sparseattn.selectors import (
     SELECTORS,
     BoundConfig,
@@ -53,6 +55,7 @@ __all__ = [
     "LandmarkConfig",
     "MInferenceConfig",
     "OracleConfig",
+    "PagedCache",
     "StreamingConfig",
     "TopKConfig",
     "XAttentionConfig",
@@ -63,9 +66,12 @@ __all__ = [
     "flexprefill",
     "heads",
     "landmark",
+    "merge_state",
+    "merge_states",
     "minference",
     "options",
     "oracle",
+    "paged_attention",
     "record",
     "register",
     "streaming",

@@ -34,6 +34,8 @@ MODULES = (
     "sparseattn.ops.scores.rules_triton",
     "sparseattn.ops.scores.vertical_slash_triton",
     "sparseattn.ops.scores.block_lists_triton",
+    "sparseattn.ops.merge.triton",
+    "sparseattn.ops.paged.triton",
 )
 TARGETS = (80, 90, 100)
 

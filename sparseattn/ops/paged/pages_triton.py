@@ -1,0 +1,74 @@
+"""Tokens written into pages by Triton: a copy of rows, whatever the dtype."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparseattn.kernels import LAUNCH
+from sparseattn.ops.dispatch import triton_device_reason
+
+
+@triton.jit(do_not_specialize=["batch", "table_width", "num_pages"])
+def append_kernel(
+    source_ptr, target_ptr, batch_ptr, position_ptr, table_ptr, indptr_ptr, stride_source, stride_target, stride_table,
+    batch, table_width, num_pages,
+    H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, CSR: tl.constexpr,
+):  # fmt: skip
+    """One program: ``BLOCK`` of the ``H * D`` elements of a token. Grid (tokens, ceil(H * D / BLOCK)).
+
+    ``source`` strides: token, head, dim; ``target``: page, row, head, dim. Tokens of no sequence, or that have no page,
+    are left out.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    b = tl.load(batch_ptr + token)
+    position = tl.load(position_ptr + token)
+    if (b < 0) | (b >= batch) | (position < 0):
+        return
+    entry = position // PAGE
+    at = b.to(tl.int64) * stride_table[0]
+    owned = table_width
+    if CSR:
+        first = tl.load(indptr_ptr + b)
+        owned = tl.minimum(tl.load(indptr_ptr + b + 1), table_width) - first
+        at = first.to(tl.int64)
+    page = tl.load(table_ptr + at + entry, mask=entry < owned, other=-1)
+    if (page < 0) | (page >= num_pages):
+        return
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    head = offs // D
+    column = offs % D
+    inside = offs < H * D
+    source = token * stride_source[0] + head * stride_source[1] + column * stride_source[2]
+    x = tl.load(source_ptr + source, mask=inside)
+    target = page.to(tl.int64) * stride_target[0] + (position % PAGE) * stride_target[1]
+    tl.store(target_ptr + target + head * stride_target[2] + column * stride_target[3], x, mask=inside)
+
+
+def unsupported_reason(t: Tensor) -> str | None:
+    """Why the kernel cannot write into ``t``, or None."""
+    return None if t.element_size() <= 2 and not t.is_cuda else triton_device_reason(t)
+
+
+def append(
+    source: Tensor,
+    target: Tensor,
+    batch_indices: Tensor,
+    positions: Tensor,
+    page_table: Tensor | None,
+    indptr: Tensor | None,
+    indices: Tensor | None,
+    batch: int,
+) -> None:
+    """See ``pages.append_kv``: one of its tensors, already in the dtype of the cache."""
+    table = page_table if page_table is not None else indices
+    assert table is not None
+    tokens, heads, dim = source.shape
+    block = min(1024, triton.next_power_of_2(heads * dim))
+    append_kernel[(tokens, triton.cdiv(heads * dim, block))](
+        source, target, batch_indices, positions, table, table if indptr is None else indptr,
+        source.stride(), target.stride(), table.stride() if page_table is not None else (0, 1),
+        batch, table.shape[-1], target.shape[0],
+        H=heads, D=dim, PAGE=target.shape[1], BLOCK=block, CSR=indptr is not None, num_warps=4, **LAUNCH,
+    )  # fmt: skip
