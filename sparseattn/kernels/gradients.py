@@ -8,31 +8,50 @@ from sparseattn.kernels.walks import first_query_tile
 
 
 @triton.jit
-def row_numbers(delta, lse, dlse, sink, SINKS: tl.constexpr, DLSE: tl.constexpr):
-    """What the gradients of a row's scores need besides the scores.
+def row_numbers(
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, b, head, q_start, q_len, row, stride_o, stride_do,
+    lse_stride_b, lse_stride_h, DV: tl.constexpr, BLOCK_DV: tl.constexpr, SINKS: tl.constexpr, DLSE: tl.constexpr,
+):  # fmt: skip
+    """What the gradients of the scores of some rows need besides the scores.
 
     Args:
-        delta: [M] rowsum(o * do).
-        lse: [M] natural-log LSE without the sink, -inf for a row that saw nothing.
-        dlse: [M] gradient of the LSE, read with ``DLSE``.
-        sink: Logit of the head's sink, read with ``SINKS``.
+        o_ptr: Outputs; ``do_ptr`` their gradients.
+        lse_ptr: Natural-log LSE without the sink, -inf for a row that saw nothing; ``dlse_ptr`` its gradient.
+        sinks_ptr: Sink logits of the heads.
+        row: [M] query rows of head ``head`` of sequence ``b``, which has ``q_len`` from ``q_start`` on.
 
     Returns:
-        ``norm`` [M], log of the full denominator (+inf for a row that saw nothing, so that its probabilities are 0),
-        ``delta`` [M] less the LSE's own gradient, and the row's share of the sink's gradient.
+        ``norm`` [M], log of the full denominator (+inf for a row that saw nothing or lies past the end, so that its
+        probabilities are 0); ``delta`` [M], rowsum(o * do) less the LSE's own gradient; each row's share of the sink's
+        gradient; and where in ``lse`` the rows are, and whether.
     """
+    b64 = b.to(tl.int64)
+    head64 = head.to(tl.int64)
+    row_in = row < q_len
+    offs = tl.arange(0, BLOCK_DV)
+    at = (q_start + row).to(tl.int64)
+    inside = row_in[:, None] & (offs < DV)[None, :]
+    o_base = o_ptr + b64 * stride_o[0] + head64 * stride_o[2]
+    do_base = do_ptr + b64 * stride_do[0] + head64 * stride_do[2]
+    o = tl.load(o_base + at[:, None] * stride_o[1] + offs[None, :] * stride_o[3], mask=inside, other=0.0)
+    do = tl.load(do_base + at[:, None] * stride_do[1] + offs[None, :] * stride_do[3], mask=inside, other=0.0)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    lse_at = b64 * lse_stride_b + head64 * lse_stride_h + at
+    lse = tl.load(lse_ptr + lse_at, mask=row_in, other=float("-inf"))
     empty = lse == float("-inf")
     lse = tl.where(empty, 0.0, lse)
     norm = lse
     share = lse * 0.0
     if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
         top = tl.maximum(lse, sink)
         norm = top + tl.log(tl.exp(lse - top) + tl.exp(sink - top))
         share = tl.where(empty, 0.0, -tl.exp(sink - norm) * delta)
     if DLSE:
+        dlse = tl.load(dlse_ptr + lse_at, mask=row_in, other=0.0)
         # A sink e^60 times the sum of all keys leaves no probability to move: the bound only keeps 0 * inf away.
         delta -= tl.where(empty, 0.0, dlse * tl.exp(tl.minimum(norm - lse, 60.0)))
-    return tl.where(empty, float("inf"), norm), delta, share
+    return tl.where(empty, float("inf"), norm), delta, share, lse_at, row_in
 
 
 @triton.jit(do_not_specialize=["lse_stride_b", "lse_stride_h", "max_q", "row_tiles"])
@@ -50,36 +69,20 @@ def tile_numbers_kernel(
     """
     b = tl.program_id(2)
     head = tl.program_id(0)
-    b64 = b.to(tl.int64)
-    head64 = head.to(tl.int64)
     q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
     m0 = tl.program_id(1) * 64
     if m0 >= q_len:
         return
-    tile = head64 * row_tiles + first_query_tile(q_start, b, max_q, PACKED) + tl.program_id(1)
+    tile = head.to(tl.int64) * row_tiles + first_query_tile(q_start, b, max_q, PACKED) + tl.program_id(1)
     if ZERO:
         offs = tl.arange(0, 4096)
         for part in tl.static_range(BLOCK_D // 64):
             tl.store(sums_ptr + (tile * (64 * BLOCK_D) + part * 4096 + offs), tl.zeros([4096], tl.float32))
     row = tl.arange(0, 64)
-    row_in = m0 + row < q_len
-    offs_d = tl.arange(0, BLOCK_DV)
-    at = (q_start + m0 + row).to(tl.int64)
-    inside = row_in[:, None] & (offs_d < DV)[None, :]
-    o_base = o_ptr + b64 * stride_o[0] + head64 * stride_o[2]
-    do_base = do_ptr + b64 * stride_do[0] + head64 * stride_do[2]
-    o = tl.load(o_base + at[:, None] * stride_o[1] + offs_d[None, :] * stride_o[3], mask=inside, other=0.0)
-    do = tl.load(do_base + at[:, None] * stride_do[1] + offs_d[None, :] * stride_do[3], mask=inside, other=0.0)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    lse_at = b64 * lse_stride_b + head64 * lse_stride_h + at
-    lse = tl.load(lse_ptr + lse_at, mask=row_in, other=float("-inf"))
-    dlse = lse * 0.0
-    if DLSE:
-        dlse = tl.load(dlse_ptr + lse_at, mask=row_in, other=0.0)
-    sink = 0.0
-    if SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32)
-    norm, delta, share = row_numbers(delta, lse, dlse, sink, SINKS, DLSE)
+    norm, delta, share, lse_at, row_in = row_numbers(
+        o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, b, head, q_start, q_len, m0 + row, stride_o, stride_do,
+        lse_stride_b, lse_stride_h, DV, BLOCK_DV, SINKS, DLSE,
+    )  # fmt: skip
     if SINKS:
         tl.store(dsink_ptr + lse_at, share, mask=row_in)
     tl.store(numbers_ptr + tile * 128 + row, norm * LOG2E)

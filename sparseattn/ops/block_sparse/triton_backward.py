@@ -11,6 +11,7 @@ from sparseattn.kernels.attention import (
     sequence_span,
     visible,
 )
+from sparseattn.kernels.gradients import row_numbers
 from sparseattn.kernels.tiles import LENGTHS, WINDOW, key_tiles, list_length, load_rows, tile_start, whole_tiles
 from sparseattn.ops.block_sparse.triton_extra import EXTRA
 from sparseattn.ops.block_sparse.triton_extra_backward import dq_columns, dq_means
@@ -25,41 +26,20 @@ def preprocess_kernel(
 ):  # fmt: skip
     """One program: per-row numbers of ``BLOCK_M`` query rows that both gradient kernels need.
 
-    Grid (row tiles, heads, batch). Writes ``norm`` = log of the full denominator (+inf for a row that saw nothing, so
-    that its probabilities are 0), ``delta`` = rowsum(o * do) less the LSE's own gradient, and each row's share of the
-    sink gradient.
+    Grid (row tiles, heads, batch). Writes ``norm``, ``delta`` and each row's share of the sink gradient: see
+    ``row_numbers``.
     """
     b = tl.program_id(2)
     head = tl.program_id(1)
-    head64 = head.to(tl.int64)
     q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_in = row < q_len
-    offs = tl.arange(0, BLOCK_DV)
-    at = (q_start + row).to(tl.int64)
-    inside = row_in[:, None] & (offs < DV)[None, :]
-    b64 = b.to(tl.int64)
-    o_base = o_ptr + b64 * stride_o[0] + head64 * stride_o[2]
-    do_base = do_ptr + b64 * stride_do[0] + head64 * stride_do[2]
-    o = tl.load(o_base + at[:, None] * stride_o[1] + offs[None, :] * stride_o[3], mask=inside, other=0.0)
-    do = tl.load(do_base + at[:, None] * stride_do[1] + offs[None, :] * stride_do[3], mask=inside, other=0.0)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    lse_at = b64 * lse_stride_b + head64 * lse_stride_h + at
-    lse = tl.load(lse_ptr + lse_at, mask=row_in, other=float("-inf"))
-    empty = lse == float("-inf")
-    lse = tl.where(empty, 0.0, lse)
-    norm = lse
+    norm, delta, share, lse_at, row_in = row_numbers(
+        o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, b, head, q_start, q_len, row, stride_o, stride_do,
+        lse_stride_b, lse_stride_h, DV, BLOCK_DV, SINKS, DLSE,
+    )  # fmt: skip
     if SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32)
-        top = tl.maximum(lse, sink)
-        norm = top + tl.log(tl.exp(lse - top) + tl.exp(sink - top))
-        share = tl.where(empty, 0.0, -tl.exp(sink - norm) * delta)
         tl.store(dsink_ptr + lse_at, share, mask=row_in)
-    if DLSE:
-        dlse = tl.load(dlse_ptr + lse_at, mask=row_in, other=0.0)
-        # A sink e^60 times the sum of all keys leaves no probability to move: the bound only keeps 0 * inf away.
-        delta -= tl.where(empty, 0.0, dlse * tl.exp(tl.minimum(norm - lse, 60.0)))
-    tl.store(norm_ptr + lse_at, tl.where(empty, float("inf"), norm), mask=row_in)
+    tl.store(norm_ptr + lse_at, norm, mask=row_in)
     tl.store(delta_ptr + lse_at, delta, mask=row_in)
 
 
