@@ -18,8 +18,8 @@ from sparseattn.kernels.tiles import LENGTHS, WINDOW
 
 # int32 fields of a record; see ``schedule_kernel``.
 RECORD = 8
-_TILES = 64
-_OTHERS = 512
+_TILES = 32
+_OTHERS = 256
 
 
 @triton.jit
@@ -82,8 +82,8 @@ def schedule_kernel(
     b = tl.program_id(2)
     section = b * tl.num_programs(1) + tl.program_id(1)
     section_head = tl.program_id(1) * HEADS
-    _, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
-    _, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, RAGGED_K)
+    _q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
+    _k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, RAGGED_K)
     size = num_row_tiles * HEADS * splits
     if (tl.program_id(0) == 0) & (section == 0):
         tl.store(counter_ptr, 0)
@@ -97,7 +97,7 @@ def schedule_kernel(
     rank = tl.zeros([TILES], tl.int32)
     for start in range(0, size, OTHERS):
         f = start + tl.arange(0, OTHERS)
-        _, _, _, other, _, _ = _key_tiles(
+        _base, _total, _first, other, _entries, _row = _key_tiles(
             f, f < size, b, section_head, count_ptr, mask_stride_b, mask_stride_h, q_len, k_len, num_row_tiles,
             splits, window_left, window_right, TOKENS, BLOCK_Q, BLOCK_KV, TILE_N, HEADS, MASK_GROUP, MASKED, CAUSAL,
             WINDOW,

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.combine import combine_kernel
 from sparseattn.kernels.hopper import row_tiles, tile_layout
-from sparseattn.kernels.schedule import tile_schedule
+from sparseattn.kernels.schedule import schedule_kernel, tile_schedule
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.block_sparse.gluon_forward import Facts, forward_kernel
 from sparseattn.ops.block_sparse.gluon_gradients import backward as backward
@@ -247,7 +247,8 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
         ("plain-192x128", (192, 128), plain),
         ("all-256x256", (256, 256), plain | everything),
     ]
-    return [(f"gluon-forward-{name}-sm90", *_offline(dims, facts)) for name, dims, facts in shapes]
+    cases = [(f"gluon-forward-{name}-sm90", *_offline(dims, facts)) for name, dims, facts in shapes]
+    return [*cases, ("schedule-sm90", *_offline_schedule(), 4, 1, {})]
 
 
 def _offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
@@ -281,3 +282,18 @@ def _offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
             signature[param.name] = "fp32" if param.name in ("qk_scale", "softcap") else "i32"
     options = {"maxnreg": 128} if tiles.programs == 2 else {}
     return forward_kernel, signature, constexprs, attributes, 4, 1, options
+
+
+def _offline_schedule() -> tuple[Any, dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Kernel, signature, constexprs and attributes of the schedule of a masked, ragged, windowed call."""
+    constants = {
+        "TOKENS": 32, "BLOCK_Q": 128, "BLOCK_KV": 128, "TILE_N": 128, "HEADS": 1, "MASK_GROUP": 1, "TILES": 32,
+        "OTHERS": 256, "MASKED": True, "CAUSAL": True, "WINDOW": True, "RAGGED_Q": True, "RAGGED_K": True,
+    }  # fmt: skip
+    params = list(enumerate(schedule_kernel.params))
+    return (
+        schedule_kernel,
+        {p.name: "constexpr" if p.is_constexpr else "*i32" if p.name.endswith("_ptr") else "i32" for _, p in params},
+        {(i,): constants[p.name] for i, p in params if p.is_constexpr},
+        {(i,): [["tt.divisibility", 16]] for i, p in params if p.name.endswith("_ptr")},
+    )
