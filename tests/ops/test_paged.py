@@ -19,9 +19,10 @@ IDS = {case.id: case for case in CASES}
 
 @pytest.fixture(autouse=True)
 def _short_shares(monkeypatch: pytest.MonkeyPatch):
-    """Shares of one tile, so that short sequences are cut, too."""
+    """Shares of one tile, so that short sequences are cut, too, and mixed batches go two ways."""
     triton = pytest.importorskip("sparseattn.ops.paged.triton", reason="needs Triton")
     monkeypatch.setattr(triton, "_LEAST_TILES", 1)
+    monkeypatch.setattr(triton, "_LONG", 0)
 
 
 def check(case: Case, dtype: torch.dtype, impl: str, device: str) -> None:

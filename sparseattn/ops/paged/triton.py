@@ -26,6 +26,9 @@ _NO_LIMIT = 2**31 - 1
 # Programs a multiprocessor should get when keys are cut into shares, and the fewest key tiles of a share.
 _PROGRAMS = 4
 _LEAST_TILES = 4
+# Queries of a sequence that count as few, and keys from which on few queries get shares of their own in a mixed batch.
+_FEW = 16
+_LONG = 1024
 
 
 class Tiles(NamedTuple):
@@ -49,6 +52,8 @@ class Plan(NamedTuple):
         items: First grid axis: slots, or work items.
         target: Shares that a batch should make; 0: keys are not cut.
         limit: Keys of a sequence that can count, at most.
+        rows_from: Fewest queries of a sequence that this launch takes.
+        rows_to: Most queries.
         num_warps: Of a program.
         num_stages: Of the pipeline.
     """
@@ -61,6 +66,8 @@ class Plan(NamedTuple):
     items: int
     target: int
     limit: int
+    rows_from: int
+    rows_to: int
     num_warps: int
     num_stages: int
 
@@ -96,12 +103,25 @@ def unsupported_reason(q: Tensor, q_rope: Tensor | None, p: PagedProblem) -> str
 
 def attend(q: Tensor, q_rope: Tensor | None, out: Tensor, lse: Tensor, p: PagedProblem) -> None:
     """Attention into ``out`` and ``lse``; see ``reference.attend``, which this matches."""
-    ragged = p.cu_seqlens_q is not None
-    if ragged:  # rows past the last sequence, such as the padding of a captured batch
+    if p.cu_seqlens_q is not None:  # rows past the last sequence, such as the padding of a captured batch
         out.zero_()
         lse.fill_(-math.inf)
     q, k, q_rope, k_rope = _split_columns(q, q_rope, p)
-    plan = make_plan(q, p)
+    for plan in make_plans(q, p):
+        _launch(q, k, q_rope, k_rope, out, lse, p, plan)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    q_rope: Tensor | None,
+    k_rope: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    p: PagedProblem,
+    plan: Plan,
+) -> None:
+    """One kernel, and the merge of its shares. What a call does not have is stood in for by any tensor."""
     split = plan.target > 0
     shape = (plan.items, plan.columns)
     part = torch.empty((*shape, plan.block_m, p.v.shape[-1]), dtype=torch.float32, device=q.device) if split else lse
@@ -109,6 +129,7 @@ def attend(q: Tensor, q_rope: Tensor | None, out: Tensor, lse: Tensor, p: PagedP
     table, counts, lists = (lse if t is None else t for t in (p.page_table, p.list_counts, p.list_indices))
     if p.indices is not None:
         table = p.indices
+    facts = _facts(q, q_rope, out, p, plan)
     k, v = _bytes(k), _bytes(p.v)
     k_rope = k if k_rope is None else _bytes(k_rope)
     q_rope = q if q_rope is None else q_rope
@@ -117,7 +138,7 @@ def attend(q: Tensor, q_rope: Tensor | None, out: Tensor, lse: Tensor, p: PagedP
     cu = lse if p.cu_seqlens_q is None else p.cu_seqlens_q
     least = _LEAST_TILES * plan.block_n
     list_rows = counts.shape[-1] if p.list_counts is not None else 0
-    paged_kernel[(plan.items, plan.columns)](
+    paged_kernel[shape](
         q, q_rope, k, v, k_rope, out, lse, part, sums,
         cu, p.seq_lens, table, lse if p.indptr is None else p.indptr, counts, lists, custom,
         lse if p.mask_offsets is None else p.mask_offsets,
@@ -127,56 +148,75 @@ def attend(q: Tensor, q_rope: Tensor | None, out: Tensor, lse: Tensor, p: PagedP
         table.stride() if p.page_table is not None else (0, 1), _step(p.k_scale), _step(p.v_scale),
         q.shape[0], p.batch, table.shape[-1], p.k.shape[0], list_rows, lists.shape[-1],
         counts.shape[1] * list_rows if p.list_counts is not None and counts.shape[0] > 1 else 0,
-        custom.numel(), plan.limit, max(1, plan.target), least,
+        custom.numel(), plan.limit, max(1, plan.target), least, plan.rows_from, plan.rows_to,
         p.scale, p.v_factor, p.softcap, p.window_left, p.window_right,
         math.log2(p.rope_theta) if p.rope_theta else 0.0, p.rope_scale,
-        **_facts(q, q_rope if k_rope is not k else None, out, p, plan), SINKS=p.sinks is not None,
-        ALIBI=p.slopes is not None, ROPE=p.rope_theta > 0, BITS=_bits(p), FLOAT8=_float8(k, p.k.dtype),
-        SHARED_V=_shared(k, v), K_SCALE=p.k_scale is not None, V_SCALE=p.v_scale is not None,
-        SPLIT=split, num_warps=plan.num_warps, num_stages=plan.num_stages, **LAUNCH,
+        **facts, SINKS=p.sinks is not None, ALIBI=p.slopes is not None, ROPE=p.rope_theta > 0, BITS=_bits(p),
+        FLOAT8=_float8(k, p.k.dtype), SHARED_V=_shared(k, v), K_SCALE=p.k_scale is not None,
+        V_SCALE=p.v_scale is not None, SPLIT=split, num_warps=plan.num_warps, num_stages=plan.num_stages, **LAUNCH,
     )  # fmt: skip
     if split:
         tokens = plan.block_m // plan.pack
         paged_combine_kernel[(p.batch * plan.tiles * tokens, q.shape[1])](
             part, sums, out, lse, sinks, cu, p.seq_lens, out.stride(),
-            q.shape[0], p.batch, plan.limit, plan.target, least, plan.columns,
+            q.shape[0], p.batch, plan.limit, plan.target, least, plan.rows_to, plan.columns,
             DV=p.v.shape[-1], BLOCK_DV=_padded(p.v.shape[-1]), BLOCK_M=plan.block_m, GROUP=q.shape[1] // k.shape[2],
-            PACK=plan.pack, TILES=plan.tiles, SINKS=p.sinks is not None, RAGGED_Q=ragged, num_warps=1, **LAUNCH,
+            PACK=plan.pack, TILES=plan.tiles, SINKS=p.sinks is not None, RAGGED_Q=p.cu_seqlens_q is not None,
+            num_warps=1, **LAUNCH,
         )  # fmt: skip
 
 
-def make_plan(q: Tensor, p: PagedProblem) -> Plan:
-    """Cut a call by its shapes alone."""
+def make_plans(q: Tensor, p: PagedProblem) -> list[Plan]:
+    """Cut a call by its shapes alone.
+
+    A batch that may mix prefill and decode takes two launches: slots for sequences of many queries, and shares of the
+    keys for those of few, which would otherwise read all of their keys in one program each.
+    """
+    plan = _make_plan(q, p, p.max_q)
+    if plan.target or p.cu_seqlens_q is None or p.batch == 1 or min(plan.limit, _longest(p)) <= _LONG:
+        return [plan]
+    few = _make_plan(q, p, _FEW)
+    return [plan._replace(rows_from=_FEW + 1), few._replace(rows_to=_FEW)]
+
+
+def _longest(p: PagedProblem) -> int:
+    """Keys of a sequence at most, by the shape of the table."""
+    table = p.page_table if p.page_table is not None else p.indices
+    assert table is not None
+    return table.shape[-1] * p.page_size
+
+
+def _make_plan(q: Tensor, p: PagedProblem, max_q: int) -> Plan:
+    """The cut for sequences of up to ``max_q`` queries."""
     heads, heads_k = q.shape[1], p.k.shape[2]
     group = heads // heads_k
     own_lists = p.list_indices is not None and p.list_indices.shape[1] == heads and group > 1
     pack = 1 if own_lists else triton.next_power_of_2(group)
     major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 8
     widest = max(_padded(q.shape[-1]), _padded(p.v.shape[-1]))
-    config = config_for(widest, q.element_size(), p.max_q * pack, major)
-    block_m = max(16, min(config.block_m, triton.next_power_of_2(max(1, p.max_q * pack))))
+    config = config_for(widest, q.element_size(), max_q * pack, major)
+    block_m = max(16, min(config.block_m, triton.next_power_of_2(max(1, max_q * pack))))
     pack = min(pack, block_m)
     if p.block_q:  # the queries of a tile share a list
         block_m = min(block_m, pack * (p.block_q & -p.block_q))
     tokens = block_m // pack
     chunks = heads_k * triton.cdiv(group, pack)
-    tiles = triton.cdiv(max(1, p.max_q), tokens)
+    tiles = triton.cdiv(max(1, max_q), tokens)
     slots = p.batch if p.cu_seqlens_q is None else q.shape[0] // tokens + p.batch
 
     limit = _NO_LIMIT
     if p.window_left >= 0 and (p.causal or p.window_right >= 0):
-        limit = p.window_left + p.max_q + max(p.window_right, 0) + 1
+        limit = p.window_left + max_q + max(p.window_right, 0) + 1
     if p.list_indices is not None:
         limit = min(limit, max(1, p.list_indices.shape[-1] * p.block_kv))
-    longest = (p.page_table if p.page_table is not None else p.indices).shape[-1] * p.page_size  # type: ignore[union-attr]
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-    few = p.max_q <= 16 or slots * chunks < 2 * processors
-    if few and min(limit, longest) > _LEAST_TILES * config.block_n:
+    few = max_q <= _FEW or slots * chunks < 2 * processors
+    if few and min(limit, _longest(p)) > _LEAST_TILES * config.block_n:
         target = triton.cdiv(_PROGRAMS * processors, chunks * tiles)
-        shape = (tiles, chunks * tiles, target + p.batch, target)
+        grid = (tiles, chunks * tiles, target + p.batch, target)
     else:
-        shape = (1, chunks, slots, 0)
-    return Plan(block_m, config.block_n, pack, *shape, limit, config.num_warps, config.num_stages)
+        grid = (1, chunks, slots, 0)
+    return Plan(block_m, config.block_n, pack, *grid, limit, 0, _NO_LIMIT, config.num_warps, config.num_stages)
 
 
 def _facts(q: Tensor, q_rope: Tensor | None, out: Tensor, p: PagedProblem, plan: Plan) -> dict[str, object]:

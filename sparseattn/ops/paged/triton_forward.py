@@ -18,7 +18,8 @@ from sparseattn.ops.paged.triton_schedule import first_item, item_share, query_s
 
 # Arguments that change with the batch: specialising on them would compile a kernel per length.
 LENGTHS = ["total_q", "batch", "table_width", "num_pages", "list_rows", "list_width", "list_stride_b", "bits"]
-LENGTHS += ["limit", "target", "least", "window_left", "window_right", "stride_k_scale", "stride_v_scale"]
+LENGTHS += ["limit", "target", "least", "rows_from", "rows_to", "window_left", "window_right"]
+LENGTHS += ["stride_k_scale", "stride_v_scale"]
 
 
 @triton.jit
@@ -127,7 +128,7 @@ def page_span(table_ptr, indptr_ptr, b, k_len, stride_table, table_width, PAGE: 
     owned = table_width
     pages_ptr = table_ptr + b.to(tl.int64) * stride_table[0]
     if CSR:
-        first = tl.load(indptr_ptr + b)
+        first = tl.maximum(tl.load(indptr_ptr + b), 0)
         owned = tl.minimum(tl.load(indptr_ptr + b + 1), table_width) - first
         pages_ptr = table_ptr + first
     return pages_ptr, tl.minimum(k_len, owned * PAGE)
@@ -194,8 +195,8 @@ def paged_kernel(
     cu_ptr, lens_ptr, table_ptr, indptr_ptr, count_ptr, list_ptr, mask_ptr, mask_offset_ptr,
     sinks_ptr, slopes_ptr, k_scale_ptr, v_scale_ptr,
     stride_q, stride_q_rope, stride_k, stride_v, stride_k_rope, stride_o, stride_table, stride_k_scale, stride_v_scale,
-    total_q, batch, table_width, num_pages, list_rows, list_width, list_stride_b, bits, limit, target, least,
-    scale, v_factor, softcap, window_left, window_right, theta_log2, rope_scale,
+    total_q, batch, table_width, num_pages, list_rows, list_width, list_stride_b, bits, limit, target, least, rows_from,
+    rows_to, scale, v_factor, softcap, window_left, window_right, theta_log2, rope_scale,
     D: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DR: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr,
     PACK: tl.constexpr, MASK_GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILES: tl.constexpr,
@@ -209,7 +210,7 @@ def paged_kernel(
     Grid (slots, heads / PACK) or, with ``SPLIT``, (items, heads / PACK * TILES): a share of the keys for tile
     ``program_id(1) % TILES`` of the sequence. A share that is not the only one of its sequence leaves unnormalised
     float32 sums for ``paged_combine_kernel``: ``part`` [items, grid[1], BLOCK_M, DV] and ``sums`` [items, grid[1], 2,
-    BLOCK_M].
+    BLOCK_M]. Sequences of less than ``rows_from`` or more than ``rows_to`` queries are another launch's.
     """
     TOKENS: tl.constexpr = BLOCK_M // PACK
     CHUNKS: tl.constexpr = (GROUP + PACK - 1) // PACK  # of a KV head's query heads
@@ -227,7 +228,7 @@ def paged_kernel(
         b, tile = slot_tile(cu_ptr, tl.num_programs(0) - 1 - item, batch, TOKENS, RAGGED_Q)
     q_start, q_len = query_span(cu_ptr, b, total_q, RAGGED_Q)
     first = tile * TOKENS
-    if first >= q_len:
+    if (first >= q_len) | (q_len < rows_from) | (q_len > rows_to):
         return
     k_len = tl.load(lens_ptr + b)
     offset = k_len - q_len
@@ -314,10 +315,10 @@ def paged_kernel(
         tl.store(o_ptr + o_row[:, None] + offs_dv[None, :] * stride_o[2], o, mask=o_in)
 
 
-@triton.jit(do_not_specialize=["total_q", "batch", "limit", "target", "least", "columns"])
+@triton.jit(do_not_specialize=["total_q", "batch", "limit", "target", "least", "rows_to", "columns"])
 def paged_combine_kernel(
     part_ptr, sums_ptr, o_ptr, lse_ptr, sinks_ptr, cu_ptr, lens_ptr, stride_o,
-    total_q, batch, limit, target, least, columns,
+    total_q, batch, limit, target, least, rows_to, columns,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
     TILES: tl.constexpr, SINKS: tl.constexpr, RAGGED_Q: tl.constexpr,
 ):  # fmt: skip
@@ -331,7 +332,7 @@ def paged_combine_kernel(
     token = tl.program_id(0) % (TILES * TOKENS)
     head = tl.program_id(1)
     q_start, q_len = query_span(cu_ptr, b, total_q, RAGGED_Q)
-    if token >= q_len:
+    if (token >= q_len) | (q_len > rows_to):
         return
     share = share_length(lens_ptr, batch, limit, target, least)
     shares = shares_of(tl.load(lens_ptr + b), limit, share)

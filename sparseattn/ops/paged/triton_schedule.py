@@ -1,8 +1,9 @@
 """Which queries and which keys a program of paged attention works on, decided on the device from lengths alone.
 
-Two grids. Many queries: slots of ``TOKENS`` query rows, as many as ``total_q`` and the batch can need; a program finds
-its sequence by counting. Few queries a sequence: work items, shares of a sequence's keys; all sequences are cut by the
-same share length, so that a batch of unequal sequences is balanced, and the number of items depends on shapes alone.
+Two grids, one of which may leave to the other the sequences that it is no good for. Many queries: slots of ``TOKENS``
+query rows, as many as ``total_q`` and the batch can need; a program finds its sequence by counting. Few queries a
+sequence: work items, shares of a sequence's keys; all sequences are cut by the same share length, so that a batch of
+unequal sequences is balanced, and the number of items depends on shapes alone.
 """
 
 import triton
@@ -17,7 +18,7 @@ def query_span(cu_ptr, b, total_q, RAGGED: tl.constexpr):
     start = b
     length = b * 0 + 1
     if RAGGED:
-        start = tl.load(cu_ptr + b)
+        start = tl.maximum(tl.load(cu_ptr + b), 0)
         length = tl.minimum(tl.load(cu_ptr + b + 1), total_q) - start
     return start, length
 
