@@ -10,7 +10,7 @@ from sparseattn.testing import random_block_mask
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from sparseattn.kernels.schedule import tile_schedule  # noqa: E402
+from sparseattn.kernels.schedule import tile_schedule
 
 
 def _records(mask: BlockMask | None, lengths: tuple[int, int], device: str, **options) -> torch.Tensor:

@@ -343,12 +343,10 @@ class World:
 
     def _look_for_deadlock(self) -> None:
         """With the lock held: nobody runs, nobody could."""
-        if self.error is None and not self.copies and len(self.waiting) == self.threads > 0:
-            if not any(ready() for ready, _ in self.waiting.values()):
-                self.error = EmulationError(
-                    f"deadlock: all wait, for {sorted(what for _, what in self.waiting.values())}"
-                )
-                self.changed.notify_all()
+        stuck = self.error is None and not self.copies and len(self.waiting) == self.threads > 0
+        if stuck and not any(ready() for ready, _ in self.waiting.values()):
+            self.error = EmulationError(f"deadlock: all wait, for {sorted(what for _, what in self.waiting.values())}")
+            self.changed.notify_all()
 
     def run(self, target: Callable[[], None], program: int, programs: int) -> list[bool]:
         """Start a thread; the one entry of the result turns true when it has ended."""

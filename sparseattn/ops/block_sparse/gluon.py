@@ -194,7 +194,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) 
     mask_group = heads // g.kv_num_blocks.shape[1] if g.kv_num_blocks is not None else heads
     block = (g.block_q, g.block_kv) if masked else (tokens, tiles.tile_n)
     counts, indices, strides = _lists(g, lse)
-    spans = tuple(lse if t is None else t for t in (g.q_start, g.q_end, g.k_start, g.k_end))
+    starts_ends = (g.q_start, g.q_end, g.k_start, g.k_end)
+    spans: Any = tuple(lse if t is None else t for t in starts_ends)
     window = (g.window_left, g.window_right)
     records, counter = tile_schedule(
         counts if masked else None, indices, strides, spans, (g.max_q, g.max_k), window,

@@ -7,7 +7,8 @@ with the products around it: the scores of one tile and the output of the tile b
 """
 
 # Annotations must stay objects for the Gluon front end: no ``from __future__ import annotations``.
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
@@ -105,14 +106,16 @@ class Facts:
     RAGGED_Q: bool = False
     RAGGED_K: bool = False
 
-    def __post_init__(self):
-        # Attributes of a compile-time argument must be compile-time values themselves.
-        for name, value in list(vars(self).items()):
-            object.__setattr__(self, name, gl.constexpr(value))
-        object.__setattr__(self, "GATHER", gl.constexpr(self.MASKED.value and self.BLOCK_KV.value < self.TILE_N.value))
-        object.__setattr__(self, "SLOTS", gl.constexpr(64 // self.PACK.value))
+    GATHER: Any = field(init=False, default=False)
+    SLOTS: Any = field(init=False, default=0)
 
-    def boxes(self):
+    def __post_init__(self) -> None:
+        facts = vars(self) | {"GATHER": self.MASKED and self.BLOCK_KV < self.TILE_N, "SLOTS": 64 // self.PACK}
+        # Attributes of a compile-time argument must be compile-time values themselves.
+        for name, value in facts.items():
+            object.__setattr__(self, name, gl.constexpr(value))
+
+    def boxes(self) -> tuple[tuple[int, int, int], ...]:
         """(heads, rows, columns) of the tensor-map tiles of q, k, v and o."""
         slots, pack, tile_n, block_kv, d, dv = (
             getattr(self, n).value for n in ("SLOTS", "PACK", "TILE_N", "BLOCK_KV", "BLOCK_D", "BLOCK_DV")
@@ -120,10 +123,10 @@ class Facts:
         keys = ((1, block_kv, 64),) * 2 if self.GATHER.value else ((1, tile_n, d), (1, tile_n, dv))
         return (pack, slots, d), *keys, (pack, slots, dv)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return repr(self) == repr(other)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(repr(self))
 
 

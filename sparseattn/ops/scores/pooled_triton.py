@@ -7,7 +7,7 @@ one number a block; ``_choose_kernel`` (``rules_triton``) turns a row of those i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -453,7 +453,7 @@ def compile_cases() -> list[
         for feature, page, block, softmax, maximum, dtype in variants:
             bound, per_block = feature == "bound", block // page
             tiles = config_for(dtype, 128, page, bound, (major, 0))
-            constants = {
+            constants: dict[str, Any] = {
                 "PAGE": page, "PER_BLOCK": per_block, "GROUP": 4, "D": 128, "BLOCK_D": 128, "CAUSAL": True,
                 "RAGGED_Q": maximum, "RAGGED_K": maximum, "PACKED": maximum, "BOUND": bound, "ROW_SOFTMAX": softmax,
                 "MAX": maximum, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", "STEP": tiles.step,
@@ -473,7 +473,7 @@ def compile_cases() -> list[
     return cases
 
 
-def _offline(function: object, constants: dict[str, object], inputs: str = "*bf16") -> tuple[object, dict, dict, dict]:
+def _offline(function: object, constants: dict[str, Any], inputs: str = "*bf16") -> tuple[object, dict, dict, dict]:
     """Signature, constexprs and attributes of a call with contiguous tensors."""
     signature: dict[str, object] = {}
     constexprs: dict[object, object] = {}
