@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +11,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
 from sparseattn.cli.common import (
     UserError,
@@ -45,7 +42,7 @@ from sparseattn.masks import BlockMask
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_NAME = "sparseattn_inspect"
+    from sparseattn.integrations.records import CallRecord
 
 
 @dataclass
@@ -104,8 +101,12 @@ def inspect(
     loaded = load_model(model, place, dtype)
     prompt = loaded.encode(text, chat).to(place)
     notes.print(f"[bold]{model}[/], {prompt.shape[1]:,} prompt tokens, {describe_device(place)}")
-    with sparse(loaded.model, options), _watch(loaded.model) as (found, dense), torch.no_grad():
+    from sparseattn.integrations.records import record
+
+    with sparse(loaded.model, options), record(masks=True, fidelity=True) as calls, torch.no_grad():
         loaded.model(prompt, use_cache=False, logits_to_keep=1)
+    found = [s for s in map(_statistics, calls) if s is not None]
+    dense = {call.reason or "dense" for call in calls if call.mask is None}
     if not found:
         raise UserError(
             f"nothing to inspect: every layer ran dense ({'; '.join(sorted(dense)) or 'by other functions'}). "
@@ -141,56 +142,14 @@ def inspect(
     console.print(f"Written to {folder}: masks.png, statistics.png, statistics.json", soft_wrap=True)
 
 
-@contextmanager
-def _watch(model: Any) -> Iterator[tuple[list[LayerStatistics], set[str]]]:
-    """Collect the statistics of every sparse call, and why others ran dense."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    from sparseattn import fidelity
-    from sparseattn.integrations import layout
-    from sparseattn.integrations.records import record
-    from sparseattn.integrations.transformers import attention_forward
-
-    found: list[LayerStatistics] = []
-    dense: set[str] = set()
-
-    def forward(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-    ) -> Any:
-        with record(masks=True) as calls:
-            result = attention_forward(module, query, key, value, attention_mask, **kwargs)
-        (call,) = calls
-        if call.mask is None:
-            dense.add(call.reason or "dense")
-            return result
-        window = kwargs.get("sliding_window")
-        recall = fidelity.recall(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            None,
-            call.mask,
-            scale=kwargs.get("scaling"),
-            softcap=kwargs.get("softcap"),
-            window=None if window is None else (window - 1, None),
-        )
-        summaries = [fidelity.mass_statistics(head) for head in recall[0]]
-        densities = call.mask.densities()[0].expand(1 if call.mask.heads > 1 else len(summaries), -1)
-        found.append(
-            LayerStatistics(
-                call.layer or 0,
-                call.mask.to("cpu"),
-                densities.flatten().tolist(),
-                [s.mean for s in summaries],
-                [s.p05 for s in summaries],
-                [s.worst for s in summaries],
-            )
-        )
-        return result
-
-    AttentionInterface.register(_NAME, forward)
-    AttentionMaskInterface.register(_NAME, layout.row_mask)
-    model.set_attn_implementation(_NAME)  # the caller's `sparse` block puts the former one back
-    yield found, dense
+def _statistics(call: CallRecord) -> LayerStatistics | None:
+    """Of a call that selected blocks; None of one that ran dense."""
+    if call.mask is None or call.heads is None:
+        return None
+    numbers = call.heads.to_dict()
+    return LayerStatistics(
+        call.layer or 0, call.mask.to("cpu"), *(numbers[name] for name in ("density", "recall", "p05", "worst"))
+    )
 
 
 def _pick(name: str, given: str | None, available: list[int], count: int) -> list[int]:
