@@ -245,14 +245,6 @@ def test_nothing_to_do(impl: str, device: str):
     assert (lse == -math.inf).all()
 
 
-def test_many_sequences_find_their_rows(device: str):
-    """More sequences than one look at the lengths takes."""
-    generator = torch.Generator().manual_seed(3)
-    lengths = tuple((a, c) for a, c in torch.randint(0, 4, (131, 2), generator=generator).tolist())
-    check(Case("many", lengths, heads=(1, 1), page=2), torch.float16, "triton", device)
-    check(Case("many-decode", tuple((1, c * 12) for _, c in lengths), (1, 1), page=4), torch.float16, "triton", device)
-
-
 def test_latent_queries_in_two_parts(device: str):
     problem = build(IDS["mla"], torch.float16, device)
     for impl in ("reference", "triton"):

@@ -54,6 +54,7 @@ class Plan(NamedTuple):
         limit: Keys of a sequence that can count, at most.
         rows_from: Fewest queries of a sequence that this launch takes.
         rows_to: Most queries.
+        longest: Queries of a sequence for which there are tiles.
         num_warps: Of a program.
         num_stages: Of the pipeline.
     """
@@ -68,14 +69,17 @@ class Plan(NamedTuple):
     limit: int
     rows_from: int
     rows_to: int
+    longest: int
     num_warps: int
     num_stages: int
 
 
-def config_for(head_dim: int, itemsize: int, rows: int, major: int) -> Tiles:
-    """Tiles by padded head dimension, bytes an element of q, rows that a sequence has, and GPU generation."""
+def config_for(head_dim: int, itemsize: int, rows: int, major: int, rope: bool = False) -> Tiles:
+    """Tiles by padded head dimension, bytes an element of q, rows that a sequence has, GPU generation and RoPE."""
     if itemsize == 4:  # full-precision products are unrolled multiply-adds: larger tiles take minutes to compile
         return Tiles(32 if head_dim <= 256 else 16, 32 if head_dim <= 256 else 16, 8, 1)
+    if rope:  # keys and their partners are rotated in float32 registers
+        return Tiles(16 if rows <= 16 else 64, 32, 4 if rows <= 16 else 8, 3 if head_dim <= 128 else 2)
     # The load of page numbers takes stages of its own: 5 keep two tiles of keys under way, 2 to 4 only one.
     if head_dim > 256:  # latent caches: the accumulator alone takes half of the registers
         return Tiles(64, 32, 8, 2) if major >= 9 else Tiles(32, 32, 8, 2)
@@ -156,10 +160,9 @@ def _launch(
         V_SCALE=p.v_scale is not None, SPLIT=split, num_warps=plan.num_warps, num_stages=plan.num_stages, **LAUNCH,
     )  # fmt: skip
     if split:
-        tokens = plan.block_m // plan.pack
-        paged_combine_kernel[(p.batch * plan.tiles * tokens, q.shape[1])](
+        paged_combine_kernel[(p.batch * plan.longest, q.shape[1])](
             part, sums, out, lse, sinks, cu, p.seq_lens, out.stride(),
-            q.shape[0], p.batch, plan.limit, plan.target, least, plan.rows_to, plan.columns,
+            q.shape[0], p.batch, plan.limit, plan.target, least, plan.rows_to, plan.longest, plan.columns,
             DV=p.v.shape[-1], BLOCK_DV=_padded(p.v.shape[-1]), BLOCK_M=plan.block_m, GROUP=q.shape[1] // k.shape[2],
             PACK=plan.pack, TILES=plan.tiles, SINKS=p.sinks is not None, RAGGED_Q=p.cu_seqlens_q is not None,
             num_warps=1, **LAUNCH,
@@ -194,7 +197,7 @@ def _make_plan(q: Tensor, p: PagedProblem, max_q: int) -> Plan:
     pack = 1 if own_lists else triton.next_power_of_2(group)
     major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 8
     widest = max(_padded(q.shape[-1]), _padded(p.v.shape[-1]))
-    config = config_for(widest, q.element_size(), max_q * pack, major)
+    config = config_for(widest, q.element_size(), max_q * pack, major, p.rope_theta > 0)
     block_m = max(16, min(config.block_m, triton.next_power_of_2(max(1, max_q * pack))))
     pack = min(pack, block_m)
     if p.block_q:  # the queries of a tile share a list
@@ -216,7 +219,8 @@ def _make_plan(q: Tensor, p: PagedProblem, max_q: int) -> Plan:
         grid = (tiles, chunks * tiles, target + p.batch, target)
     else:
         grid = (1, chunks, slots, 0)
-    return Plan(block_m, config.block_n, pack, *grid, limit, 0, _NO_LIMIT, config.num_warps, config.num_stages)
+    spans = (limit, 0, _NO_LIMIT, max(1, max_q))
+    return Plan(block_m, config.block_n, pack, *grid, *spans, config.num_warps, config.num_stages)
 
 
 def _facts(q: Tensor, q_rope: Tensor | None, out: Tensor, p: PagedProblem, plan: Plan) -> dict[str, object]:
@@ -310,7 +314,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     )
     for major in (8, 9):
         for name, dims, rows, flags, cached in variants:
-            tiles = config_for(max(dims), 2, rows, major)
+            tiles = config_for(max(dims), 2, rows, major, "ROPE" in flags)
             native = major == 9 and cached == "u8"
             flags = {**flags, "FLOAT8": ""} if native else flags
             block_m = max(16, min(tiles.block_m, rows))

@@ -315,21 +315,21 @@ def paged_kernel(
         tl.store(o_ptr + o_row[:, None] + offs_dv[None, :] * stride_o[2], o, mask=o_in)
 
 
-@triton.jit(do_not_specialize=["total_q", "batch", "limit", "target", "least", "rows_to", "columns"])
+@triton.jit(do_not_specialize=["total_q", "batch", "limit", "target", "least", "rows_to", "longest", "columns"])
 def paged_combine_kernel(
     part_ptr, sums_ptr, o_ptr, lse_ptr, sinks_ptr, cu_ptr, lens_ptr, stride_o,
-    total_q, batch, limit, target, least, rows_to, columns,
+    total_q, batch, limit, target, least, rows_to, longest, columns,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
     TILES: tl.constexpr, SINKS: tl.constexpr, RAGGED_Q: tl.constexpr,
 ):  # fmt: skip
-    """One program: merges the shares of one query of one head. Grid (batch * TILES * BLOCK_M / PACK, heads).
+    """One program: merges the shares of one query of one head. Grid (batch * longest, heads).
 
     ``columns`` is the second grid axis of ``paged_kernel``. Sequences of one share have nothing to merge.
     """
     TOKENS: tl.constexpr = BLOCK_M // PACK
     CHUNKS: tl.constexpr = (GROUP + PACK - 1) // PACK
-    b = tl.program_id(0) // (TILES * TOKENS)
-    token = tl.program_id(0) % (TILES * TOKENS)
+    b = tl.program_id(0) // longest
+    token = tl.program_id(0) % longest
     head = tl.program_id(1)
     q_start, q_len = query_span(cu_ptr, b, total_q, RAGGED_Q)
     if (token >= q_len) | (q_len > rows_to):
