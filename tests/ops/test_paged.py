@@ -229,6 +229,19 @@ def test_a_short_custom_mask_hides_and_reads_nothing_outside(impl: str, device: 
     assert_close_to_oracle(o, oracle[0], eager[0], "o")
 
 
+@pytest.mark.parametrize("bounds", [(9, 3, 0), (5, 0, 3), (-4, 2, 100)])
+def test_bounds_out_of_order_stay_inside(bounds: tuple[int, ...], device: str):
+    """Results mean nothing then, but nothing outside of the tensors is read or written."""
+    problem = build(Case("bounds", ((4, 20), (5, 9))), torch.float16, device)
+    cu = torch.tensor(bounds, dtype=torch.int32, device=device)
+    guard = torch.full((3, *problem.q.shape), 7.0, dtype=torch.float16, device=device)
+    kwargs = problem.kwargs | {"cu_seqlens_q": cu}
+    o = paged_attention(problem.q, problem.cache, **kwargs, out=guard[1], impl="triton")
+    assert o.isfinite().all()
+    assert (guard[0] == 7).all()
+    assert (guard[2] == 7).all()
+
+
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_nothing_to_do(impl: str, device: str):
     problem = build(Case("none", ((0, 0), (0, 5))), torch.float16, device)

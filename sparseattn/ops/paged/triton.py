@@ -29,6 +29,7 @@ _LEAST_TILES = 4
 # Queries of a sequence that count as few, and keys from which on few queries get shares of their own in a mixed batch.
 _FEW = 16
 _LONG = 1024
+_MOST_ITEMS = 65_535  # of the second axis of a CUDA grid
 
 
 class Tiles(NamedTuple):
@@ -49,7 +50,7 @@ class Plan(NamedTuple):
         pack: Heads of a tile; ``block_m / pack`` queries.
         tiles: Tiles of the longest sequence; 1 without shares, where slots count them.
         columns: Head chunks times tiles.
-        items: First grid axis: slots, or work items.
+        items: Slots, or work items.
         target: Shares that a batch should make; 0: keys are not cut.
         limit: Keys of a sequence that can count, at most.
         rows_from: Fewest queries of a sequence that this launch takes.
@@ -142,7 +143,7 @@ def _launch(
     cu = lse if p.cu_seqlens_q is None else p.cu_seqlens_q
     least = _LEAST_TILES * plan.block_n
     list_rows = counts.shape[-1] if p.list_counts is not None else 0
-    paged_kernel[shape](
+    paged_kernel[shape[::-1] if split else shape](
         q, q_rope, k, v, k_rope, out, lse, part, sums,
         cu, p.seq_lens, table, lse if p.indptr is None else p.indptr, counts, lists, custom,
         lse if p.mask_offsets is None else p.mask_offsets,
@@ -214,8 +215,8 @@ def _make_plan(q: Tensor, p: PagedProblem, max_q: int) -> Plan:
         limit = min(limit, max(1, p.list_indices.shape[-1] * p.block_kv))
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
     few = max_q <= _FEW or slots * chunks < 2 * processors
-    if few and min(limit, _longest(p)) > _LEAST_TILES * config.block_n:
-        target = triton.cdiv(_PROGRAMS * processors, chunks * tiles)
+    target = triton.cdiv(_PROGRAMS * processors, chunks * tiles)
+    if few and min(limit, _longest(p)) > _LEAST_TILES * config.block_n and target + p.batch <= _MOST_ITEMS:
         grid = (tiles, chunks * tiles, target + p.batch, target)
     else:
         grid = (1, chunks, slots, 0)

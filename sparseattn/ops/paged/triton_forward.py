@@ -207,20 +207,22 @@ def paged_kernel(
 ):  # fmt: skip
     """One program: ``BLOCK_M`` rows, ``PACK`` heads of a KV head for each of ``BLOCK_M / PACK`` queries.
 
-    Grid (slots, heads / PACK) or, with ``SPLIT``, (items, heads / PACK * TILES): a share of the keys for tile
-    ``program_id(1) % TILES`` of the sequence. A share that is not the only one of its sequence leaves unnormalised
-    float32 sums for ``paged_combine_kernel``: ``part`` [items, grid[1], BLOCK_M, DV] and ``sums`` [items, grid[1], 2,
+    Grid (slots, heads / PACK): the tiles of a head side by side, whose keys then stay in the L2 cache. With ``SPLIT``
+    (heads / PACK * TILES, items), heads side by side, whose keys lie side by side: a share of the keys for tile
+    ``program_id(0) % TILES`` of the sequence. A share that is not the only one of its sequence leaves unnormalised
+    float32 sums for ``paged_combine_kernel``: ``part`` [items, grid[0], BLOCK_M, DV] and ``sums`` [items, grid[0], 2,
     BLOCK_M]. Sequences of less than ``rows_from`` or more than ``rows_to`` queries are another launch's.
     """
     TOKENS: tl.constexpr = BLOCK_M // PACK
     CHUNKS: tl.constexpr = (GROUP + PACK - 1) // PACK  # of a KV head's query heads
-    item = tl.program_id(0)
+    item = tl.program_id(1 if SPLIT else 0)
+    column = tl.program_id(0 if SPLIT else 1)
     share = item * 0
     shares = item * 0 + 1
-    head_chunk = tl.program_id(1) // TILES
+    head_chunk = column // TILES
     if SPLIT:
         b, share, shares = item_share(lens_ptr, item, batch, limit, share_length(lens_ptr, batch, limit, target, least))
-        tile = tl.program_id(1) % TILES
+        tile = column % TILES
         if b >= batch:
             return
     else:
@@ -302,7 +304,7 @@ def paged_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     o_in = row_in[:, None] & (offs_dv < DV)[None, :]
     if shares > 1:
-        at = item.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        at = item.to(tl.int64) * tl.num_programs(0) + column
         tl.store(part_ptr + (at * BLOCK_M + row)[:, None] * DV + offs_dv[None, :], acc, mask=o_in)
         tl.store(sums_ptr + at * 2 * BLOCK_M + row, m_i, mask=row_in)
         tl.store(sums_ptr + (at * 2 + 1) * BLOCK_M + row, l_i, mask=row_in)
@@ -324,7 +326,7 @@ def paged_combine_kernel(
 ):  # fmt: skip
     """One program: merges the shares of one query of one head. Grid (batch * longest, heads).
 
-    ``columns`` is the second grid axis of ``paged_kernel``. Sequences of one share have nothing to merge.
+    ``columns`` is the first grid axis of ``paged_kernel``. Sequences of one share have nothing to merge.
     """
     TOKENS: tl.constexpr = BLOCK_M // PACK
     CHUNKS: tl.constexpr = (GROUP + PACK - 1) // PACK

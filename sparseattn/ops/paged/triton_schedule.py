@@ -37,7 +37,8 @@ def slot_tile(cu_ptr, slot, batch, TOKENS: tl.constexpr, RAGGED: tl.constexpr):
             offs = c + tl.arange(0, CHUNK)
             first = tl.load(cu_ptr + offs, mask=offs < batch, other=0) // TOKENS + offs
             b += tl.sum(((first <= slot) & (offs < batch)).to(tl.int32), 0)
-        tile = slot - (tl.load(cu_ptr + b) // TOKENS + b)
+        b = tl.maximum(b, 0)
+        tile = tl.maximum(slot - (tl.load(cu_ptr + b) // TOKENS + b), 0)
     return b, tile
 
 
