@@ -102,6 +102,7 @@ def _others(rows: list[EvalRow], best: EvalRow) -> list[str]:
 
 def write_plots(rows: list[EvalRow], folder: Path) -> list[Path]:
     """A picture of every model and length, and one of needle depths of every model; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for model in dict.fromkeys(row.model for row in rows):
         mine = [row for row in rows if row.model == model]
@@ -142,7 +143,8 @@ def _lines(axes: Any, rows: list[EvalRow], value: Any, title: str) -> None:
     names = ("density: computed share of the visible blocks, %", "seconds a prompt")
     for ax, x, name in zip(axes, x_of, names, strict=True):
         for i, label in enumerate(dict.fromkeys(row.label for row in rows)):
-            points = sorted((x(row), value(row)) for row in rows if row.label == label and value(row) is not None)
+            mine = sorted((row for row in rows if row.label == label), key=lambda row: row.density)
+            points = [(x(row), value(row)) for row in mine if value(row) is not None]
             if points:
                 broken = label.split(" ")[0] in YARDSTICKS
                 style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
