@@ -87,17 +87,23 @@ def paged_attention(
             "q", "tensors without gradients", "one that requires them",
             "Paged attention has no backward: call it under torch.no_grad(), or use block_sparse_attention.",
         )  # fmt: skip
-    shape = (*main.shape[:2], p.v.shape[-1])
-    if out is None:
-        out = torch.empty(shape, dtype=main.dtype, device=main.device)
-    elif out.dtype != main.dtype:
-        raise argument_error("out", f"{main.dtype} like q", out.dtype, kind=TypeError)
-    elif tuple(out.shape) != shape or out.device != main.device:
-        raise argument_error("out", f"shape {shape} on {main.device}", f"shape {tuple(out.shape)} on {out.device}")
+    out = _output(out, main, p.v.shape[-1])
     lse_dtype = torch.float64 if main.dtype == torch.float64 else torch.float32
     lse = torch.empty((main.shape[1], main.shape[0]), dtype=lse_dtype, device=main.device)
     attend(main, rest, out, lse, impl, p)
     return (out, lse) if return_lse else out
+
+
+def _output(out: Tensor | None, q: Tensor, dim: int) -> Tensor:
+    """Where to write: ``out``, if it fits."""
+    shape = (*q.shape[:2], dim)
+    if out is None:
+        return torch.empty(shape, dtype=q.dtype, device=q.device)
+    if out.dtype != q.dtype:
+        raise argument_error("out", f"{q.dtype} like q", out.dtype, kind=TypeError)
+    if tuple(out.shape) != shape or out.device != q.device:
+        raise argument_error("out", f"shape {shape} on {q.device}", f"shape {tuple(out.shape)} on {out.device}")
+    return out
 
 
 def unsupported_reason(

@@ -50,17 +50,9 @@ def make_problem(
         left, right = narrower(left, sides[0]), narrower(right, sides[1])
     if sinks is not None:
         check_sinks(sinks, heads, main)
-    if scale is None and rest is not None:
-        raise argument_error("scale", "a number, for a cache with k_rope", None, "DeepSeek's is 1 / sqrt(128 + 64).")
     k_factor, k_tensor = _scale("k_scale", k_scale, cache)
     v_factor, v_tensor = _scale("v_scale", v_scale, cache)
-    factor = main.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
-    if positions is not None and not isinstance(positions, RoPE | ALiBi):
-        raise argument_error("positions", "RoPE(...), ALiBi(...) or None", repr(positions), kind=TypeError)
-    rope = positions if isinstance(positions, RoPE) else None
-    if rope is not None and (rest is not None or main.shape[-1] % 2):
-        got = "a cache with k_rope" if rest is not None else f"head_dim {main.shape[-1]}"
-        raise argument_error("positions", "an even head_dim without k_rope for RoPE", got)
+    rope = _rope(positions, main, rest)
     counts, indices, block_q, block_kv = _lists(mask, cache, heads, max_q, main)
     problem = PagedProblem(
         *cache.views(),
@@ -82,7 +74,7 @@ def make_problem(
         causal,
         left,
         -1 if causal else right,  # causal attention sees nothing to the right anyway
-        factor * k_factor,
+        _factor(scale, main, rest) * k_factor,
         check_softcap(softcap),
         0.0 if rope is None else float(rope.theta),
         1.0 if rope is None else float(rope.scale),
@@ -146,6 +138,26 @@ def _check_rows(q: Tensor, cache: PagedCache, cu_seqlens_q: Tensor | None, max_s
     if isinstance(max_seqlen_q, bool) or not isinstance(max_seqlen_q, int | torch.SymInt) or max_seqlen_q < 0:
         raise argument_error("max_seqlen_q", "a length of at least 0", repr(max_seqlen_q))
     return max_seqlen_q
+
+
+def _factor(scale: float | None, q: Tensor, q_rope: Tensor | None) -> float:
+    """The factor on scores."""
+    if scale is not None:
+        return check_number("scale", scale)
+    if q_rope is not None:
+        raise argument_error("scale", "a number, for a cache with k_rope", None, "DeepSeek's is 1 / sqrt(128 + 64).")
+    return q.shape[-1] ** -0.5
+
+
+def _rope(positions: RoPE | ALiBi | None, q: Tensor, q_rope: Tensor | None) -> RoPE | None:
+    if positions is not None and not isinstance(positions, RoPE | ALiBi):
+        raise argument_error("positions", "RoPE(...), ALiBi(...) or None", repr(positions), kind=TypeError)
+    if not isinstance(positions, RoPE):
+        return None
+    if q_rope is not None or q.shape[-1] % 2:
+        got = "a cache with k_rope" if q_rope is not None else f"head_dim {q.shape[-1]}"
+        raise argument_error("positions", "an even head_dim without k_rope for RoPE", got)
+    return positions
 
 
 def _scale(name: str, value: float | Tensor | None, cache: PagedCache) -> tuple[float, Tensor | None]:

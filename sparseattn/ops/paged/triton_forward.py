@@ -189,6 +189,18 @@ def attend_tile(
     return acc, m_i, l_i
 
 
+@triton.jit
+def store_share(
+    part_ptr, sums_ptr, at, row, row_in, acc, m_i, l_i, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Leave a share's unnormalised sums in place ``at``, for ``paged_combine_kernel``."""
+    columns = tl.arange(0, BLOCK_DV)
+    inside = row_in[:, None] & (columns < DV)[None, :]
+    tl.store(part_ptr + (at * BLOCK_M + row)[:, None] * DV + columns[None, :], acc, mask=inside)
+    tl.store(sums_ptr + at * 2 * BLOCK_M + row, m_i, mask=row_in)
+    tl.store(sums_ptr + (at * 2 + 1) * BLOCK_M + row, l_i, mask=row_in)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def paged_kernel(
     q_ptr, q_rope_ptr, k_ptr, v_ptr, k_rope_ptr, o_ptr, lse_ptr, part_ptr, sums_ptr,
@@ -301,19 +313,17 @@ def paged_kernel(
         v_factor *= tl.load(v_scale_ptr + head_k * stride_v_scale)
     acc = acc * v_factor
 
-    offs_dv = tl.arange(0, BLOCK_DV)
-    o_in = row_in[:, None] & (offs_dv < DV)[None, :]
     if shares > 1:
         at = item.to(tl.int64) * tl.num_programs(0) + column
-        tl.store(part_ptr + (at * BLOCK_M + row)[:, None] * DV + offs_dv[None, :], acc, mask=o_in)
-        tl.store(sums_ptr + at * 2 * BLOCK_M + row, m_i, mask=row_in)
-        tl.store(sums_ptr + (at * 2 + 1) * BLOCK_M + row, l_i, mask=row_in)
+        store_share(part_ptr, sums_ptr, at, row, row_in, acc, m_i, l_i, DV, BLOCK_DV, BLOCK_M)
     else:
         tl.store(lse_ptr + head.to(tl.int64) * total_q + q_start + token, natural_lse(m_i, l_i), mask=row_in)
         if SINKS:
             l_i = with_sink(m_i, l_i, tl.load(sinks_ptr + head, mask=row_in, other=0.0))
         o_row = (top + row // PACK) * stride_o[0] + head.to(tl.int64) * stride_o[1]
+        offs_dv = tl.arange(0, BLOCK_DV)
         o = normalise(acc, l_i, PRECISION).to(o_ptr.dtype.element_ty)
+        o_in = row_in[:, None] & (offs_dv < DV)[None, :]
         tl.store(o_ptr + o_row[:, None] + offs_dv[None, :] * stride_o[2], o, mask=o_in)
 
 
