@@ -201,7 +201,7 @@ def _show(rows: list[EvalRow], compare: bool, out: Path, json: bool) -> None:
         return
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = max(console.width, 130)
+        console.width = max(console.width, 140)
     console.print(table(rows))
     console.print(" ".join(CAPTION.split("\n")), style="dim")
     console.print()

@@ -44,7 +44,7 @@ def of_group(rows: list[EvalRow], group: tuple[str, str, int]) -> tuple[EvalRow 
 def table(rows: list[EvalRow]) -> Table:
     shown = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     for name in ("model", "task", "tokens", "method"):
-        shown.add_column(name, justify="right" if name == "tokens" else "left")
+        shown.add_column(name, justify="right" if name == "tokens" else "left", no_wrap=name != "model")
     for name in ("density", "right", "", "recall", "p05", "of best", "error", "seconds", "speed-up"):
         shown.add_column(name, justify="right", no_wrap=True)
     for group in groups(rows):
@@ -86,18 +86,16 @@ def verdict(rows: list[EvalRow]) -> str:
         if not fair:
             said.append(f"{name}: no method came down to {100 * min(asked):g} % of the blocks.")
             continue
-        best = max(fair, key=lambda row: row.accuracy)
+        most = max(row.accuracy for row in fair)
+        best = [row for row in fair if row.accuracy == most]
+        rest = sorted((row for row in fair if row.accuracy < most), key=lambda row: -row.accuracy)
         bar = "" if dense is None else f" (dense: {100 * dense.accuracy:.0f} %)"
+        others = f"; {', '.join(f'{row.label} {100 * row.accuracy:.0f}' for row in rest)}" if rest else ""
         said.append(
-            f"{name}: at {100 * min(asked):g} % of the blocks {best.label} keeps most, {100 * best.accuracy:.0f} % of "
-            f"the answers{bar}; the others {', '.join(_others(fair, best)) or 'were not measured'}."
+            f"{name}: at {100 * min(asked):g} % of the blocks most answers are kept by "
+            f"{', '.join(row.label for row in best)}: {100 * most:.0f} %{bar}{others}."
         )
     return "\n".join(said) or "Dense attention alone: nothing to compare."
-
-
-def _others(rows: list[EvalRow], best: EvalRow) -> list[str]:
-    ranked = sorted((row for row in rows if row is not best), key=lambda row: -row.accuracy)
-    return [f"{row.label} {100 * row.accuracy:.0f}" for row in ranked]
 
 
 def write_plots(rows: list[EvalRow], folder: Path) -> list[Path]:

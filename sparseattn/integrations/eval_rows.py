@@ -85,8 +85,12 @@ class EvalRow:
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy, were questions independent draws: what a repetition with other prompts would move by."""
-        return (self.accuracy * (1 - self.accuracy) / self.total) ** 0.5
+        """Of the accuracy, were questions independent draws: what a repetition with other prompts would move by.
+
+        One right and one wrong answer are added (Agresti and Coull), so that it is not 0 where all or none are right.
+        """
+        share = (self.correct + 1) / (self.total + 2)
+        return (share * (1 - share) / (self.total + 2)) ** 0.5
 
     @property
     def label(self) -> str:

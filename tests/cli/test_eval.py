@@ -58,7 +58,7 @@ def test_measured_rows_are_kept_and_shown(invoke, tmp_path: Path) -> None:
     )
     result = invoke(*arguments)
     assert result.exit_code == 0
-    for word in ("single", "streaming", "1/1", "100 ± 0 %", "speed-up", "Density: computed share"):
+    for word in ("single", "streaming", "1/1", "100 ± 27 %", "speed-up", "Density: computed share"):
         assert word in result.stdout
     file = tmp_path / "rows.jsonl"
     before = file.read_text()
@@ -80,10 +80,7 @@ def test_comparison_of_rows(invoke, tmp_path: Path) -> None:
         assert name in result.stdout
     text = " ".join(result.stdout.split())
     # Streaming did not come down to a tenth, and the oracle is no method.
-    assert (
-        "at 10 % of the blocks landmark keeps most, 90 % of the answers (dense: 100 %); the others xattention 40."
-        in text
-    )
+    assert "at 10 % of the blocks most answers are kept by landmark: 90 % (dense: 100 %); xattention 40." in text
     assert "oracle (density)" in text
     assert "10.1 (10) %" in text
 
@@ -93,6 +90,8 @@ def test_verdicts() -> None:
 
     assert verdict(ROWS[:1]) == "Dense attention alone: nothing to compare."
     assert "no method came down to 10 %" in verdict([ROWS[0], ROWS[4]])
+    tie = [ROWS[0], ROWS[1], row("topk:density", 0.1, 0.1, 9)]
+    assert verdict(tie).endswith("kept by landmark, topk: 90 % (dense: 100 %).")
     assert needle_map([]) is None
 
 
