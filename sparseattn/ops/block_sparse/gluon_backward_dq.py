@@ -124,9 +124,7 @@ def dq_step(
         p = p * slope
     acc, dsa = warpgroup_mma_wait(0, deps=(acc, dsa))
     mbarrier.wait(v_full.index(v_stage), v_phase)
-    dp = warpgroup_mma(
-        do_s.index(CID + zero), v_s.index(v_stage).permute((1, 0)), zeros, use_acc=False, is_async=True
-    )
+    dp = warpgroup_mma(do_s.index(CID + zero), v_s.index(v_stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.arrive(k_empty.index(before), count=1)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     mbarrier.arrive(v_empty.index(v_stage), count=1)
