@@ -16,7 +16,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,10 +25,11 @@ from sparseattn import BlockMask, models, selectors
 from sparseattn.calibrate import Curve, Knob, knob_of
 from sparseattn.fidelity import head_fidelity, recall
 from sparseattn.integrations.eval_rows import EvalRow
-from sparseattn.integrations.evaluation import Contender, evaluate
-from sparseattn.integrations.workloads import Retrieval
 from sparseattn.testing import families, structured, structured_qkv
 from sparseattn.testing.inputs import QKV
+
+if TYPE_CHECKING:
+    from sparseattn.integrations.evaluation import Contender
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN = "<!-- evaluation: begin (written by python -m benchmarks.evaluation tables) -->"
@@ -44,6 +45,9 @@ KINDS = ("vertical", "slash", "block_topic", "needle", *families.KINDS, "vertica
 def answers(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of both models, or of one, that are not in the file yet."""
     from transformers import AutoModelForCausalLM
+
+    from sparseattn.integrations.evaluation import Contender, evaluate
+    from sparseattn.integrations.workloads import Retrieval
 
     kept = rows_of(args.out)
     contenders = [Contender.parse(spec, args.block_size) for spec in args.method or METHODS]
@@ -65,6 +69,8 @@ def _among(keys: set[tuple[Any, ...]], *key: Any) -> bool:
 
 def family_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Recall of every method on every family at one density; masks alone, each head by itself."""
+    from sparseattn.integrations.evaluation import Contender
+
     for kind in KINDS:
         heads = [
             structured_qkv(args.length, 1, 1, args.head_dim, torch.float32, args.device, seed, kinds=(kind,))

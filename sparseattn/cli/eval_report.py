@@ -90,10 +90,10 @@ def verdict(rows: list[EvalRow]) -> str:
         best = [row for row in fair if row.accuracy == most]
         rest = sorted((row for row in fair if row.accuracy < most), key=lambda row: -row.accuracy)
         bar = "" if dense is None else f" (dense: {100 * dense.accuracy:.0f} %)"
-        others = f"; {', '.join(f'{row.label} {100 * row.accuracy:.0f}' for row in rest)}" if rest else ""
+        behind = f"; {', '.join(f'{row.label} {100 * row.accuracy:.0f}' for row in rest)}" if rest else ""
         said.append(
             f"{name}: at {100 * min(asked):g} % of the blocks most answers are kept by "
-            f"{', '.join(row.label for row in best)}: {100 * most:.0f} %{bar}{others}."
+            f"{', '.join(row.label for row in best)}: {100 * most:.0f} %{bar}{behind}."
         )
     return "\n".join(said) or "Dense attention alone: nothing to compare."
 
