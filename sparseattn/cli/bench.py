@@ -15,7 +15,7 @@ from rich.table import Table
 
 from sparseattn.cli.common import UserError, clean_errors, describe_device, notes, pick_device, settle_threads
 from sparseattn.ops.block_sparse import IMPLEMENTATIONS, block_sparse_attention, unsupported_reason
-from sparseattn.ops.block_sparse.library import AUTO
+from sparseattn.ops.dispatch import implementations
 from sparseattn.testing import baselines
 from sparseattn.testing.timing import break_even, environment
 from sparseattn.testing.workloads import DTYPES, Problem
@@ -150,7 +150,7 @@ def _measure(problems: list[Problem], impl: str, flex: bool, budget_ms: float) -
 def _ours(problem: Problem, impl: str, masked: bool = True) -> baselines.Prepared:
     """Our operator, over the mask or dense, and which implementation that is."""
     mask = problem.mask if masked else None
-    names = AUTO.get(problem.device.type, ("reference",)) if impl == "auto" else (impl,)
+    names = implementations(impl, problem.qkv[0])
     runs = [name for name in names if unsupported_reason(*problem.qkv, mask, impl=name) is None]
     return partial(block_sparse_attention, *problem.qkv, mask, impl=impl), {"impl": runs[0] if runs else impl}  # type: ignore[return-value]
 

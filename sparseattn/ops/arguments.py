@@ -35,8 +35,10 @@ def check_window(window: tuple[int | None, int | None] | None, name: str = "wind
         return -1, -1
     expected = "(left, right) token counts, each at least 0 or None"
     hint = "(w, 0) keeps w keys before each query."
-    if not isinstance(window, tuple | list) or len(window) != 2:
+    if not isinstance(window, tuple | list):
         raise argument_error(name, expected, repr(window), hint, kind=TypeError)
+    if len(window) != 2:
+        raise argument_error(name, expected, repr(window), hint)
     for side in window:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
             raise argument_error(name, expected, repr(window), kind=TypeError)

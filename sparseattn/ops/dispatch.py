@@ -7,6 +7,7 @@ Triton is imported when its implementation is asked for, and not before.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch import Tensor
 from sparseattn.errors import argument_error
 
 IMPLEMENTATIONS = ("triton", "reference")
+# What "auto" tries by device: everything here is meant to be fast there, so nothing is slow unasked.
+AUTO = {"cuda": ("triton",), "cpu": ("reference",)}
 
 
 def check_impl(impl: str) -> None:
@@ -22,35 +25,42 @@ def check_impl(impl: str) -> None:
         raise argument_error("impl", f"one of {('auto', *IMPLEMENTATIONS)}", repr(impl))
 
 
-def resolve(package: str, impl: str, t: Tensor, *problem: object) -> tuple[ModuleType | None, str | None]:
-    """The module that ``impl`` means for a call on ``t``'s device, or why there is none.
+def implementations(impl: str, t: Tensor, auto: Mapping[str, tuple[str, ...]] = AUTO) -> tuple[str, ...]:
+    """The implementations that ``impl`` means on ``t``'s device, to be tried in this order."""
+    return auto.get(t.device.type, ("reference",)) if impl == "auto" else (impl,)
+
+
+def resolve(package: str, names: Sequence[str], *problem: object) -> tuple[ModuleType | None, str | None]:
+    """The first implementation that can run a call, or why none can.
 
     Args:
         package: Of the operator, such as ``sparseattn.ops.paged``.
-        impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
-        t: A tensor of the call.
-        problem: What the implementation's ``unsupported_reason`` takes.
+        names: Implementations to try.
+        problem: What an implementation's ``unsupported_reason`` takes.
     """
-    name = impl if impl != "auto" else "triton" if t.is_cuda else "reference"
-    if name == "triton":
-        reason = _triton_missing()
-        if reason is not None:
-            return None, reason
-    module = importlib.import_module(f"{package}.{name}")
-    reason = module.unsupported_reason(*problem)
-    return (module, None) if reason is None else (None, reason)
+    reasons = []
+    for name in names:
+        reason = triton_missing() if name != "reference" else None
+        if reason is None:
+            module = importlib.import_module(f"{package}.{name}")
+            reason = module.unsupported_reason(*problem)
+            if reason is None:
+                return module, None
+        reasons.append(reason)
+    return None, "; ".join(reasons)
 
 
-def require(package: str, impl: str, t: Tensor, *problem: object) -> ModuleType:
+def require(package: str, impl: str, names: Sequence[str], *problem: object, of: str = "call") -> ModuleType:
     """As ``resolve``, but the module.
 
     Raises:
-        ValueError: It cannot run this call; the message says why.
+        ValueError: None can run this call (or what else it is one ``of``); the message says why.
     """
-    module, reason = resolve(package, impl, t, *problem)
+    module, reason = resolve(package, names, *problem)
     if module is None:
-        expected = "an implementation that can run this call"
-        raise argument_error("impl", expected, f"{impl!r}: {reason}", 'impl="reference" runs anything, slowly.')
+        got = f"{impl!r}, where {' and '.join(names)} cannot: {reason}"
+        hint = 'impl="reference" runs anything, slowly.'
+        raise argument_error("impl", f"an implementation that can run this {of}", got, hint)
     return module
 
 
@@ -70,7 +80,8 @@ def triton_device_reason(t: Tensor) -> str | None:
     return None
 
 
-def _triton_missing() -> str | None:
+def triton_missing() -> str | None:
+    """Why Triton cannot be used, or None. Imports it."""
     try:
         import triton
     except ImportError as error:

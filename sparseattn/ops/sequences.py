@@ -7,12 +7,32 @@ selectors resolve both to the same four int32 vectors and never move data for ei
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+
+
+class Layout(TypedDict, total=False):
+    """The layout arguments of operators and selectors, all optional; ``resolve_sequences`` checks them.
+
+    Attributes:
+        cu_seqlens_q: int32 [B + 1], cumulative query lengths of packed ``[total, H, D]`` tensors, starting at 0.
+        cu_seqlens_k: int32 [B + 1], likewise for keys; defaults to ``cu_seqlens_q``.
+        max_seqlen_q: Longest query length of a packed batch; defaults to ``total_q``, which is right but launches more.
+        max_seqlen_k: Longest key length of a packed batch; defaults to ``total_k``.
+        ranges_q: int32 [B, 2], the valid rows ``[start, end)`` of every row of a padded ``[B, S, H, D]`` batch.
+        ranges_k: int32 [B, 2], likewise for keys and values.
+    """
+
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    ranges_q: Tensor | None
+    ranges_k: Tensor | None
 
 
 class Sequences(NamedTuple):
@@ -84,12 +104,7 @@ def resolve_sequences(
     Args:
         q: ``[B, Sq, Hq, D]``, or ``[total_q, Hq, D]`` with ``cu_seqlens_*``.
         k: ``[B, Sk, Hkv, D]``, or ``[total_k, Hkv, D]``.
-        cu_seqlens_q: int32 [B + 1], cumulative query lengths of packed tensors, starting at 0.
-        cu_seqlens_k: int32 [B + 1], likewise for keys; defaults to ``cu_seqlens_q``.
-        max_seqlen_q: Longest query length of a packed batch; defaults to ``total_q``, which is right but launches more.
-        max_seqlen_k: Longest key length of a packed batch; defaults to ``total_k``.
-        ranges_q: int32 [B, 2], the valid rows ``[start, end)`` of every row of a padded batch.
-        ranges_k: int32 [B, 2], likewise for keys and values.
+        cu_seqlens_q: This and the other five: see ``Layout``.
 
     Raises:
         ValueError: Ranks, batch sizes or combinations that do not fit.

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from sparseattn.masks import BlockMask
+from sparseattn.ops.sequences import Layout
 from sparseattn.selectors.base import check_config
 from sparseattn.selectors.pooled import PooledConfig, Threshold, select_pooled
 
@@ -50,13 +52,8 @@ def flashprefill(
     causal: bool = True,
     scale: float | None = None,
     layer: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    ranges_q: Tensor | None = None,
-    ranges_k: Tensor | None = None,
     impl: str = "auto",
+    **layout: Unpack[Layout],
 ) -> BlockMask:
     """Keep the blocks whose mean key is wanted nearly as much as that of the row's best block.
 
@@ -75,13 +72,8 @@ def flashprefill(
         causal: Key j is visible to query i iff ``j <= i + Sk - Sq``, at any alignment of Sq and Sk.
         scale: Factor on q . k; default ``1 / sqrt(D)``.
         layer: Index of the calling layer, for thresholds per layer.
-        cu_seqlens_q: int32 [B + 1] of packed tensors; see ``resolve_sequences``, likewise for the next five.
-        cu_seqlens_k: int32 [B + 1].
-        max_seqlen_q: Longest query length of a packed batch.
-        max_seqlen_k: Longest key length.
-        ranges_q: int32 [B, 2], valid rows of a padded batch.
-        ranges_k: int32 [B, 2].
         impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
+        **layout: Of packed and padded batches; see :class:`sparseattn.ops.sequences.Layout`.
 
     Returns:
         A BlockMask with Hq heads (Hkv with ``group_shared``) and ``causal`` as given; ragged batches carry their
@@ -105,10 +97,5 @@ def flashprefill(
         layer=layer,
         impl=impl,
         num_last_tokens=config.num_last_tokens,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        ranges_q=ranges_q,
-        ranges_k=ranges_k,
+        **layout,
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.scores.flexprefill import BLOCK_SIZES, flexprefill_blocks
-from sparseattn.ops.sequences import resolve_sequences
+from sparseattn.ops.sequences import Layout, resolve_sequences
 from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
 
 
@@ -76,13 +77,8 @@ def flexprefill(
     causal: bool = True,
     scale: float | None = None,
     layer: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    ranges_q: Tensor | None = None,
-    ranges_k: Tensor | None = None,
     impl: str = "auto",
+    **layout: Unpack[Layout],
 ) -> BlockMask:
     """Keep what covers ``gamma`` of the attention mass, by the pattern that fits each head.
 
@@ -104,13 +100,8 @@ def flexprefill(
             after the diagonal is kept by verticals and query-aware heads.
         scale: Factor on q . k; default ``1 / sqrt(D)``.
         layer: Ignored.
-        cu_seqlens_q: int32 [B + 1] of packed tensors; see ``resolve_sequences``, likewise for the next five.
-        cu_seqlens_k: int32 [B + 1].
-        max_seqlen_q: Longest query length of a packed batch.
-        max_seqlen_k: Longest key length.
-        ranges_q: int32 [B, 2], valid rows of a padded batch.
-        ranges_k: int32 [B, 2].
         impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
+        **layout: Of packed and padded batches; see :class:`sparseattn.ops.sequences.Layout`.
 
     Returns:
         A BlockMask with Hq heads (Hkv with ``group_shared``) and ``causal`` as given; ragged batches carry their
@@ -123,16 +114,7 @@ def flexprefill(
     """
     config = FlexPrefillConfig() if config is None else config
     check_config(config, FlexPrefillConfig)
-    sequences = resolve_sequences(
-        q,
-        k,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        ranges_q=ranges_q,
-        ranges_k=ranges_k,
-    )
+    sequences = resolve_sequences(q, k, **layout)
     counts, indices, _ = flexprefill_blocks(
         q, k, **config.to_dict(), causal=causal, scale=scale, sequences=sequences, impl=impl
     )

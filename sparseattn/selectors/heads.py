@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.scores import row_bounds
-from sparseattn.ops.sequences import Sequences, resolve_sequences
+from sparseattn.ops.sequences import Layout, Sequences, resolve_sequences
 from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
 
 DENSE = "dense"
@@ -149,13 +150,8 @@ def heads(
     causal: bool = True,
     scale: float | None = None,
     layer: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    ranges_q: Tensor | None = None,
-    ranges_k: Tensor | None = None,
     impl: str = "auto",
+    **layout: Unpack[Layout],
 ) -> BlockMask:
     """Select by the method of each head's class, and put the lists of all heads into one mask.
 
@@ -170,13 +166,8 @@ def heads(
         causal: Key j is visible to query i iff ``j <= i + Sk - Sq``, at any alignment of Sq and Sk.
         scale: Factor on q . k; default ``1 / sqrt(D)``.
         layer: Index of the calling layer, for classes (and thresholds) per layer.
-        cu_seqlens_q: int32 [B + 1] of packed tensors; see ``resolve_sequences``, likewise for the next five.
-        cu_seqlens_k: int32 [B + 1].
-        max_seqlen_q: Longest query length of a packed batch.
-        max_seqlen_k: Longest key length.
-        ranges_q: int32 [B, 2], valid rows of a padded batch.
-        ranges_k: int32 [B, 2].
         impl: As the methods take it.
+        **layout: Of packed and padded batches; see :class:`sparseattn.ops.sequences.Layout`.
 
     Returns:
         A BlockMask with one head where all share their lists, with Hkv heads where classes are given by key head and
@@ -190,10 +181,6 @@ def heads(
     check_config(config, HeadsConfig)
     if impl not in ("auto", "reference", "triton"):
         raise argument_error("impl", "'auto', 'triton' or 'reference'", repr(impl))
-    layout: dict[str, Any] = {
-        "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k, "ranges_q": ranges_q, "ranges_k": ranges_k,
-    }  # fmt: skip
     sequences = resolve_sequences(q, k, **layout)
     hq, hkv = q.shape[-2], k.shape[-2]
     names = config.of_layer(layer)

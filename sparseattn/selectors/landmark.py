@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.scores import LandmarkFeatures, landmark_blocks
 from sparseattn.ops.scores.landmark import BLOCK_SIZES, CLUSTERS, ROWS, check_density, check_tau
-from sparseattn.ops.sequences import resolve_sequences
+from sparseattn.ops.sequences import Layout, resolve_sequences
 from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
 from sparseattn.selectors.tables import freeze, of_layer
 
@@ -77,14 +78,9 @@ def landmark(
     causal: bool = True,
     scale: float | None = None,
     layer: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    ranges_q: Tensor | None = None,
-    ranges_k: Tensor | None = None,
     features: LandmarkFeatures | None = None,
     impl: str = "auto",
+    **layout: Unpack[Layout],
 ) -> BlockMask:
     """Keep the key blocks that hold something some query of the block wants, as the block's landmarks tell.
 
@@ -104,15 +100,10 @@ def landmark(
         causal: Key j is visible to query i iff ``j <= i + Sk - Sq``, at any alignment of Sq and Sk.
         scale: Factor on q . k; default ``1 / sqrt(D)``.
         layer: Index of the calling layer, for thresholds per layer.
-        cu_seqlens_q: int32 [B + 1] of packed tensors; see ``resolve_sequences``, likewise for the next five.
-        cu_seqlens_k: int32 [B + 1].
-        max_seqlen_q: Longest query length of a packed batch.
-        max_seqlen_k: Longest key length.
-        ranges_q: int32 [B, 2], valid rows of a padded batch.
-        ranges_k: int32 [B, 2].
         features: The landmarks of ``k`` where they are known already (``LandmarkCache``); causal calls need those of
             complete blocks alone. Default: computed from ``k``.
         impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
+        **layout: Of packed and padded batches; see :class:`sparseattn.ops.sequences.Layout`.
 
     Returns:
         A BlockMask with Hq heads (Hkv with ``group_shared``) and ``causal`` as given; ragged batches carry their
@@ -125,16 +116,7 @@ def landmark(
     """
     config = LandmarkConfig() if config is None else config
     check_config(config, LandmarkConfig)
-    sequences = resolve_sequences(
-        q,
-        k,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        ranges_q=ranges_q,
-        ranges_k=ranges_k,
-    )
+    sequences = resolve_sequences(q, k, **layout)
     rows: Any = config.block_size if config.rows == "all" else config.rows
     counts, indices = landmark_blocks(
         q,

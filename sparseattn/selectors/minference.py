@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.scores.minference import BLOCK_SIZES, HeadBudget, minference_blocks
 from sparseattn.ops.scores.vertical_slash import NUM_QUERIES
-from sparseattn.ops.sequences import resolve_sequences
+from sparseattn.ops.sequences import Layout, resolve_sequences
 from sparseattn.selectors import minference_patterns
 from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
 
@@ -99,13 +99,8 @@ def minference(
     causal: bool = True,
     scale: float | None = None,
     layer: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    ranges_q: Tensor | None = None,
-    ranges_k: Tensor | None = None,
     impl: str = "auto",
+    **layout: Unpack[Layout],
 ) -> BlockMask:
     """Keep what the pattern of each head says.
 
@@ -126,13 +121,8 @@ def minference(
         causal: Key j is visible to query i iff ``j <= i + Sk - Sq``. Without it distances still look back only.
         scale: Factor on q . k; default ``1 / sqrt(D)``.
         layer: Index of the calling layer, for patterns per layer.
-        cu_seqlens_q: int32 [B + 1] of packed tensors; see ``resolve_sequences``, likewise for the next five.
-        cu_seqlens_k: int32 [B + 1].
-        max_seqlen_q: Longest query length of a packed batch.
-        max_seqlen_k: Longest key length.
-        ranges_q: int32 [B, 2], valid rows of a padded batch.
-        ranges_k: int32 [B, 2].
         impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
+        **layout: Of packed and padded batches; see :class:`sparseattn.ops.sequences.Layout`.
 
     Returns:
         A BlockMask with Hq heads (Hkv with ``group_shared``), ``causal`` as given and, with ``columns``, the columns of
@@ -144,16 +134,7 @@ def minference(
     """
     config = MInferenceConfig() if config is None else config
     check_config(config, MInferenceConfig)
-    sequences = resolve_sequences(
-        q,
-        k,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        ranges_q=ranges_q,
-        ranges_k=ranges_k,
-    )
+    sequences = resolve_sequences(q, k, **layout)
     counts, indices, columns = minference_blocks(
         q,
         k,

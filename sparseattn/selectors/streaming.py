@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.scores import diagonal_blocks, row_bounds
-from sparseattn.ops.sequences import Sequences, resolve_sequences
+from sparseattn.ops.sequences import Layout, Sequences, resolve_sequences
 from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
 
 
@@ -42,13 +43,8 @@ def streaming(
     causal: bool = True,
     scale: float | None = None,
     layer: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    ranges_q: Tensor | None = None,
-    ranges_k: Tensor | None = None,
     impl: str = "auto",
+    **layout: Unpack[Layout],
 ) -> BlockMask:
     """Keep the blocks of the first and of the nearest keys, whatever q and k hold.
 
@@ -62,13 +58,8 @@ def streaming(
         causal: Bottom-right aligned causality. Otherwise the local keys lie on both sides of the diagonal.
         scale: Ignored: the method scores nothing.
         layer: Ignored.
-        cu_seqlens_q: int32 [B + 1] of packed tensors.
-        cu_seqlens_k: int32 [B + 1].
-        max_seqlen_q: Longest query length of a packed batch.
-        max_seqlen_k: Longest key length.
-        ranges_q: int32 [B, 2], valid rows of a padded batch.
-        ranges_k: int32 [B, 2].
         impl: Accepted for the common signature; the lists are a formula.
+        **layout: Of packed and padded batches; see :class:`sparseattn.ops.sequences.Layout`.
 
     Returns:
         A BlockMask with one head (all share it), batch 1 unless the batch is ragged.
@@ -81,16 +72,7 @@ def streaming(
     check_config(config, StreamingConfig)
     if impl not in ("auto", "reference", "triton"):
         raise argument_error("impl", "'auto', 'triton' or 'reference'", repr(impl))
-    sequences = resolve_sequences(
-        q,
-        k,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        ranges_q=ranges_q,
-        ranges_k=ranges_k,
-    )
+    sequences = resolve_sequences(q, k, **layout)
     counts, indices = _lists(sequences, config, causal, q.device)
     return build_mask(counts, indices, sequences, config.block_size, causal)
 

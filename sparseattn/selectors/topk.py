@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
@@ -13,7 +14,7 @@ from sparseattn.ops.scores.api import STRIDES
 from sparseattn.ops.scores.pooled import pooled_blocks
 from sparseattn.ops.scores.pooled_problem import AGGREGATES, BLOCK_SIZES, check_pages
 from sparseattn.ops.scores.rules_problem import Forced, Rule, check_rule
-from sparseattn.ops.sequences import resolve_sequences
+from sparseattn.ops.sequences import Layout, resolve_sequences
 from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
 
 ESTIMATORS = ("mean", "bound", "antidiagonal", "exact")
@@ -90,13 +91,8 @@ def topk(
     causal: bool = True,
     scale: float | None = None,
     layer: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    ranges_q: Tensor | None = None,
-    ranges_k: Tensor | None = None,
     impl: str = "auto",
+    **layout: Unpack[Layout],
 ) -> BlockMask:
     """Keep as many blocks in every row: the best by an estimate of their attention mass.
 
@@ -114,13 +110,8 @@ def topk(
         causal: Key j is visible to query i iff ``j <= i + Sk - Sq``, at any alignment of Sq and Sk.
         scale: Factor on q . k; default ``1 / sqrt(D)``.
         layer: Ignored.
-        cu_seqlens_q: int32 [B + 1] of packed tensors; see ``resolve_sequences``, likewise for the next five.
-        cu_seqlens_k: int32 [B + 1].
-        max_seqlen_q: Longest query length of a packed batch.
-        max_seqlen_k: Longest key length.
-        ranges_q: int32 [B, 2], valid rows of a padded batch.
-        ranges_k: int32 [B, 2].
         impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
+        **layout: Of packed and padded batches; see :class:`sparseattn.ops.sequences.Layout`.
 
     Returns:
         A BlockMask with Hq heads (Hkv with ``group_shared``) and ``causal`` as given; ragged batches carry their
@@ -132,16 +123,7 @@ def topk(
     """
     config = TopKConfig() if config is None else config
     check_config(config, TopKConfig)
-    sequences = resolve_sequences(
-        q,
-        k,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        ranges_q=ranges_q,
-        ranges_k=ranges_k,
-    )
+    sequences = resolve_sequences(q, k, **layout)
     forced = Forced(config.num_sink_tokens, 0 if config.keep_recent else None)
     if config.estimator == "antidiagonal":
         counts, indices = antidiagonal_blocks(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
@@ -15,7 +16,7 @@ from sparseattn.ops.scores.antidiagonal_rules import antidiagonal_blocks
 from sparseattn.ops.scores.api import BLOCK_SIZES, STRIDES, check_threshold
 from sparseattn.ops.scores.pooled_problem import AGGREGATES
 from sparseattn.ops.scores.rules_problem import Forced, Rule, check_rule
-from sparseattn.ops.sequences import resolve_sequences
+from sparseattn.ops.sequences import Layout, resolve_sequences
 from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
 
 Threshold = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
@@ -107,13 +108,8 @@ def xattention(
     causal: bool = True,
     scale: float | None = None,
     layer: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    ranges_q: Tensor | None = None,
-    ranges_k: Tensor | None = None,
     impl: str = "auto",
+    **layout: Unpack[Layout],
 ) -> BlockMask:
     """Keep, per head and query block, the fewest key blocks whose estimated attention mass reaches the threshold.
 
@@ -128,13 +124,8 @@ def xattention(
         causal: Key j is visible to query i iff ``j <= i + Sk - Sq``, at any alignment of Sq and Sk.
         scale: Factor on q . k; default ``1 / sqrt(D)``.
         layer: Index of the calling layer, for thresholds per layer.
-        cu_seqlens_q: int32 [B + 1] of packed tensors; see ``resolve_sequences``, likewise for the next five.
-        cu_seqlens_k: int32 [B + 1].
-        max_seqlen_q: Longest query length of a packed batch.
-        max_seqlen_k: Longest key length.
-        ranges_q: int32 [B, 2], valid rows of a padded batch.
-        ranges_k: int32 [B, 2].
         impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
+        **layout: Of packed and padded batches; see :class:`sparseattn.ops.sequences.Layout`.
 
     Returns:
         A BlockMask with Hq heads and ``causal`` as given; ragged batches carry their lengths. Blocks wholly above the
@@ -146,16 +137,7 @@ def xattention(
     """
     config = XAttentionConfig() if config is None else config
     check_config(config, XAttentionConfig)
-    sequences = resolve_sequences(
-        q,
-        k,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        ranges_q=ranges_q,
-        ranges_k=ranges_k,
-    )
+    sequences = resolve_sequences(q, k, **layout)
     thresholds = config.thresholds(q.shape[-2], layer)
     if config.rule != "cumulative" or config.aggregate != "mean" or config.max_blocks is not None:
         values = thresholds if isinstance(thresholds, tuple) else (thresholds,)

@@ -7,7 +7,7 @@ from torch import Tensor
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.block_sparse.checks import make_geometry
-from sparseattn.ops.block_sparse.library import attend, resolve
+from sparseattn.ops.block_sparse.library import attend, resolve_call
 from sparseattn.ops.sequences import resolve_sequences
 
 
@@ -129,4 +129,4 @@ def unsupported_reason(
         ),
         mean_correction,
     )  # fmt: skip
-    return resolve(q, k, v, g, impl)[2]
+    return resolve_call(q, k, v, g, impl)[1]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, bfloat16, float16, float32, float64
 
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
+from sparseattn.ops.arguments import check_number, check_sinks, check_softcap, check_window, narrower
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.sequences import Sequences
 
@@ -39,7 +38,7 @@ def make_geometry(
         raise argument_error("causal", "True, False or None", repr(causal), kind=TypeError)
     if not isinstance(mean_correction, bool):
         raise argument_error("mean_correction", "True or False", repr(mean_correction), kind=TypeError)
-    left, right = _window(window, "window")
+    left, right = check_window(window, "window")
     columns: tuple[Tensor | None, Tensor | None] = (None, None)
     if mask is None:
         is_causal = causal is not False
@@ -56,10 +55,10 @@ def make_geometry(
         if mask.column_indices is not None and mask.column_indices.shape[-1] > 0:
             columns = (mask.column_counts(), mask.column_indices)
         block_q, block_kv = mask.block_size
-        mask_left, mask_right = _window(mask.window, "mask.window")
-        left, right = _narrower(left, mask_left), _narrower(right, mask_right)
+        mask_left, mask_right = check_window(mask.window, "mask.window")
+        left, right = narrower(left, mask_left), narrower(right, mask_right)
     if sinks is not None:
-        _check_sinks(sinks, q)
+        check_sinks(sinks, q.shape[-2], q)
     return Geometry(
         *lists,
         None,
@@ -78,8 +77,8 @@ def make_geometry(
         left,
         # Causal attention sees nothing to the right anyway.
         -1 if is_causal else right,
-        q.shape[-1] ** -0.5 if scale is None else _number("scale", scale),
-        _softcap(softcap),
+        q.shape[-1] ** -0.5 if scale is None else check_number("scale", scale),
+        check_softcap(softcap),
         *columns,
         # Without a mask nothing is skipped.
         mean_correction and mask is not None,
@@ -134,53 +133,3 @@ def _check_mask(mask: BlockMask, q: Tensor, k: Tensor, seq: Sequences) -> None:
             "one for a ragged batch (seqused_q/seqused_k)",
             "Pass the same ranges_q/ranges_k or cu_seqlens that selected it.",
         )
-
-
-def _check_sinks(sinks: Tensor, q: Tensor) -> None:
-    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
-        got = sinks.dtype if isinstance(sinks, Tensor) else type(sinks).__name__
-        raise argument_error("sinks", "a floating-point tensor", got, kind=TypeError)
-    if sinks.dim() != 1 or sinks.shape[0] != q.shape[-2]:
-        raise argument_error("sinks", f"shape ({q.shape[-2]},), a logit per query head", tuple(sinks.shape))
-    if sinks.device != q.device:
-        raise argument_error("sinks", f"device {q.device} like q", sinks.device)
-
-
-def _number(name: str, value: float) -> float:
-    if isinstance(value, bool | Tensor) or not isinstance(value, int | float):
-        hint = "A learnable scale belongs into q: pass q * scale and scale=1." if isinstance(value, Tensor) else ""
-        raise argument_error(name, "a finite number", type(value).__name__, hint, kind=TypeError)
-    if not math.isfinite(value):
-        raise argument_error(name, "a finite number", value)
-    return float(value)
-
-
-def _softcap(softcap: float | None) -> float:
-    if softcap is None:
-        return 0.0
-    value = _number("softcap", softcap)
-    if value < 0:
-        raise argument_error("softcap", "a positive number, or None for no cap", softcap)
-    return value
-
-
-def _window(window: tuple[int | None, int | None] | None, name: str) -> tuple[int, int]:
-    """``(left, right)`` with -1 for unbounded."""
-    if window is None:
-        return -1, -1
-    expected = "(left, right) token counts, each at least 0 or None"
-    if not isinstance(window, tuple | list):
-        raise argument_error(name, expected, repr(window), "(w, 0) keeps w keys before each query.", kind=TypeError)
-    if len(window) != 2:
-        raise argument_error(name, expected, repr(window))
-    for side in window:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
-            raise argument_error(name, expected, repr(window), kind=TypeError)
-        if side is not None and side < 0:
-            raise argument_error(name, expected, repr(window), "None is unbounded.")
-    left, right = window
-    return -1 if left is None else left, -1 if right is None else right
-
-
-def _narrower(a: int, b: int) -> int:
-    return max(a, b) if a < 0 or b < 0 else min(a, b)

@@ -6,7 +6,6 @@ them, so a traced graph holds no trace of Triton.
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -14,66 +13,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.block_sparse.geometry import Geometry
+from sparseattn.ops.dispatch import implementations, require, resolve
 
-# What "auto" tries, in this order: everything here is meant to be fast on its device, so nothing is slow unasked.
-AUTO = {"cuda": ("triton",), "cpu": ("reference",)}
+PACKAGE = "sparseattn.ops.block_sparse"
 
 
-def load_implementation(
-    name: str, q: Tensor, k: Tensor, v: Tensor, g: Geometry, gradients: str | None = None
+def resolve_call(
+    q: Tensor, k: Tensor, v: Tensor, g: Geometry, impl: str, gradients: str | None = None
 ) -> tuple[Any, str | None]:
-    """The implementation's module and why it cannot run this call. Triton is imported here and not before.
+    """The module of the implementation that ``impl`` means for a call, or why there is none.
 
     ``gradients`` asks for the backward pass as well: in the "fast" or the "deterministic" form.
     """
-    if name != "reference":
-        reason = _triton_missing()
-        if reason is not None:
-            return None, reason
-    module = importlib.import_module(f"sparseattn.ops.block_sparse.{name}")
-    return module, module.unsupported_reason(q, k, v, g, gradients)
+    return resolve(PACKAGE, implementations(impl, q), q, k, v, g, gradients)
 
 
-def _triton_missing() -> str | None:
-    try:
-        import triton
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
-    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
-    return None if (major, minor) >= (3, 6) else f"Triton {triton.__version__} is older than 3.6"
-
-
-def _names(q: Tensor, impl: str) -> tuple[str, ...]:
-    return AUTO.get(q.device.type, ("reference",)) if impl == "auto" else (impl,)
-
-
-def resolve(
-    q: Tensor, k: Tensor, v: Tensor, g: Geometry, impl: str, gradients: str | None = None
-) -> tuple[str, Any, str | None]:
-    """The name and module of the implementation that ``impl`` means for a call, or why there is none."""
-    reasons = []
-    for name in _names(q, impl):
-        module, reason = load_implementation(name, q, k, v, g, gradients)
-        if reason is None:
-            return name, module, None
-        reasons.append(reason)
-    return "", None, "; ".join(reasons)
-
-
-def _require(q: Tensor, k: Tensor, v: Tensor, g: Geometry, impl: str, gradients: str | None = None) -> tuple[str, Any]:
-    name, module, reason = resolve(q, k, v, g, impl, gradients)
-    if reason is not None:
-        what = "an implementation that can run this call" + (", gradients included" if gradients else "")
-        raise argument_error(
-            "impl",
-            what,
-            f"{impl!r}, where {' and '.join(_names(q, impl))} cannot: {reason}",
-            'impl="reference" runs anything, slowly.',
-        )
-    return name, module
+def _require(q: Tensor, k: Tensor, v: Tensor, g: Geometry, impl: str, gradients: str | None = None) -> Any:
+    of = "call, gradients included" if gradients else "call"
+    return require(PACKAGE, impl, implementations(impl, q), q, k, v, g, gradients, of=of)
 
 
 def _form(deterministic: bool) -> str:
@@ -111,7 +70,7 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> t
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, impl: str, *geometry: Any) -> tuple[Tensor, Tensor]:
     g = Geometry(*geometry)
-    _, module = _require(q, k, v, g, impl)
+    module = _require(q, k, v, g, impl)
     if q.numel() == 0 or k.numel() == 0:
         o, lse = _empty_results(q, v)
         return o.zero_(), lse.fill_(-math.inf)
@@ -132,7 +91,7 @@ def _backward(
     *geometry: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = Geometry(*geometry)
-    _, module = _require(q, k, v, g, impl, _form(deterministic))
+    module = _require(q, k, v, g, impl, _form(deterministic))
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv, dsinks = _empty_gradients(q, k, v, sinks)
         return dq.zero_(), dk.zero_(), dv.zero_(), dsinks.zero_()
@@ -184,7 +143,7 @@ def attend(
         return _forward_op(q, k, v, sinks, impl, *g)
     if not torch.compiler.is_compiling():
         _require(q, k, v, g, impl, _form(deterministic))  # said now, not when gradients are asked for
-    if mask is not None and _names(q, impl) != ("reference",):
+    if mask is not None and implementations(impl, q) != ("reference",):
         g = with_transposed(g, mask)
     return BlockSparse.apply(q, k, v, sinks, impl, deterministic, *g)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparseattn.errors import argument_error
-from sparseattn.ops.dispatch import check_impl, require, resolve
+from sparseattn.ops.dispatch import check_impl, implementations, require, resolve
 
 _PACKAGE = "sparseattn.ops.merge"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -120,7 +120,7 @@ def merge_state_(
 def unsupported_reason(o: Tensor, impl: str) -> str | None:
     """Why merging states like ``o`` would not run with ``impl``, or None if it would."""
     check_impl(impl)
-    return resolve(_PACKAGE, impl, o, o)[1]
+    return resolve(_PACKAGE, implementations(impl, o), o)[1]
 
 
 def _check(
@@ -182,7 +182,7 @@ def _merge(
 ) -> tuple[Tensor, Tensor]:
     merged, merged_lse = _merge_fake(o, lse)
     if merged.numel():
-        require(_PACKAGE, impl, o, o).merge(o, lse, o_b, lse_b, merged, merged_lse, None, base)
+        require(_PACKAGE, impl, implementations(impl, o), o).merge(o, lse, o_b, lse_b, merged, merged_lse, None, base)
     elif merged_lse.numel():
         merged_lse.copy_(torch.cat([lse, lse_b[None]] if lse_b is not None else [lse]).logsumexp(0))
     return merged, merged_lse
@@ -192,7 +192,9 @@ def _merge_(
     o: Tensor, lse: Tensor, o_other: Tensor, lse_other: Tensor, mask: Tensor | None, base: float, impl: str
 ) -> None:
     if o.numel():
-        require(_PACKAGE, impl, o, o).merge(o[None], lse[None], o_other, lse_other, o, lse, mask, base)
+        require(_PACKAGE, impl, implementations(impl, o), o).merge(
+            o[None], lse[None], o_other, lse_other, o, lse, mask, base
+        )
 
 
 def _merge_fake(o: Tensor, lse: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

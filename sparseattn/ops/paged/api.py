@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
-from sparseattn.ops.dispatch import resolve
+from sparseattn.ops.dispatch import implementations, resolve
 from sparseattn.ops.paged.cache import PagedCache
 from sparseattn.ops.paged.checks import make_problem
 from sparseattn.ops.paged.library import PACKAGE, attend
@@ -132,4 +132,4 @@ def unsupported_reason(
         q, cache, cu_seqlens_q, max_seqlen_q, causal, scale, window, softcap, sinks, positions, custom_mask, k_scale,
         v_scale, mask, impl,
     )  # fmt: skip
-    return resolve(PACKAGE, impl, main, main, rest, p)[1]
+    return resolve(PACKAGE, implementations(impl, main), main, rest, p)[1]
