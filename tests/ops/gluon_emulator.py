@@ -7,7 +7,7 @@ as unkindly as it may:
 
 * A tensor-map load fills its tile with NaN at once and with data some time later; a store reads its tile later still.
 * An asynchronous product reads its operands when it is waited for, not when it is issued.
-* Memory that the tensor cores or the copy engine read after an ordinary write must have been fenced.
+* An ordinary write that has not been fenced is NaN to the tensor cores, and an error to the copy engine.
 * When every thread waits, the deadlock is an error that names the barriers.
 
 What this cannot show: speed, registers, and the order in which real memory becomes visible.
@@ -260,11 +260,20 @@ class Memory:
         self.fenced[first_bytes] = False
         context().written.append((self.fenced, first_bytes))
 
-    def asynchronous(self, what: str) -> Tensor:
-        """What the tensor cores or the copy engine read."""
-        if not bool(self.fenced[self.places * self.storage.element_size()].all()):
-            raise EmulationError(f"{what} reads shared memory that was written without a fence")
-        return self.storage[self.places]
+    def _fenced(self) -> Tensor:
+        return self.fenced[self.places * self.storage.element_size()]
+
+    def check_fenced(self) -> None:
+        """What the copy engine reads must have been fenced."""
+        if not bool(self._fenced().all()):
+            raise EmulationError("a tensor-map store reads shared memory that was written without a fence")
+
+    def operand(self) -> Tensor:
+        """What the tensor cores read: NaN where an ordinary write has not been fenced.
+
+        No error, because a kernel may drop a product whose operands another warpgroup is still writing.
+        """
+        return self.storage[self.places].masked_fill(~self._fenced(), math.nan)
 
 
 def places(shape: Sequence[int], layout: Any, dtype: Any) -> Tensor:
@@ -481,7 +490,7 @@ def async_load(d: Descriptor, coordinates: Any, full: Memory, tile: Memory, pred
 
 def _async_write(d: Descriptor, coordinates: Any, tile: Memory, add: bool) -> None:
     index, inside = d.addresses(coordinates)
-    tile.asynchronous("a tensor-map store")
+    tile.check_fenced()
     world, done = context().world, [False]
 
     def copy() -> None:
@@ -527,8 +536,8 @@ def warpgroup_mma(a: Any, b: Memory, acc: Tile, *, use_acc: Any = True, is_async
     result = Tile(None, acc.layout, shape)
 
     def compute() -> None:
-        left = a.asynchronous("a product") if isinstance(a, Memory) else a.data
-        product = left.float() @ b.asynchronous("a product").float()
+        left = a.operand() if isinstance(a, Memory) else a.data
+        product = left.float() @ b.operand().float()
         result._data = product + acc.data if unwrap(use_acc) else product
 
     context().products.append(compute)

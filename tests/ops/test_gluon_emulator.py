@@ -93,12 +93,13 @@ def test_a_deadlock_is_an_error() -> None:
 
 
 @gluon.jit
-def product(out_ptr, WAITED: gl.constexpr, FREED: gl.constexpr):
+def product(out_ptr, WAITED: gl.constexpr, FREED: gl.constexpr, FENCED: gl.constexpr):
     accumulator: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     tile = gl.allocate_shared_memory(gl.float16, [64, 64], tile_layout(2))
     ones = gl.full([64, 64], 1.0, gl.float16, accumulator)
     tile.store(ones)
-    fence_async_shared()
+    if FENCED:
+        fence_async_shared()
     zeros = gl.zeros([64, 64], gl.float32, accumulator)
     acc = warpgroup_mma(tile, tile, zeros, use_acc=False, is_async=True)
     if FREED:
@@ -111,9 +112,17 @@ def product(out_ptr, WAITED: gl.constexpr, FREED: gl.constexpr):
 
 def test_products_are_read_when_waited_for() -> None:
     out = torch.zeros(1)
-    Emulated(product)[(1,)](out, WAITED=True, FREED=False)
+    Emulated(product)[(1,)](out, WAITED=True, FREED=False, FENCED=True)
     assert out.item() == 64
-    Emulated(product)[(1,)](out, WAITED=True, FREED=True)  # memory handed on too early: the product sees the new data
+    Emulated(product)[(1,)](
+        out, WAITED=True, FREED=True, FENCED=True
+    )  # memory handed on too early: the product sees the new data
     assert out.item() == 256
     with pytest.raises(EmulationError, match="before it was waited for"):
-        Emulated(product)[(1,)](out, WAITED=False, FREED=False)
+        Emulated(product)[(1,)](out, WAITED=False, FREED=False, FENCED=True)
+
+
+def test_products_of_unfenced_writes_are_nan() -> None:
+    out = torch.zeros(1)
+    Emulated(product)[(1,)](out, WAITED=True, FREED=False, FENCED=False)
+    assert out.isnan().all()
