@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -18,6 +16,7 @@ from sparseattn.ops.scores.pooled_problem import AGGREGATES
 from sparseattn.ops.scores.rules_problem import Forced, Rule, check_rule
 from sparseattn.ops.sequences import Layout, resolve_sequences
 from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
+from sparseattn.selectors.tables import freeze, of_layer
 
 Threshold = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 
@@ -53,10 +52,7 @@ class XAttentionConfig(SelectorConfig):
     max_blocks: int | None = None
 
     def __post_init__(self) -> None:
-        threshold: Any = self.threshold
-        if hasattr(threshold, "tolist"):  # a tensor or array; read once here, never in a call
-            threshold = threshold.tolist()
-        object.__setattr__(self, "threshold", _frozen(threshold))
+        object.__setattr__(self, "threshold", freeze("threshold", self.threshold, check_threshold))
         self._check_choice("stride", STRIDES)
         self._check_choice("block_size", BLOCK_SIZES)
         self._check_bool("keep_recent")
@@ -72,32 +68,7 @@ class XAttentionConfig(SelectorConfig):
         Raises:
             ValueError: No ``layer``, or one out of range, where thresholds are per layer; another number of heads.
         """
-        if not isinstance(self.threshold, tuple):
-            return self.threshold
-        values: Any = self.threshold
-        if isinstance(values[0], tuple):
-            if layer is None or not 0 <= layer < len(values):
-                raise argument_error(
-                    "layer", f"an int in [0, {len(values)})", layer, "The threshold is per layer and head."
-                )
-            values = values[layer]
-        if len(values) != heads:
-            raise argument_error("threshold", f"{heads} values, one per query head", f"{len(values)} values")
-        return values
-
-
-def _frozen(threshold: Any) -> Threshold:
-    """Validate a threshold of any depth up to two and make it hashable."""
-    if not isinstance(threshold, Sequence) or isinstance(threshold, str):
-        check_threshold(threshold)
-        return float(threshold)
-    rows = tuple(tuple(row) if isinstance(row, (list, tuple)) else row for row in threshold)
-    nested = [row for row in rows if isinstance(row, tuple)]
-    if not rows or (nested and (len(nested) < len(rows) or len({len(row) for row in nested}) > 1 or not nested[0])):
-        raise argument_error("threshold", "a number, numbers per head, or equally long rows per layer", threshold)
-    for value in (v for row in rows for v in (row if isinstance(row, tuple) else (row,))):
-        check_threshold(value)
-    return tuple(tuple(float(v) for v in row) if isinstance(row, tuple) else float(row) for row in rows)  # type: ignore[return-value]
+        return of_layer("threshold", self.threshold, heads, layer)
 
 
 def xattention(
