@@ -41,7 +41,8 @@ class AttentionOptions:
             operator (already cheap: its cost is the window, not the prompt), ``"sparse"`` selects blocks as well.
         mean_correction: Attend the blocks that the method skips by the means of their keys and values, as
             ``block_sparse_attention`` defines it.
-        impl: ``"auto"``, or the implementation that selector and operator must use.
+        impl: ``"auto"``, or the implementation that selector and operator must use (``"gluon"`` is the operator's
+            alone: selectors then use ``"triton"``).
     """
 
     method: str = DEFAULT_METHOD
@@ -100,6 +101,11 @@ class AttentionOptions:
         if not set(self.method_options) <= set(known):
             raise _unknown_options(self.method_options, known, self.method)
         return selectors.configure(self.method, self.method_options)
+
+    @property
+    def selector_impl(self) -> str:
+        """The implementation for the selector."""
+        return "triton" if self.impl == "gluon" else self.impl
 
     def for_layer(self, layer: int | None) -> AttentionOptions:
         """The options of one layer: ``layers`` applied, then ``dense_layers``."""

@@ -108,8 +108,9 @@ def attention_forward(
     def select() -> BlockMask:
         with torch.no_grad():
             return selectors.get(chosen.method).select(
-                q, k, chosen.config, causal=causal, scale=scaling, layer=layer, impl=chosen.impl, **where.arguments
-            )
+                q, k, chosen.config, causal=causal, scale=scaling, layer=layer, impl=chosen.selector_impl,
+                **where.arguments,
+            )  # fmt: skip
 
     def attend(mask: BlockMask | None, mean_correction: bool = chosen.mean_correction, **more: Any) -> Any:
         return block_sparse_attention(

@@ -134,3 +134,8 @@ def test_options_are_dicts(bad: object) -> None:
         resolve(None, bad)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"sparseattn: expected a dict of options"):
         resolve(None, None, bad)  # type: ignore[arg-type]
+
+
+def test_selectors_of_a_gluon_operator_use_triton():
+    assert AttentionOptions(impl="gluon").selector_impl == "triton"
+    assert AttentionOptions(impl="reference").selector_impl == "reference"
