@@ -45,8 +45,9 @@ def _check_against_oracle(case: Case, impl: str, device: str) -> None:
         pytest.skip("not worth its time under the interpreter")
     problem = build(case, device)
     _skip_unless_it_runs(
-        impl, device, problem.q, problem.k, problem.v, problem.mask, sinks=problem.sinks, **problem.kwargs
-    )
+        impl, device, problem.q, problem.k, problem.v, problem.mask, sinks=problem.sinks, gradients=True,
+        **problem.kwargs,
+    )  # fmt: skip
 
     def run(q, k, v, sinks):
         return block_sparse_attention(q, k, v, problem.mask, sinks=sinks, return_lse=True, impl=impl, **problem.kwargs)
@@ -164,7 +165,7 @@ def test_packed_is_a_loop_over_sequences(impl: str, device: str):
 def test_unselected_keys_are_never_touched(impl: str, device: str, mask_heads: int):
     q, k, v = _qkv(device, batch=2)
     mask = random_block_mask((80, 80), (16, 16), mask_heads, 2, density=0.12, device=device)
-    _skip_unless_it_runs(impl, device, q, k, v, mask)
+    _skip_unless_it_runs(impl, device, q, k, v, mask, gradients=True)
     poisoned = poison_unselected(k, v, mask)
     assert poisoned[0].isnan().any()
 
@@ -185,7 +186,7 @@ def test_rows_outside_every_range_are_zero_and_their_keys_unread(impl: str, devi
     outside[0, 7:], outside[1, :61] = False, False
     leaves = [t.masked_fill(outside[..., None, None], math.nan).requires_grad_() for t in (q, k, v)]
     kwargs = {"ranges_q": ranges, "ranges_k": ranges}
-    _skip_unless_it_runs(impl, device, q, k, v, **kwargs)
+    _skip_unless_it_runs(impl, device, q, k, v, **kwargs, gradients=True)
     o, lse = block_sparse_attention(*leaves, return_lse=True, impl=impl, **kwargs)
     assert not o.isnan().any()
     assert (o[outside] == 0).all()
@@ -200,7 +201,7 @@ def test_rows_outside_every_range_are_zero_and_their_keys_unread(impl: str, devi
 def test_same_inputs_give_same_bits(impl: str, device: str):
     q, k, v = (t.requires_grad_() for t in _qkv(device))
     mask = random_block_mask((80, 80), (16, 16), 2, device=device)
-    _skip_unless_it_runs(impl, device, q, k, v, mask)
+    _skip_unless_it_runs(impl, device, q, k, v, mask, gradients=True)
 
     def run():
         o = block_sparse_attention(q, k, v, mask, impl=impl)

@@ -151,3 +151,9 @@ def test_an_old_triton_is_refused(monkeypatch):
     monkeypatch.setattr(triton, "__version__", "3.5.1")
     q, k, v = make_qkv(1, S, S, 4, 2, 16)
     assert unsupported_reason(q, k, v, impl="triton") == "Triton 3.5.1 is older than 3.6"
+
+
+def test_reasons_may_be_asked_with_gradients():
+    q, k, v = make_qkv(1, S, S, 4, 2, 16)
+    assert unsupported_reason(q, k, v, impl="reference", gradients=True, deterministic=True) is None
+    assert unsupported_reason(q, k, v, impl="gluon", gradients=True) == unsupported_reason(q, k, v, impl="gluon")

@@ -7,7 +7,7 @@ from torch import Tensor
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.block_sparse.checks import make_geometry
-from sparseattn.ops.block_sparse.library import attend, resolve_call
+from sparseattn.ops.block_sparse.library import attend, gradients_form, resolve_call
 from sparseattn.ops.sequences import resolve_sequences
 
 
@@ -115,11 +115,14 @@ def unsupported_reason(
     ranges_q: Tensor | None = None,
     ranges_k: Tensor | None = None,
     mean_correction: bool = False,
+    gradients: bool = False,
+    deterministic: bool = False,
     impl: str = "auto",
 ) -> str | None:
     """Why ``block_sparse_attention`` with these arguments and this ``impl`` would not run, or None if it would.
 
-    Arguments are those of ``block_sparse_attention``. Ones that no implementation accepts raise, as they do there.
+    Arguments are those of ``block_sparse_attention``, and ``gradients``: whether some will be asked for. Ones that no
+    implementation accepts raise, as they do there.
     """
     g = make_geometry(
         q, k, v, mask, causal, scale, window, softcap, sinks, impl,
@@ -129,4 +132,4 @@ def unsupported_reason(
         ),
         mean_correction,
     )  # fmt: skip
-    return resolve_call(q, k, v, g, impl)[1]
+    return resolve_call(q, k, v, g, impl, gradients_form(deterministic) if gradients else None)[1]

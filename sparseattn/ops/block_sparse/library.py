@@ -35,7 +35,8 @@ def _require(q: Tensor, k: Tensor, v: Tensor, g: Geometry, impl: str, gradients:
     return require(PACKAGE, impl, implementations(impl, q), q, k, v, g, gradients, of=of)
 
 
-def _form(deterministic: bool) -> str:
+def gradients_form(deterministic: bool) -> str:
+    """Which backward pass a call asks for."""
     return "deterministic" if deterministic else "fast"
 
 
@@ -91,7 +92,7 @@ def _backward(
     *geometry: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = Geometry(*geometry)
-    module = _require(q, k, v, g, impl, _form(deterministic))
+    module = _require(q, k, v, g, impl, gradients_form(deterministic))
     if q.numel() == 0 or k.numel() == 0:
         dq, dk, dv, dsinks = _empty_gradients(q, k, v, sinks)
         return dq.zero_(), dk.zero_(), dv.zero_(), dsinks.zero_()
@@ -142,7 +143,7 @@ def attend(
     if not (torch.is_grad_enabled() and wanted):
         return _forward_op(q, k, v, sinks, impl, *g)
     if not torch.compiler.is_compiling():
-        _require(q, k, v, g, impl, _form(deterministic))  # said now, not when gradients are asked for
+        _require(q, k, v, g, impl, gradients_form(deterministic))  # said now, not when gradients are asked for
     if mask is not None and implementations(impl, q) != ("reference",):
         g = with_transposed(g, mask)
     return BlockSparse.apply(q, k, v, sinks, impl, deterministic, *g)

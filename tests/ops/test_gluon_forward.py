@@ -1,4 +1,4 @@
-"""The Hopper kernels' logic on a CPU, run by the emulator beside this file: barriers, copies, masks and sums."""
+"""The Hopper forward: on that chip the kernels themselves, without a GPU their logic, run by the emulator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from sparseattn.ops.sequences import resolve_sequences
 from sparseattn.testing import assert_close_to_oracle, poison_unselected
 
 pytest.importorskip("triton", reason="needs Triton")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="emulated where there is no GPU")
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.skipif(torch.cuda.is_available() and not ON_HOPPER, reason="needs a Hopper GPU, or none")
+DEVICE = "cuda" if ON_HOPPER else "cpu"
 
 F16 = torch.float16
 # What the shared cases are too small for: several key tiles a row, several row tiles a program, every tile shape.
@@ -41,7 +43,7 @@ def _geometry(case: Case, problem: Problem) -> Geometry:
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch):
-    """The Gluon implementation with its kernels on the emulator; the argument is the seed of the copies' order."""
+    """The Gluon implementation, emulated without a GPU; the argument is the seed of the copies' order."""
     from gluon_emulator import Emulated
 
     from sparseattn.ops.block_sparse import gluon
@@ -49,7 +51,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch):
     kernel = gluon.forward_kernel
 
     def prepare(order: int = 0):
-        monkeypatch.setattr(gluon, "forward_kernel", Emulated(kernel, order=order))
+        if not ON_HOPPER:
+            monkeypatch.setattr(gluon, "forward_kernel", Emulated(kernel, order=order))
         return gluon
 
     return prepare
@@ -58,7 +61,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("case", CASES + HOPPER_CASES, ids=str)
 def test_forward_matches_oracle(case: Case, emulated) -> None:
     case = case if case.dtype == torch.bfloat16 else replace(case, dtype=F16)
-    problem = build(case)
+    problem = build(case, DEVICE)
     g = _geometry(case, problem)
     gluon = emulated()
     reason = gluon.refusal(*problem[:3], g)
@@ -77,7 +80,7 @@ def test_forward_matches_oracle(case: Case, emulated) -> None:
 
 @pytest.mark.parametrize("case", HOPPER_CASES[:5], ids=str)
 def test_unselected_keys_may_hold_nan(case: Case, emulated) -> None:
-    problem = build(case)
+    problem = build(case, DEVICE)
     g = _geometry(case, problem)
     assert problem.mask is not None
     clean = emulated().forward(*problem[:3], None, g)
@@ -89,7 +92,7 @@ def test_unselected_keys_may_hold_nan(case: Case, emulated) -> None:
 def test_padding_may_hold_nan(emulated) -> None:
     case = Case("static", batch=2, seq=(40, 300), dim=(64, 64), block=None, dtype=F16, heads=(4, 2),
                 ranges=(((0, 40), (0, 170)), ((3, 35), (20, 290))))  # fmt: skip
-    problem = build(case)
+    problem = build(case, DEVICE)
     g = _geometry(case, problem)
     clean = emulated().forward(*problem[:3], None, g)
     for b, ((q0, q1), (k0, k1)) in enumerate(problem.spans):
@@ -102,7 +105,7 @@ def test_padding_may_hold_nan(emulated) -> None:
 
 def test_the_order_of_copies_changes_no_bit(emulated) -> None:
     case = HOPPER_CASES[0]
-    problem = build(case)
+    problem = build(case, DEVICE)
     g = _geometry(case, problem)
     first = emulated(0).forward(*problem[:3], None, g)
     for order in range(1, 6):
@@ -112,7 +115,7 @@ def test_the_order_of_copies_changes_no_bit(emulated) -> None:
 
 def test_future_keys_change_no_bit(emulated) -> None:
     case = HOPPER_CASES[0]
-    problem = build(case)
+    problem = build(case, DEVICE)
     g = _geometry(case, problem)
     before = emulated().forward(*problem[:3], None, g)[0]
     problem.k[:, 200:] += 1
