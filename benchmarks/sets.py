@@ -1,4 +1,4 @@
-"""The named sets of workloads of ``benchmarks.block_sparse``, each a few minutes of an H200 with every rival."""
+"""The named sets of workloads of ``benchmarks.block_sparse``, each for a few minutes of a GPU with every rival."""
 
 from __future__ import annotations
 

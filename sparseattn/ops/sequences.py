@@ -7,7 +7,7 @@ selectors resolve both to the same four int32 vectors and never move data for ei
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -86,6 +86,22 @@ class Sequences(NamedTuple):
                 strict=True,
             )
         )
+
+
+# A layout as a registered operator takes it: every field but ``packed``, which the rank of q tells.
+LAYOUT_SCHEMA = (
+    "Tensor? q_start, Tensor? q_end, Tensor? k_start, Tensor? k_end, SymInt batch, SymInt max_q, SymInt max_k"
+)
+
+
+def flatten(s: Sequences) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int, int]:
+    """A layout in the order of ``LAYOUT_SCHEMA``."""
+    return s.q_start, s.q_end, s.k_start, s.k_end, s.batch, s.max_q, s.max_k
+
+
+def unflatten(q: Tensor, c: Any) -> Sequences:
+    """The layout of a registered operator's arguments ``c``, which has them by their names."""
+    return Sequences(c.batch, c.max_q, c.max_k, c.q_start, c.q_end, c.k_start, c.k_end, q.dim() == 3)
 
 
 def resolve_sequences(

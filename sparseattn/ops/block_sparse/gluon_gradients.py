@@ -82,7 +82,8 @@ def heads_per_program(group: int, tiles: int, processors: int, dense: bool) -> i
     """Query heads of a group that one program walks; the others' partial dK and dV are summed afterwards.
 
     Longer walks amortise a tile's keys and need no sums, shorter ones balance better: as many heads as leave each
-    processor some tiles. (H200, four heads a group, 128-blocks: at 16K two heads beat four by 7 % with every block and
+    processor some tiles. (An experiment before these kernels, on an H200 with four heads a group and 128-blocks: at 16K
+    two heads beat four by 7 % with every block and
     3 % with a tenth, and one head by 0 and 16 %; at 32K four beat two by 3 % wherever blocks are skipped, and lose 4 %
     where none are.)
 
@@ -122,7 +123,7 @@ def backward(
     """Gradients of q, k, v and the sinks; see ``reference.backward``, which this matches.
 
     Args:
-        deterministic: Give the same bits every time, at the price of two more products (10-15 %).
+        deterministic: Give the same bits every time, at the price of two more products.
         heads: Query heads of a group that one program walks, instead of ``heads_per_program``'s choice.
     """
     ragged_q, ragged_k = g.q_start is not None, g.k_start is not None

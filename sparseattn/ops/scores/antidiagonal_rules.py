@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparseattn.ops.scores.api import antidiagonal_scores, thresholds_on
 from sparseattn.ops.scores.rules import choose_impl, module, thresholds
-from sparseattn.ops.scores.rules_problem import Forced, Rule, check_rule, list_bounds, list_width, log_threshold
-from sparseattn.ops.sequences import Sequences, resolve_sequences
+from sparseattn.ops.scores.rules_problem import (
+    RULE_SCHEMA,
+    Forced,
+    Rule,
+    check_rule,
+    empty_lists,
+    flatten_rule,
+    list_bounds,
+    list_width,
+    log_threshold,
+    unflatten_rule,
+)
+from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_sequences, unflatten
 
 
 def antidiagonal_blocks(
@@ -59,60 +71,59 @@ def antidiagonal_blocks(
     forced = Forced() if forced is None else forced
     scale = max(1, q.shape[-1]) ** -0.5 if scale is None else float(scale)
     return torch.ops.sparseattn.antidiagonal_blocks(
-        q.detach(), k.detach(), s.q_start, s.q_end, s.k_start, s.k_end, s.batch, s.max_q, s.max_k, stride, block_size,
-        scale, causal, aggregate, rule.name, list(rule.threshold), rule.density, rule.num_blocks, rule.max_blocks,
-        forced.sink_tokens, forced.local_tokens, forced.last_tokens, impl,
+        q.detach(), k.detach(), *flatten(s), stride, block_size, scale, causal, aggregate,
+        *flatten_rule(rule, forced), impl,
     )  # fmt: skip
+
+
+class _Call(NamedTuple):
+    """Arguments of the registered operator after q and k."""
+
+    q_start: Tensor | None
+    q_end: Tensor | None
+    k_start: Tensor | None
+    k_end: Tensor | None
+    batch: int
+    max_q: int
+    max_k: int
+    stride: int
+    block_size: int
+    scale: float
+    causal: bool
+    aggregate: str
+    rule: str
+    threshold: Sequence[float]
+    density: float | None
+    num_blocks: int | None
+    max_blocks: int | None
+    sink_tokens: int
+    local_tokens: int | None
+    last_tokens: int
+    impl: str
 
 
 torch.library.define(
     "sparseattn::antidiagonal_blocks",
-    "(Tensor q, Tensor k, Tensor? q_start, Tensor? q_end, Tensor? k_start, Tensor? k_end, SymInt batch, SymInt max_q, "
-    "SymInt max_k, int stride, int block_size, float scale, bool causal, str aggregate, str rule, float[] threshold, "
-    "float? density, int? num_blocks, int? max_blocks, int sink_tokens, int? local_tokens, int last_tokens, str impl) "
-    "-> (Tensor, Tensor)",
+    f"(Tensor q, Tensor k, {LAYOUT_SCHEMA}, int stride, int block_size, float scale, bool causal, str aggregate, "
+    f"{RULE_SCHEMA}, str impl) -> (Tensor, Tensor)",
 )
 
 
 @torch.library.impl("sparseattn::antidiagonal_blocks", "CompositeExplicitAutograd")
-def _antidiagonal_blocks(
-    q: Tensor,
-    k: Tensor,
-    q_start: Tensor | None,
-    q_end: Tensor | None,
-    k_start: Tensor | None,
-    k_end: Tensor | None,
-    batch: int,
-    max_q: int,
-    max_k: int,
-    stride: int,
-    block_size: int,
-    scale: float,
-    causal: bool,
-    aggregate: str,
-    rule: str,
-    threshold: Sequence[float],
-    density: float | None,
-    num_blocks: int | None,
-    max_blocks: int | None,
-    sink_tokens: int,
-    local_tokens: int | None,
-    last_tokens: int,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    s = Sequences(batch, max_q, max_k, q_start, q_end, k_start, k_end, q.dim() == 3)
-    chosen = Rule(rule, tuple(threshold), density, num_blocks, max_blocks)
-    forced = Forced(sink_tokens, local_tokens, last_tokens)
+def _antidiagonal_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    c = _Call(*arguments)
+    s = unflatten(q, c)
+    rule, forced = unflatten_rule(c)
     scores = antidiagonal_scores(
-        q, k, stride=stride, block_size=block_size, causal=causal, scale=scale, sequences=s, impl=impl,
-        aggregate="sum" if aggregate == "mean" else aggregate,
+        q, k, stride=c.stride, block_size=c.block_size, causal=c.causal, scale=c.scale, sequences=s, impl=c.impl,
+        aggregate="sum" if c.aggregate == "mean" else c.aggregate,
     )  # fmt: skip
-    bounds = list_bounds(s, block_size, causal, forced, q.device)
-    if aggregate == "mean":
-        scores /= _cells(s, scores.shape[2], stride, block_size, q.device).to(scores.dtype)[:, None, :, None]
-    values = thresholds_on(q.device, log_threshold(chosen))
-    width = list_width(scores.shape[3], chosen, causal, forced, block_size)
-    return module(choose_impl(impl, scores)).choose(scores.log_(), chosen, values, bounds, width)
+    bounds = list_bounds(s, c.block_size, c.causal, forced, q.device)
+    if c.aggregate == "mean":
+        scores /= _cells(s, scores.shape[2], c.stride, c.block_size, q.device).to(scores.dtype)[:, None, :, None]
+    values = thresholds_on(q.device, log_threshold(rule))
+    width = list_width(scores.shape[3], rule, c.causal, forced, c.block_size)
+    return module(choose_impl(c.impl, scores)).choose(scores.log_(), rule, values, bounds, width)
 
 
 def _cells(s: Sequences, rows: int, stride: int, block_size: int, device: torch.device) -> Tensor:
@@ -124,33 +135,5 @@ def _cells(s: Sequences, rows: int, stride: int, block_size: int, device: torch.
 
 
 @torch.library.register_fake("sparseattn::antidiagonal_blocks")
-def _antidiagonal_blocks_fake(
-    q: Tensor,
-    k: Tensor,
-    q_start: Tensor | None,
-    q_end: Tensor | None,
-    k_start: Tensor | None,
-    k_end: Tensor | None,
-    batch: int,
-    max_q: int,
-    max_k: int,
-    stride: int,
-    block_size: int,
-    scale: float,
-    causal: bool,
-    aggregate: str,
-    rule: str,
-    threshold: Sequence[float],
-    density: float | None,
-    num_blocks: int | None,
-    max_blocks: int | None,
-    sink_tokens: int,
-    local_tokens: int | None,
-    last_tokens: int,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    rows, columns = (max_q + block_size - 1) // block_size, (max_k + block_size - 1) // block_size
-    chosen = Rule(rule, tuple(threshold), density, num_blocks, max_blocks)
-    width = list_width(columns, chosen, causal, Forced(sink_tokens, local_tokens, last_tokens), block_size)
-    shape = (batch, q.shape[-2], rows)
-    return q.new_empty(shape, dtype=torch.int32), q.new_empty((*shape, width), dtype=torch.int32)
+def _antidiagonal_blocks_fake(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return empty_lists(q, q.shape[-2], _Call(*arguments))

@@ -7,13 +7,14 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.ops.scores.problem import RowBounds, ScoreProblem, row_bounds
-from sparseattn.ops.sequences import Sequences, resolve_sequences
+from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_sequences, unflatten
 
 IMPLEMENTATIONS = ("triton", "reference")
 STRIDES = (4, 8, 16)
@@ -166,8 +167,8 @@ def xattention_blocks(
     s = p.sequences
     keep_sink = causal if keep_sink is None else keep_sink
     return torch.ops.sparseattn.xattention_blocks(
-        q.detach(), k.detach(), s.q_start, s.q_end, s.k_start, s.k_end, s.batch, s.max_q, s.max_k,
-        list(thresholds), stride, block_size, p.scale, causal, keep_sink, keep_recent, impl,
+        q.detach(), k.detach(), *flatten(s), list(thresholds), stride, block_size, p.scale, causal, keep_sink,
+        keep_recent, impl,
     )  # fmt: skip
 
 
@@ -263,63 +264,47 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"sparseattn.ops.scores.{name}")
 
 
+class _Call(NamedTuple):
+    """Arguments of the registered operator after q and k."""
+
+    q_start: Tensor | None
+    q_end: Tensor | None
+    k_start: Tensor | None
+    k_end: Tensor | None
+    batch: int
+    max_q: int
+    max_k: int
+    threshold: list[float]
+    stride: int
+    block_size: int
+    scale: float
+    causal: bool
+    keep_sink: bool
+    keep_recent: bool
+    impl: str
+
+
 torch.library.define(
     "sparseattn::xattention_blocks",
-    "(Tensor q, Tensor k, Tensor? q_start, Tensor? q_end, Tensor? k_start, Tensor? k_end, SymInt batch, SymInt max_q, "
-    "SymInt max_k, float[] threshold, int stride, int block_size, float scale, bool causal, bool keep_sink, "
-    "bool keep_recent, str impl) -> (Tensor, Tensor)",
+    f"(Tensor q, Tensor k, {LAYOUT_SCHEMA}, float[] threshold, int stride, int block_size, float scale, bool causal, "
+    "bool keep_sink, bool keep_recent, str impl) -> (Tensor, Tensor)",
 )
 
 
 @torch.library.impl("sparseattn::xattention_blocks", "CompositeExplicitAutograd")
-def _xattention_blocks(
-    q: Tensor,
-    k: Tensor,
-    q_start: Tensor | None,
-    q_end: Tensor | None,
-    k_start: Tensor | None,
-    k_end: Tensor | None,
-    batch: int,
-    max_q: int,
-    max_k: int,
-    threshold: list[float],
-    stride: int,
-    block_size: int,
-    scale: float,
-    causal: bool,
-    keep_sink: bool,
-    keep_recent: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    s = Sequences(batch, max_q, max_k, q_start, q_end, k_start, k_end, q.dim() == 3)
-    p = ScoreProblem(s, stride, block_size, causal, scale)
-    bounds = row_bounds(s, block_size, causal, keep_recent, q.device)
-    thresholds = thresholds_on(q.device, tuple(threshold))
-    module = _module(_choose(impl, q, k))
-    return module.xattention_blocks(q, k, p, thresholds, bounds, keep_sink)
+def _xattention_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    c = _Call(*arguments)
+    s = unflatten(q, c)
+    p = ScoreProblem(s, c.stride, c.block_size, c.causal, c.scale)
+    bounds = row_bounds(s, c.block_size, c.causal, c.keep_recent, q.device)
+    thresholds = thresholds_on(q.device, tuple(c.threshold))
+    module = _module(_choose(c.impl, q, k))
+    return module.xattention_blocks(q, k, p, thresholds, bounds, c.keep_sink)
 
 
 @torch.library.register_fake("sparseattn::xattention_blocks")
-def _xattention_blocks_fake(
-    q: Tensor,
-    k: Tensor,
-    q_start: Tensor | None,
-    q_end: Tensor | None,
-    k_start: Tensor | None,
-    k_end: Tensor | None,
-    batch: int,
-    max_q: int,
-    max_k: int,
-    threshold: list[float],
-    stride: int,
-    block_size: int,
-    scale: float,
-    causal: bool,
-    keep_sink: bool,
-    keep_recent: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    rows = (max_q + block_size - 1) // block_size
-    columns = (max_k + block_size - 1) // block_size
-    shape = (batch, q.shape[-2], rows)
+def _xattention_blocks_fake(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    c = _Call(*arguments)
+    rows, columns = ((n + c.block_size - 1) // c.block_size for n in (c.max_q, c.max_k))
+    shape = (c.batch, q.shape[-2], rows)
     return q.new_empty(shape, dtype=torch.int32), q.new_empty((*shape, columns), dtype=torch.int32)

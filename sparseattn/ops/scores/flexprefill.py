@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from sparseattn.ops.scores.vertical_slash import (
     sequence_lengths,
     slash_bands,
 )
-from sparseattn.ops.sequences import Sequences, resolve_sequences
+from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_sequences, unflatten
 
 BLOCK_SIZES = (32, 64, 128)
 
@@ -83,7 +83,7 @@ def flexprefill_blocks(
     if block_size not in BLOCK_SIZES:
         raise argument_error("block_size", f"one of {BLOCK_SIZES}", block_size)
     return torch.ops.sparseattn.flexprefill_blocks(
-        q.detach(), k.detach(), s.q_start, s.q_end, s.k_start, s.k_end, s.batch, s.max_q, s.max_k, gamma, tau,
+        q.detach(), k.detach(), *flatten(s), gamma, tau,
         min_budget, -1 if max_budget is None else max_budget, -1.0 if density is None else density, block_size, scale,
         causal, keep_sink, keep_recent, group_shared, impl,
     )  # fmt: skip
@@ -165,32 +165,52 @@ def _distance(q_mean: Tensor, k_means: Tensor, mass: Tensor, sizes: Tensor, scal
     return ((divergence(estimate) + divergence(mass)) / 2).clamp(min=0).sqrt()
 
 
+class _Call(NamedTuple):
+    """Arguments of the registered operator after q and k."""
+
+    q_start: Tensor | None
+    q_end: Tensor | None
+    k_start: Tensor | None
+    k_end: Tensor | None
+    batch: int
+    max_q: int
+    max_k: int
+    gamma: float
+    tau: float
+    min_budget: int
+    max_budget: int
+    density: float
+    block_size: int
+    scale: float
+    causal: bool
+    keep_sink: bool
+    keep_recent: bool
+    group_shared: bool
+    impl: str
+
+    @property
+    def options(self) -> _Options:
+        return _Options(*(getattr(self, name) for name in _Options._fields))
+
+
 torch.library.define(
     "sparseattn::flexprefill_blocks",
-    "(Tensor q, Tensor k, Tensor? q_start, Tensor? q_end, Tensor? k_start, Tensor? k_end, SymInt batch, SymInt max_q, "
-    "SymInt max_k, float gamma, float tau, int min_budget, int max_budget, float density, int block_size, float scale, "
-    "bool causal, bool keep_sink, bool keep_recent, bool group_shared, str impl) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor q, Tensor k, {LAYOUT_SCHEMA}, float gamma, float tau, int min_budget, int max_budget, float density, "
+    "int block_size, float scale, bool causal, bool keep_sink, bool keep_recent, bool group_shared, str impl) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.impl("sparseattn::flexprefill_blocks", "CompositeExplicitAutograd")
-def _flexprefill_blocks(
-    q: Tensor, k: Tensor, q_start: Tensor | None, q_end: Tensor | None, k_start: Tensor | None, k_end: Tensor | None,
-    batch: int, max_q: int, max_k: int, gamma: float, tau: float, min_budget: int, max_budget: int, density: float,
-    block_size: int, scale: float, causal: bool, keep_sink: bool, keep_recent: bool, group_shared: bool, impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    s = Sequences(batch, max_q, max_k, q_start, q_end, k_start, k_end, q.dim() == 3)
-    o = _Options(gamma, tau, min_budget, max_budget, density, block_size, keep_sink, keep_recent)
-    kept = k.shape[-2] if group_shared else q.shape[-2]
-    rows, columns = -(-max_q // block_size), -(-max_k // block_size)
-    if 0 in (batch, max_q, max_k):
-        counts = torch.zeros((batch, kept, rows), dtype=torch.int32, device=q.device)
-        width = min(columns, o.width(max_k) * (q.shape[-2] // kept))
-        indices = torch.zeros((batch, kept, rows, width), dtype=torch.int32, device=q.device)
-        return counts, indices, torch.zeros((batch, q.shape[-2]), dtype=torch.bool, device=q.device)
-    last = LastQueries(s, block_size, causal, scale)
-    counts, indices, query_aware = _lists(q, k, last, o, impl)
-    return *union_of_groups(counts, indices, kept, columns), query_aware
+def _flexprefill_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    c = _Call(*arguments)
+    kept = (k if c.group_shared else q).shape[-2]
+    if 0 in (c.batch, c.max_q, c.max_k):
+        counts, indices, query_aware = (x.zero_() for x in _flexprefill_blocks_fake(q, k, *arguments))
+        return counts, indices, query_aware
+    last = LastQueries(unflatten(q, c), c.block_size, c.causal, c.scale)
+    counts, indices, query_aware = _lists(q, k, last, c.options, c.impl)
+    return *union_of_groups(counts, indices, kept, -(-c.max_k // c.block_size)), query_aware
 
 
 def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, impl: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,14 +253,11 @@ def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, impl: str) -> tupl
 
 
 @torch.library.register_fake("sparseattn::flexprefill_blocks")
-def _flexprefill_blocks_fake(
-    q: Tensor, k: Tensor, q_start: Tensor | None, q_end: Tensor | None, k_start: Tensor | None, k_end: Tensor | None,
-    batch: int, max_q: int, max_k: int, gamma: float, tau: float, min_budget: int, max_budget: int, density: float,
-    block_size: int, scale: float, causal: bool, keep_sink: bool, keep_recent: bool, group_shared: bool, impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    o = _Options(gamma, tau, min_budget, max_budget, density, block_size, keep_sink, keep_recent)
-    kept = k.shape[-2] if group_shared else q.shape[-2]
-    counts = q.new_empty((batch, kept, (max_q + block_size - 1) // block_size), dtype=torch.int32)
-    width = min((max_k + block_size - 1) // block_size, o.width(max_k) * (q.shape[-2] // kept))
+def _flexprefill_blocks_fake(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    c = _Call(*arguments)
+    kept = (k if c.group_shared else q).shape[-2]
+    rows, columns = ((n + c.block_size - 1) // c.block_size for n in (c.max_q, c.max_k))
+    counts = q.new_empty((c.batch, kept, rows), dtype=torch.int32)
+    width = min(columns, c.options.width(c.max_k) * (q.shape[-2] // kept))
     indices = counts.new_empty((*counts.shape, width))
-    return counts, indices, q.new_empty((batch, q.shape[-2]), dtype=torch.bool)
+    return counts, indices, q.new_empty((c.batch, q.shape[-2]), dtype=torch.bool)

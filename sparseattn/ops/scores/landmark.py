@@ -12,13 +12,14 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.ops.scores.landmark_problem import LandmarkFeatures, LandmarkProblem, landmark_bounds
-from sparseattn.ops.sequences import Sequences, resolve_sequences
+from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_sequences, unflatten
 
 IMPLEMENTATIONS = ("triton", "reference")
 BLOCK_SIZES = (64, 128)
@@ -179,8 +180,8 @@ def landmark_blocks(
     s = p.sequences
     centroids, spreads, sizes = (None, None, None) if features is None else features
     return torch.ops.sparseattn.landmark_blocks(
-        q.detach(), k.detach(), centroids, spreads, sizes, s.q_start, s.q_end, s.k_start, s.k_end, s.batch, s.max_q,
-        s.max_k, list(taus), density, p.block_size, p.clusters, p.rows, p.causal, p.keep_sink, p.floor, p.fp8,
+        q.detach(), k.detach(), centroids, spreads, sizes, *flatten(s), list(taus), density,
+        p.block_size, p.clusters, p.rows, p.causal, p.keep_sink, p.floor, p.fp8,
         p.group_shared, p.scale, impl,
     )  # fmt: skip
 
@@ -323,58 +324,60 @@ def _log_taus_on(device: torch.device, taus: tuple[float, ...]) -> Tensor:
     return torch.tensor(logs, dtype=torch.float32, device=device)
 
 
+class _Call(NamedTuple):
+    """Arguments of the registered operator after q and k."""
+
+    centroids: Tensor | None
+    spreads: Tensor | None
+    sizes: Tensor | None
+    q_start: Tensor | None
+    q_end: Tensor | None
+    k_start: Tensor | None
+    k_end: Tensor | None
+    batch: int
+    max_q: int
+    max_k: int
+    tau: list[float]
+    density: float | None
+    block_size: int
+    clusters: int
+    rows: int
+    causal: bool
+    keep_sink: bool
+    floor: int
+    fp8: bool
+    group_shared: bool
+    scale: float
+    impl: str
+
+
 torch.library.define(
     "sparseattn::landmark_blocks",
-    "(Tensor q, Tensor k, Tensor? centroids, Tensor? spreads, Tensor? sizes, Tensor? q_start, Tensor? q_end, "
-    "Tensor? k_start, Tensor? k_end, SymInt batch, SymInt max_q, SymInt max_k, float[] tau, float? density, "
-    "int block_size, int clusters, int rows, bool causal, bool keep_sink, int floor, bool fp8, bool group_shared, "
-    "float scale, str impl) -> (Tensor, Tensor)",
+    f"(Tensor q, Tensor k, Tensor? centroids, Tensor? spreads, Tensor? sizes, {LAYOUT_SCHEMA}, float[] tau, "
+    "float? density, int block_size, int clusters, int rows, bool causal, bool keep_sink, int floor, bool fp8, "
+    "bool group_shared, float scale, str impl) -> (Tensor, Tensor)",
 )
 
 
 @torch.library.impl("sparseattn::landmark_blocks", "CompositeExplicitAutograd")
-def _landmark_blocks(
-    q: Tensor,
-    k: Tensor,
-    centroids: Tensor | None,
-    spreads: Tensor | None,
-    sizes: Tensor | None,
-    q_start: Tensor | None,
-    q_end: Tensor | None,
-    k_start: Tensor | None,
-    k_end: Tensor | None,
-    batch: int,
-    max_q: int,
-    max_k: int,
-    tau: list[float],
-    density: float | None,
-    block_size: int,
-    clusters: int,
-    rows: int,
-    causal: bool,
-    keep_sink: bool,
-    floor: int,
-    fp8: bool,
-    group_shared: bool,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    s = Sequences(batch, max_q, max_k, q_start, q_end, k_start, k_end, q.dim() == 3)
-    p = LandmarkProblem(s, block_size, clusters, rows, causal, keep_sink, floor, fp8, group_shared, scale)
-    module = _module(_choose(impl, q, k, fp8))
-    if centroids is None or spreads is None or sizes is None:
-        features = module.features(k, s, block_size, clusters)
+def _landmark_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    c = _Call(*arguments)
+    s = unflatten(q, c)
+    p = LandmarkProblem(
+        s, c.block_size, c.clusters, c.rows, c.causal, c.keep_sink, c.floor, c.fp8, c.group_shared, c.scale
+    )
+    module = _module(_choose(c.impl, q, k, c.fp8))
+    if c.centroids is None or c.spreads is None or c.sizes is None:
+        features = module.features(k, s, c.block_size, c.clusters)
     else:
-        features = LandmarkFeatures(centroids, spreads, sizes)
+        features = LandmarkFeatures(c.centroids, c.spreads, c.sizes)
     bounds = landmark_bounds(p, q.device)
-    return module.blocks(q, k, features, p, bounds, _log_taus_on(q.device, tuple(tau)), density)
+    return module.blocks(q, k, features, p, bounds, _log_taus_on(q.device, tuple(c.tau)), c.density)
 
 
 @torch.library.register_fake("sparseattn::landmark_blocks")
-def _landmark_blocks_fake(q: Tensor, k: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    batch, max_q, max_k = rest[7:10]
-    block_size, group_shared = rest[12], rest[19]
-    rows = (max_q + block_size - 1) // block_size  # type: ignore[operator]
-    columns = (max_k + block_size - 1) // block_size  # type: ignore[operator]
-    shape = (batch, (k if group_shared else q).shape[-2], rows)
-    return q.new_empty(shape, dtype=torch.int32), q.new_empty((*shape, columns), dtype=torch.int32)  # type: ignore[arg-type]
+def _landmark_blocks_fake(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    c = _Call(*arguments)
+    rows, columns = ((n + c.block_size - 1) // c.block_size for n in (c.max_q, c.max_k))
+    shape = (c.batch, (k if c.group_shared else q).shape[-2], rows)
+    return q.new_empty(shape, dtype=torch.int32), q.new_empty((*shape, columns), dtype=torch.int32)

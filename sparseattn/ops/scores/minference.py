@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from sparseattn.ops.scores.vertical_slash import (
     sequence_lengths,
     slash_bands,
 )
-from sparseattn.ops.sequences import Sequences, resolve_sequences
+from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_sequences, unflatten
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 #: Every row, in the units of ``HeadBudget.last``.
@@ -112,7 +112,7 @@ def minference_blocks(
     if len(budgets) != q.shape[-2]:
         raise argument_error("budgets", f"{q.shape[-2]} entries, one per query head", f"{len(budgets)} entries")
     return torch.ops.sparseattn.minference_blocks(
-        q.detach(), k.detach(), s.q_start, s.q_end, s.k_start, s.k_end, s.batch, s.max_q, s.max_k,
+        q.detach(), k.detach(), *flatten(s),
         [number for budget in budgets for number in budget], -1.0 if adaptive_budget is None else adaptive_budget,
         num_queries, num_sink_tokens, num_local_tokens, block_size, scale, causal, columns, group_shared, impl,
     )  # fmt: skip
@@ -234,47 +234,58 @@ def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, impl: str) -> tupl
     return counts, indices, module.list_columns(tokens, token_counts, counts, indices, end, size, columns)
 
 
+class _Call(NamedTuple):
+    """Arguments of the registered operator after q and k."""
+
+    q_start: Tensor | None
+    q_end: Tensor | None
+    k_start: Tensor | None
+    k_end: Tensor | None
+    batch: int
+    max_q: int
+    max_k: int
+    budgets: list[int]
+    adaptive_budget: float
+    num_queries: int
+    num_sink_tokens: int
+    num_local_tokens: int
+    block_size: int
+    scale: float
+    causal: bool
+    columns: bool
+    group_shared: bool
+    impl: str
+
+    @property
+    def options(self) -> _Options:
+        heads = tuple(HeadBudget(*self.budgets[i : i + 6]) for i in range(0, len(self.budgets), 6))
+        return _Options(
+            heads, self.adaptive_budget, self.num_sink_tokens, self.num_local_tokens, self.block_size, self.columns,
+            self.group_shared,
+        )  # fmt: skip
+
+
 torch.library.define(
     "sparseattn::minference_blocks",
-    "(Tensor q, Tensor k, Tensor? q_start, Tensor? q_end, Tensor? k_start, Tensor? k_end, SymInt batch, SymInt max_q, "
-    "SymInt max_k, int[] budgets, float adaptive_budget, int num_queries, int num_sink_tokens, int num_local_tokens, "
-    "int block_size, float scale, bool causal, bool columns, bool group_shared, str impl) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor q, Tensor k, {LAYOUT_SCHEMA}, int[] budgets, float adaptive_budget, int num_queries, "
+    "int num_sink_tokens, int num_local_tokens, int block_size, float scale, bool causal, bool columns, "
+    "bool group_shared, str impl) -> (Tensor, Tensor, Tensor)",
 )
 
 
-def _options(
-    budgets: list[int], adaptive: float, num_sink: int, num_local: int, size: int, columns: bool, shared: bool
-) -> _Options:
-    heads = tuple(HeadBudget(*budgets[i : i + 6]) for i in range(0, len(budgets), 6))
-    return _Options(heads, adaptive, num_sink, num_local, size, columns, shared)
-
-
 @torch.library.impl("sparseattn::minference_blocks", "CompositeExplicitAutograd")
-def _minference_blocks(
-    q: Tensor, k: Tensor, q_start: Tensor | None, q_end: Tensor | None, k_start: Tensor | None, k_end: Tensor | None,
-    batch: int, max_q: int, max_k: int, budgets: list[int], adaptive_budget: float, num_queries: int,
-    num_sink_tokens: int, num_local_tokens: int, block_size: int, scale: float, causal: bool, columns: bool,
-    group_shared: bool, impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    s = Sequences(batch, max_q, max_k, q_start, q_end, k_start, k_end, q.dim() == 3)
-    o = _options(budgets, adaptive_budget, num_sink_tokens, num_local_tokens, block_size, columns, group_shared)
-    if 0 in (batch, max_q, max_k):
-        kept = k.shape[-2] if group_shared else q.shape[-2]
-        width, lone = o.widths(kept, max_k)
-        counts = torch.zeros((batch, kept, -(-max_q // block_size)), dtype=torch.int32, device=q.device)
-        return counts, counts.new_zeros((*counts.shape, width)), counts.new_full((*counts.shape, lone), -1)
-    return _lists(q, k, LastQueries(s, num_queries, causal, scale), o, impl)
+def _minference_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    c = _Call(*arguments)
+    if 0 in (c.batch, c.max_q, c.max_k):
+        counts, indices, columns = _minference_blocks_fake(q, k, *arguments)
+        return counts.zero_(), indices.zero_(), columns.fill_(-1)
+    return _lists(q, k, LastQueries(unflatten(q, c), c.num_queries, c.causal, c.scale), c.options, c.impl)
 
 
 @torch.library.register_fake("sparseattn::minference_blocks")
-def _minference_blocks_fake(
-    q: Tensor, k: Tensor, q_start: Tensor | None, q_end: Tensor | None, k_start: Tensor | None, k_end: Tensor | None,
-    batch: int, max_q: int, max_k: int, budgets: list[int], adaptive_budget: float, num_queries: int,
-    num_sink_tokens: int, num_local_tokens: int, block_size: int, scale: float, causal: bool, columns: bool,
-    group_shared: bool, impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    o = _options(budgets, adaptive_budget, num_sink_tokens, num_local_tokens, block_size, columns, group_shared)
-    kept = k.shape[-2] if group_shared else q.shape[-2]
-    counts = q.new_empty((batch, kept, (max_q + block_size - 1) // block_size), dtype=torch.int32)
-    width, lone = o.widths(kept, max_k)
+def _minference_blocks_fake(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    c = _Call(*arguments)
+    kept = (k if c.group_shared else q).shape[-2]
+    counts = q.new_empty((c.batch, kept, (c.max_q + c.block_size - 1) // c.block_size), dtype=torch.int32)
+    width, lone = c.options.widths(kept, c.max_k)
     return counts, counts.new_empty((*counts.shape, width)), counts.new_empty((*counts.shape, lone))

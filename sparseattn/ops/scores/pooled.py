@@ -11,6 +11,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,19 @@ from sparseattn.errors import argument_error
 from sparseattn.ops.scores.api import IMPLEMENTATIONS, thresholds_on
 from sparseattn.ops.scores.pooled_problem import PooledProblem, check_pages, check_problem
 from sparseattn.ops.scores.rules import thresholds as as_thresholds
-from sparseattn.ops.scores.rules_problem import Forced, Rule, check_rule, list_bounds, list_width, log_threshold
-from sparseattn.ops.sequences import Sequences, resolve_sequences
+from sparseattn.ops.scores.rules_problem import (
+    RULE_SCHEMA,
+    Forced,
+    Rule,
+    check_rule,
+    empty_lists,
+    flatten_rule,
+    list_bounds,
+    list_width,
+    log_threshold,
+    unflatten_rule,
+)
+from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_sequences, unflatten
 
 
 def pooled_scores(
@@ -158,10 +170,8 @@ def pooled_blocks(
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise argument_error("impl", f"'auto' or one of {IMPLEMENTATIONS}", repr(impl))
     return torch.ops.sparseattn.pooled_blocks(
-        q.detach(), k.detach(), s.q_start, s.q_end, s.k_start, s.k_end, s.batch, s.max_q, s.max_k, feature, page_size,
-        block_size, p.scale, causal, row_softmax, aggregate, group_shared, rule.name, list(rule.threshold),
-        rule.density, rule.num_blocks, rule.max_blocks, forced.sink_tokens, forced.local_tokens, forced.last_tokens,
-        impl,
+        q.detach(), k.detach(), *flatten(s), feature, page_size, block_size, p.scale, causal, row_softmax, aggregate,
+        group_shared, *flatten_rule(rule, forced), impl,
     )  # fmt: skip
 
 
@@ -194,86 +204,56 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"sparseattn.ops.scores.pooled_{name}")
 
 
+class _Call(NamedTuple):
+    """Arguments of the registered operator after q and k."""
+
+    q_start: Tensor | None
+    q_end: Tensor | None
+    k_start: Tensor | None
+    k_end: Tensor | None
+    batch: int
+    max_q: int
+    max_k: int
+    feature: str
+    page_size: int
+    block_size: int
+    scale: float
+    causal: bool
+    row_softmax: bool
+    aggregate: str
+    group_shared: bool
+    rule: str
+    threshold: Sequence[float]
+    density: float | None
+    num_blocks: int | None
+    max_blocks: int | None
+    sink_tokens: int
+    local_tokens: int | None
+    last_tokens: int
+    impl: str
+
+
 torch.library.define(
     "sparseattn::pooled_blocks",
-    "(Tensor q, Tensor k, Tensor? q_start, Tensor? q_end, Tensor? k_start, Tensor? k_end, SymInt batch, SymInt max_q, "
-    "SymInt max_k, str feature, int page_size, int block_size, float scale, bool causal, bool row_softmax, "
-    "str aggregate, bool group_shared, str rule, float[] threshold, float? density, int? num_blocks, int? max_blocks, "
-    "int sink_tokens, int? local_tokens, int last_tokens, str impl) -> (Tensor, Tensor)",
+    f"(Tensor q, Tensor k, {LAYOUT_SCHEMA}, str feature, int page_size, int block_size, float scale, bool causal, "
+    f"bool row_softmax, str aggregate, bool group_shared, {RULE_SCHEMA}, str impl) -> (Tensor, Tensor)",
 )
 
 
 @torch.library.impl("sparseattn::pooled_blocks", "CompositeExplicitAutograd")
-def _pooled_blocks(
-    q: Tensor,
-    k: Tensor,
-    q_start: Tensor | None,
-    q_end: Tensor | None,
-    k_start: Tensor | None,
-    k_end: Tensor | None,
-    batch: int,
-    max_q: int,
-    max_k: int,
-    feature: str,
-    page_size: int,
-    block_size: int,
-    scale: float,
-    causal: bool,
-    row_softmax: bool,
-    aggregate: str,
-    group_shared: bool,
-    rule: str,
-    threshold: Sequence[float],
-    density: float | None,
-    num_blocks: int | None,
-    max_blocks: int | None,
-    sink_tokens: int,
-    local_tokens: int | None,
-    last_tokens: int,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    s = Sequences(batch, max_q, max_k, q_start, q_end, k_start, k_end, q.dim() == 3)
-    p = PooledProblem(s, feature, page_size, block_size, causal, scale, row_softmax, aggregate)
-    chosen = Rule(rule, tuple(threshold), density, num_blocks, max_blocks)
-    forced = Forced(sink_tokens, local_tokens, last_tokens)
-    bounds = list_bounds(s, block_size, causal, forced, q.device)
-    values = thresholds_on(q.device, log_threshold(chosen))
-    group = q.shape[-2] // k.shape[-2] if group_shared else 1
-    width = list_width(p.num_kv_blocks, chosen, causal, forced, block_size)
-    return _module(_choose(impl, q, k)).pooled_blocks(q, k, p, chosen, values, bounds, group, width)
+def _pooled_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    c = _Call(*arguments)
+    s = unflatten(q, c)
+    p = PooledProblem(s, c.feature, c.page_size, c.block_size, c.causal, c.scale, c.row_softmax, c.aggregate)
+    rule, forced = unflatten_rule(c)
+    bounds = list_bounds(s, c.block_size, c.causal, forced, q.device)
+    values = thresholds_on(q.device, log_threshold(rule))
+    group = q.shape[-2] // k.shape[-2] if c.group_shared else 1
+    width = list_width(p.num_kv_blocks, rule, c.causal, forced, c.block_size)
+    return _module(_choose(c.impl, q, k)).pooled_blocks(q, k, p, rule, values, bounds, group, width)
 
 
 @torch.library.register_fake("sparseattn::pooled_blocks")
-def _pooled_blocks_fake(
-    q: Tensor,
-    k: Tensor,
-    q_start: Tensor | None,
-    q_end: Tensor | None,
-    k_start: Tensor | None,
-    k_end: Tensor | None,
-    batch: int,
-    max_q: int,
-    max_k: int,
-    feature: str,
-    page_size: int,
-    block_size: int,
-    scale: float,
-    causal: bool,
-    row_softmax: bool,
-    aggregate: str,
-    group_shared: bool,
-    rule: str,
-    threshold: Sequence[float],
-    density: float | None,
-    num_blocks: int | None,
-    max_blocks: int | None,
-    sink_tokens: int,
-    local_tokens: int | None,
-    last_tokens: int,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    rows, columns = (max_q + block_size - 1) // block_size, (max_k + block_size - 1) // block_size
-    chosen = Rule(rule, tuple(threshold), density, num_blocks, max_blocks)
-    width = list_width(columns, chosen, causal, Forced(sink_tokens, local_tokens, last_tokens), block_size)
-    shape = (batch, k.shape[-2] if group_shared else q.shape[-2], rows)
-    return q.new_empty(shape, dtype=torch.int32), q.new_empty((*shape, width), dtype=torch.int32)
+def _pooled_blocks_fake(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    c = _Call(*arguments)
+    return empty_lists(q, (k if c.group_shared else q).shape[-2], c)

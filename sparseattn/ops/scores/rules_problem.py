@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,3 +153,31 @@ def free_budget(bounds: ListBounds, density: float, heads: int) -> Tensor:
 def as_row_bounds(bounds: ListBounds) -> RowBounds:
     """The bounds without the leading blocks."""
     return RowBounds(bounds.visible, bounds.recent)
+
+
+# A rule and what is forced, as registered operators take them.
+RULE_SCHEMA = (
+    "str rule, float[] threshold, float? density, int? num_blocks, int? max_blocks, int sink_tokens, "
+    "int? local_tokens, int last_tokens"
+)
+
+
+def flatten_rule(rule: Rule, forced: Forced) -> tuple[Any, ...]:
+    """A rule and what is forced in the order of ``RULE_SCHEMA``."""
+    name, threshold, *limits = rule
+    return name, list(threshold), *limits, forced.sink_tokens, forced.local_tokens, forced.last_tokens
+
+
+def unflatten_rule(c: Any) -> tuple[Rule, Forced]:
+    """Both from a registered operator's arguments ``c``, which has them by their names."""
+    rule = Rule(c.rule, tuple(c.threshold), c.density, c.num_blocks, c.max_blocks)
+    return rule, Forced(c.sink_tokens, c.local_tokens, c.last_tokens)
+
+
+def empty_lists(q: Tensor, heads: int, c: Any) -> tuple[Tensor, Tensor]:
+    """Lists of the right shape for tracing: int32 counts ``[B, heads, MB]`` and indices ``[B, heads, MB, K]``."""
+    rows, columns = ((n + c.block_size - 1) // c.block_size for n in (c.max_q, c.max_k))
+    rule, forced = unflatten_rule(c)
+    shape = (c.batch, heads, rows)
+    width = list_width(columns, rule, c.causal, forced, c.block_size)
+    return q.new_empty(shape, dtype=torch.int32), q.new_empty((*shape, width), dtype=torch.int32)
