@@ -220,6 +220,8 @@ def test_public_names_are_the_explicit_ones() -> None:
 
 ADAPTERS = ("integrations", "flashinfer", "ascend", "src", "threshold", "hf", "cli")
 IMPLEMENTATIONS = ("reference", "triton", "gluon")
+# Kernels and launches that the Triton and the Gluon implementation of an operator share; nobody else may import them.
+SHARED = ("extra", "extra_backward")
 
 
 def imports(path: Path, *, lazy: bool = True) -> Iterator[str]:
@@ -296,7 +298,11 @@ def implementation_of(stem: str) -> str | None:
 @pytest.mark.parametrize("operator", sorted(p.name for p in (PACKAGE / "ops").iterdir() if (p / "api.py").exists()))
 def test_implementations_do_not_know_each_other(operator: str) -> None:
     folder = PACKAGE / "ops" / operator
-    files = {path: implementation_of(path.stem) for path in folder.glob("*.py")}
+    shared = {path: f"ops.{operator}.{path.stem}" for path in folder.glob("*.py") if path.stem in SHARED}
+    files = {path: implementation_of(path.stem) for path in folder.glob("*.py") if path not in shared}
+    for path in shared:
+        kinds = tuple(f"ops.{operator}.{other.stem}" for other, kind in files.items() if kind is not None)
+        assert not {n for n in own(path) if starts(n, (*kinds, f"ops.{operator}.api"))}, path
     for path, implementation in files.items():
         if implementation is not None:
             others = [
@@ -308,6 +314,7 @@ def test_implementations_do_not_know_each_other(operator: str) -> None:
         if implementation not in ("triton", "gluon"):
             at_import = set(imports(path, lazy=False))
             assert not {n for n in at_import if "triton" in n.split(".")}, f"{path} must import without Triton"
+            assert not {n for n in own(path) if starts(n, tuple(shared.values()))}, path
     reference = {n.split(".")[0] for n in imports(folder / "reference.py")} - set(sys.stdlib_module_names)
     assert reference <= {"torch", "sparseattn"}, "the reference needs torch alone"
 

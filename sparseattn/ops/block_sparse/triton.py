@@ -19,16 +19,16 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.combine import combine_kernel
-from sparseattn.ops.block_sparse.geometry import Geometry
-from sparseattn.ops.block_sparse.triton_backward import dkdv_kernel, dq_kernel, preprocess_kernel
-from sparseattn.ops.block_sparse.triton_extra import listed_kernel, mean_kernel, prepare_extra
-from sparseattn.ops.block_sparse.triton_extra_backward import (
+from sparseattn.ops.block_sparse.extra import listed_kernel, mean_kernel, prepare_extra
+from sparseattn.ops.block_sparse.extra_backward import (
     COLUMN_KEYS,
     add_extra_gradients,
     column_dkdv_kernel,
     mean_dkdv_kernel,
     spread_kernel,
 )
+from sparseattn.ops.block_sparse.geometry import Geometry
+from sparseattn.ops.block_sparse.triton_backward import dkdv_kernel, dq_kernel, preprocess_kernel
 from sparseattn.ops.block_sparse.triton_forward import forward_kernel
 
 

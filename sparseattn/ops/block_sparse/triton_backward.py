@@ -13,8 +13,8 @@ from sparseattn.kernels.attention import (
 )
 from sparseattn.kernels.gradients import row_numbers
 from sparseattn.kernels.tiles import LENGTHS, WINDOW, key_tiles, list_length, load_rows, tile_start, whole_tiles
-from sparseattn.ops.block_sparse.triton_extra import EXTRA
-from sparseattn.ops.block_sparse.triton_extra_backward import dq_columns, dq_means
+from sparseattn.ops.block_sparse.extra import EXTRA
+from sparseattn.ops.block_sparse.extra_backward import dq_columns, dq_means
 
 
 @triton.jit(do_not_specialize=["max_q", "lse_stride_b", "lse_stride_h"])

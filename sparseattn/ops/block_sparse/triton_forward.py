@@ -15,7 +15,7 @@ from sparseattn.kernels.attention import (
     with_sink,
 )
 from sparseattn.kernels.tiles import LENGTHS, WINDOW, key_tiles, load_rows, tile_start, whole_tiles
-from sparseattn.ops.block_sparse.triton_extra import EXTRA, attend_columns, attend_means
+from sparseattn.ops.block_sparse.extra import EXTRA, attend_columns, attend_means
 
 
 @triton.jit

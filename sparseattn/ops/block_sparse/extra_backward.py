@@ -14,8 +14,7 @@ from sparseattn.kernels.attention import exp_scores, sequence_span
 from sparseattn.kernels.tiles import LENGTHS, WINDOW, load_rows
 from sparseattn.masks.columns import scatter_columns
 from sparseattn.masks.lists import compact
-from sparseattn.ops.block_sparse.geometry import Geometry
-from sparseattn.ops.block_sparse.triton_extra import (
+from sparseattn.ops.block_sparse.extra import (
     EXTRA,
     Extra,
     column_tile,
@@ -24,6 +23,7 @@ from sparseattn.ops.block_sparse.triton_extra import (
     mean_range,
     mean_tile,
 )
+from sparseattn.ops.block_sparse.geometry import Geometry
 
 # Keys of a program: more would spill, and for wgmma's 64 ptxas warns that it serializes the products in branches.
 COLUMN_KEYS = 32
