@@ -1,0 +1,394 @@
+"""What FlashInfer's arguments mean to this library's operators: checks and conversions that all modules share.
+
+Nothing here waits for a device. Contents of index tensors are checked where they lie on the CPU already; on a GPU what
+they name out of range is never read (a key without a page is hidden, see ``PagedCache``).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparseattn.errors import argument_error
+from sparseattn.ops.paged import ALiBi, PagedCache, RoPE, lengths_from_last_pages
+
+LAYOUTS = ("NHD", "HND")
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+POSITIONS = ("NONE", "ROPE_LLAMA", "ALIBI")
+LOG2_E = math.log2(math.e)
+#: FlashInfer's kernels, all served by this library's choice; and this library's implementations, run or refused.
+BACKENDS = (
+    "auto", "fa2", "fa3", "cudnn", "cutlass", "cute-dsl", "trtllm-gen", "xqa", "fmha_v2",
+    "vsa_sm100_blk128", "vsa_sm100_blk64", "vsa_sm120_blk64", "vsa_blackwell", "vsa_blackwell_blk64",
+)  # fmt: skip
+IMPLEMENTATIONS = ("reference", "triton", "gluon")
+
+
+def check_layout(kv_layout: str) -> str:
+    """``kv_layout``, if it is "NHD" or "HND"."""
+    if kv_layout not in LAYOUTS:
+        raise argument_error("kv_layout", f"one of {LAYOUTS}", repr(kv_layout))
+    return kv_layout
+
+
+def implementation(backend: str) -> str:
+    """The ``impl`` that a ``backend`` stands for: FlashInfer's names leave the choice to this library."""
+    if backend in IMPLEMENTATIONS:
+        return backend
+    if backend not in BACKENDS:
+        raise argument_error("backend", f"one of {(*BACKENDS, *IMPLEMENTATIONS)}", repr(backend))
+    return "auto"
+
+
+def dtype_of(name: str, value: torch.dtype | str) -> torch.dtype:
+    """A dtype from itself or its name: ``torch.float16``, "float16", "half"."""
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype):
+        raise argument_error(name, "a torch.dtype or its name", repr(value), kind=TypeError)
+    if dtype not in (*FLOATS, *FLOAT8):
+        hint = "NVFP4 caches are not supported." if dtype == torch.uint8 else ""
+        raise argument_error(name, "a float dtype, float8_e4m3fn or float8_e5m2", dtype, hint, kind=TypeError)
+    return dtype
+
+
+class Dtypes(NamedTuple):
+    """Dtypes that a plan declares: of queries, keys and values, outputs."""
+
+    q: torch.dtype
+    kv: torch.dtype
+    o: torch.dtype
+
+
+def resolve_dtypes(
+    q_data_type: torch.dtype | str | None = None,
+    kv_data_type: torch.dtype | str | None = None,
+    o_data_type: torch.dtype | str | None = None,
+    data_type: torch.dtype | str | None = None,
+    default: torch.dtype = torch.float16,
+) -> Dtypes:
+    """Dtypes from what a plan says of them, None being unsaid.
+
+    ``data_type`` alone means queries and cache both, unless it is float8: then the cache alone. Outputs are as the
+    queries; bfloat16 for float8 queries, which are computed in it.
+    """
+    both = None if data_type is None else dtype_of("data_type", data_type)
+    if q_data_type is not None:
+        q = dtype_of("q_data_type", q_data_type)
+    else:
+        q = default if both is None or both in FLOAT8 else both
+    kv = dtype_of("kv_data_type", kv_data_type) if kv_data_type is not None else both or q
+    if kv not in (q, *FLOAT8) and q not in FLOAT8:
+        raise argument_error("kv_data_type", f"{q} like q_data_type, or float8", kv, kind=TypeError)
+    if o_data_type is not None:
+        o = dtype_of("o_data_type", o_data_type)
+    else:
+        o = torch.bfloat16 if q in FLOAT8 else q
+    return Dtypes(q, kv, o)
+
+
+def check_dtype(name: str, t: Tensor, planned: torch.dtype) -> None:
+    """Raise unless ``t`` has the dtype that the plan declared."""
+    if t.dtype != planned:
+        raise argument_error(name, f"{planned}, as planned", t.dtype, "Say the dtype in plan().", kind=TypeError)
+
+
+def check_heads(num_qo_heads: int, num_kv_heads: int) -> None:
+    """Raise unless query heads are a positive multiple of KV heads."""
+    if num_kv_heads < 1 or num_qo_heads < 1 or num_qo_heads % num_kv_heads:
+        raise argument_error("num_qo_heads", f"a multiple of num_kv_heads = {num_kv_heads}", num_qo_heads)
+
+
+def check_output(name: str, t: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
+    """Raise unless ``t``, where a caller wants a result, is None or has this shape, dtype and ``like``'s device."""
+    if t is None:
+        return
+    if t.dtype != dtype:
+        raise argument_error(name, f"{dtype}", t.dtype, kind=TypeError)
+    if tuple(t.shape) != tuple(shape) or t.device != like.device:
+        raise argument_error(name, f"shape {tuple(shape)} on {like.device}", f"shape {tuple(t.shape)} on {t.device}")
+
+
+def unsupported(hint: str, **arguments: object) -> None:
+    """Raise if one of the arguments, which would change results and which nothing here serves, is given."""
+    for name, value in arguments.items():
+        if value is not None:
+            got = "a tensor" if isinstance(value, Tensor) else repr(value)
+            raise argument_error(name, "None (not supported)", got, hint)
+
+
+# ---- masks and positions ----
+
+
+def window_of(window_left: int) -> tuple[int | None, None] | None:
+    """A window from FlashInfer's ``window_left``, negative for none; the right side stays open."""
+    if isinstance(window_left, bool) or not isinstance(window_left, int):
+        raise argument_error("window_left", "a number of tokens, or -1", repr(window_left), kind=TypeError)
+    return None if window_left < 0 else (window_left, None)
+
+
+def softcap_of(logits_soft_cap: float | None) -> float | None:
+    """None unless scores are capped."""
+    return None if logits_soft_cap is None or logits_soft_cap <= 0 else float(logits_soft_cap)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """ALiBi's slopes (Press et al., 2021): 2^(-8k / n) for the largest power of two n, then odd steps half as wide."""
+    n = 1 << (heads.bit_length() - 1)
+    return [2 ** (-8 * (k + 1) / n) for k in range(n)] + [2 ** (-4 * (2 * k + 1) / n) for k in range(heads - n)]
+
+
+@functools.lru_cache(maxsize=64)
+def _alibi(heads: int, device: torch.device) -> ALiBi:
+    return ALiBi(torch.tensor(alibi_slopes(heads), dtype=torch.float32, device=device))
+
+
+def positions_of(
+    mode: str, rope_scale: float | None, rope_theta: float | None, heads: int, device: torch.device
+) -> RoPE | ALiBi | None:
+    """What the kernel does about positions.
+
+    ALiBi's bias is 0 on the aligned diagonal. FlashInfer's is ``slope * (j - i)`` with i counted from the first query:
+    outputs are the same, its LSE is ``slope * (kv_len - qo_len)`` (times log2 e) more and changes with how a prompt is
+    cut into chunks, which would make states of the same query unfit to merge.
+    """
+    if mode not in POSITIONS:
+        raise argument_error("pos_encoding_mode", f"one of {POSITIONS}", repr(mode))
+    if mode == "ALIBI":
+        return _alibi(heads, device)
+    if mode == "ROPE_LLAMA":
+        return RoPE(1e4 if rope_theta is None else rope_theta, 1.0 if rope_scale is None else rope_scale)
+    return None
+
+
+class Options(NamedTuple):
+    """What a plan says of the mathematics, in FlashInfer's words."""
+
+    causal: bool = False
+    pos_encoding_mode: str = "NONE"
+    window_left: int = -1
+    logits_soft_cap: float | None = None
+    sm_scale: float | None = None
+    rope_scale: float | None = None
+    rope_theta: float | None = None
+
+    def arguments(self, heads: int, head_dim: int, device: torch.device) -> dict[str, Any]:
+        """The same as ``causal``, ``scale``, ``window``, ``softcap`` and ``positions`` of ``paged_attention``."""
+        return {
+            "causal": bool(self.causal),
+            "scale": head_dim**-0.5 if self.sm_scale is None else float(self.sm_scale),
+            "window": window_of(self.window_left),
+            "softcap": softcap_of(self.logits_soft_cap),
+            "positions": positions_of(self.pos_encoding_mode, self.rope_scale, self.rope_theta, heads, device),
+        }
+
+
+# ---- scales, float8 queries, LSE ----
+
+
+def _number(value: float | Tensor | None) -> float | Tensor:
+    """A number where one is at hand: None is 1, and a single element on the CPU is read."""
+    if value is None:
+        return 1.0
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 and value.device.type == "cpu" else value.float()
+    return float(value)
+
+
+class Scales(NamedTuple):
+    """Factors as the operators take them.
+
+    Attributes:
+        scale: On q . k, numbers folded in.
+        k: float32 [1] or [Hkv] on the device, or None.
+        v: A number, such a tensor, or None.
+        q: float32 [Hq] on the device, a factor that queries must be multiplied by, or None.
+    """
+
+    scale: float
+    k: Tensor | None
+    v: float | Tensor | None
+    q: Tensor | None
+
+
+def fold_scales(
+    scale: float,
+    q_scale: float | Tensor | None = None,
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
+) -> Scales:
+    """Scales of queries, keys and values, numbers or tensors of one element or one a head, folded into few."""
+    if q_scale is None and k_scale is None and v_scale is None:
+        return Scales(scale, None, None, None)
+    q, k, v = _number(q_scale), _number(k_scale), _number(v_scale)
+    if not isinstance(q, Tensor):
+        scale, q = scale * q, None
+    if not isinstance(k, Tensor):
+        scale, k = scale * k, None
+    if q is not None and q.numel() == 1:
+        q, k = None, q.reshape(-1) if k is None else k.reshape(-1) * q.reshape(-1)
+    return Scales(
+        scale,
+        None if k is None else k.reshape(-1),
+        v.reshape(-1) if isinstance(v, Tensor) else None if v == 1.0 else v,
+        None if q is None else q.reshape(-1),
+    )
+
+
+def as_queries(q: Tensor, factor: Tensor | None = None) -> Tensor:
+    """Queries as the operators take them: float8 goes up to bfloat16 (exact), then times ``factor`` [Hq], if given."""
+    if q.dtype in FLOAT8:
+        q = q.to(torch.bfloat16)
+    return q if factor is None else (q * factor[:, None]).to(q.dtype)
+
+
+def base2(lse: Tensor, out: Tensor | None = None) -> Tensor:
+    """FlashInfer's LSE from this library's.
+
+    Args:
+        lse: ``[..., Hq, tokens]``, natural logarithm.
+        out: float32 ``[..., tokens, Hq]``, where to write, any strides; None: a new tensor.
+
+    Returns:
+        float32 ``[..., tokens, Hq]``, base 2; -inf where no key was seen.
+    """
+    turned = lse.transpose(-1, -2)
+    if out is None:
+        out = torch.empty(turned.shape, dtype=torch.float32, device=lse.device)
+    return torch.mul(turned, LOG2_E, out=out)
+
+
+# ---- caches and page tables ----
+
+
+def split_cache(
+    cache: Tensor | tuple[Tensor, Tensor], kv_layout: str, name: str = "paged_kv_cache"
+) -> tuple[Tensor, Tensor]:
+    """Keys and values, 4-D each, from any form of paged cache that FlashInfer takes; views.
+
+    Args:
+        cache: ``[P, 2, page, Hkv, D]`` ("HND": ``[P, 2, Hkv, page, D]``), or two tensors without the axis of 2. One
+            axis less means pages of one token, whose axis is left out.
+        kv_layout: "NHD" or "HND".
+        name: Of the argument.
+    """
+    if isinstance(cache, Tensor):
+        if cache.dim() not in (4, 5) or cache.shape[1] != 2:
+            raise argument_error(name, "[P, 2, ...] of 5 dimensions (4: pages of 1)", f"shape {tuple(cache.shape)}")
+        k, v = cache.unbind(1)
+    elif isinstance(cache, tuple | list) and len(cache) == 2:
+        k, v = cache
+    else:
+        raise argument_error(name, "a tensor, or keys and values", type(cache).__name__, kind=TypeError)
+    if k.dim() == 3:
+        axis = 1 if kv_layout == "NHD" else 2
+        k, v = k.unsqueeze(axis), v.unsqueeze(axis)
+    return k, v
+
+
+def index_tensor(name: str, t: Tensor, device: torch.device, rank: int = 1, non_blocking: bool = True) -> Tensor:
+    """An int32 index tensor on ``device``, where it is copied unless it is there."""
+    if not isinstance(t, Tensor) or t.dtype != torch.int32:
+        got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise argument_error(name, "an int32 tensor", got, "Convert with .int().", kind=TypeError)
+    if t.dim() != rank:
+        raise argument_error(name, f"a {rank}-D tensor", f"shape {tuple(t.shape)}")
+    return t if t.device == device else t.to(device, non_blocking=non_blocking)
+
+
+def check_indptr(name: str, indptr: Tensor, end: int | None = None) -> None:
+    """Raise unless an ``indptr`` on the CPU ascends from 0, to at most ``end`` if that is given."""
+    if indptr.dim() != 1 or indptr.shape[0] < 1:
+        raise argument_error(name, "[batch + 1]", f"shape {tuple(indptr.shape)}")
+    if indptr.device.type != "cpu":
+        return
+    bounds = indptr.tolist()
+    if bounds[0] != 0 or any(a > b for a, b in itertools.pairwise(bounds)):
+        raise argument_error(name, "numbers that ascend from 0", bounds)
+    if end is not None and bounds[-1] > end:
+        raise argument_error(name, f"numbers of at most {end}", bounds[-1])
+
+
+def _check_last_pages(indptr: Tensor, last_page_len: Tensor, page_size: int) -> None:
+    """Raise unless lengths of last pages on the CPU are 1..page_size, where there is a page."""
+    if last_page_len.shape[0] != indptr.shape[0] - 1:
+        expected = f"shape ({indptr.shape[0] - 1},), one less than indptr"
+        raise argument_error("last_page_len", expected, f"shape {tuple(last_page_len.shape)}")
+    if indptr.device.type != "cpu" or last_page_len.device.type != "cpu":
+        return
+    bounds = indptr.tolist()
+    for b, length in enumerate(last_page_len.tolist()):
+        if bounds[b] < bounds[b + 1] and not 1 <= length <= page_size:
+            raise argument_error("last_page_len", f"1..{page_size}", f"{length} (request {b})")
+
+
+class Table(NamedTuple):
+    """Which pages requests own, and how many tokens are in them: ``PagedCache``'s fields of these names."""
+
+    seq_lens: Tensor
+    page_table: Tensor | None = None
+    indptr: Tensor | None = None
+    indices: Tensor | None = None
+
+    def cache(self, k: Tensor, v: Tensor, kv_layout: str) -> PagedCache:
+        return PagedCache(k, v, *self, layout=kv_layout)
+
+
+def csr_table(
+    indptr: Tensor,
+    indices: Tensor,
+    last_page_len: Tensor,
+    page_size: int,
+    device: torch.device,
+    non_blocking: bool = True,
+) -> Table:
+    """A table from FlashInfer's three tensors (int32 [B + 1], [nnz], [B]), wherever they lie.
+
+    A request without pages has length 0, whatever ``last_page_len`` says of it.
+    """
+    check_indptr("indptr", indptr, indices.shape[0] if isinstance(indices, Tensor) else None)
+    _check_last_pages(indptr, last_page_len, page_size)
+    indptr = index_tensor("indptr", indptr, device, 1, non_blocking)
+    indices = index_tensor("indices", indices, device, 1, non_blocking)
+    last_page_len = index_tensor("last_page_len", last_page_len, device, 1, non_blocking)
+    return Table(lengths_from_last_pages(indptr, last_page_len, page_size), None, indptr, indices)
+
+
+def dense_table(block_tables: Tensor, seq_lens: Tensor, page_size: int, device: torch.device) -> Table:
+    """A table from ``block_tables`` int32 [B, max_pages] and ``seq_lens`` int32 (or uint32) of B elements."""
+    if seq_lens.dtype == torch.uint32:
+        seq_lens = seq_lens.view(torch.int32)
+    lengths = index_tensor("seq_lens", seq_lens.reshape(-1), device)
+    pages = index_tensor("block_tables", block_tables, device, 2)
+    if pages.shape[0] != lengths.shape[0]:
+        expected = f"{lengths.shape[0]} rows like seq_lens"
+        raise argument_error("block_tables", expected, f"shape {tuple(block_tables.shape)}")
+    if seq_lens.device.type == "cpu" and lengths.numel():
+        longest = int(seq_lens.max())
+        if longest > pages.shape[1] * page_size:
+            expected = f"pages for {longest} tokens, the longest of seq_lens"
+            raise argument_error("block_tables", expected, f"{pages.shape[1]} of {page_size} tokens")
+    return Table(lengths, pages)
+
+
+def dense_cache(k: Tensor, v: Tensor, kv_layout: str = "NHD") -> PagedCache:
+    """One sequence's ``[L, Hkv, D]`` keys and values ("HND": ``[Hkv, L, D]``) as a cache of the largest pages that fit.
+
+    Views of ``k`` and ``v``, any strides.
+    """
+    if check_layout(kv_layout) == "HND":
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
+    for name, t in (("k", k), ("v", v)):
+        if t.dim() != 3 or t.shape[0] != k.shape[0]:
+            raise argument_error(name, f"[L, Hkv, D] or [Hkv, L, D] ({kv_layout})", f"shape {tuple(t.shape)}")
+    length = k.shape[0]
+    page = math.gcd(length, 256) if length else 1
+    pages = torch.arange(length // page, dtype=torch.int32, device=k.device)[None]
+    seq_lens = torch.full((1,), length, dtype=torch.int32, device=k.device)
+    k, v = (t.unflatten(0, (-1, page)) if length else t[:, None] for t in (k, v))
+    return PagedCache(k, v, seq_lens, pages)

@@ -1,0 +1,318 @@
+"""What plan/run wrappers share: their aliases, page tables at fixed addresses, and one paged attention call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseattn.errors import argument_error
+from sparseattn.flashinfer._common import (
+    Dtypes,
+    Options,
+    Table,
+    as_queries,
+    base2,
+    check_dtype,
+    check_heads,
+    check_indptr,
+    check_layout,
+    check_output,
+    csr_table,
+    fold_scales,
+    split_cache,
+)
+from sparseattn.masks import BlockMask
+from sparseattn.ops.paged import CustomMask, PagedCache, PageLists, paged_attention
+
+
+class Wrapper:
+    """Base of all wrappers: ``plan``, then ``run`` any number of times.
+
+    The workspace says on which device the wrapper works. Nothing is written to it: this library's operators take what
+    they need from PyTorch's allocator, so any size will do.
+
+    Attributes:
+        device: Of the workspace.
+    """
+
+    #: Leading arguments of ``run`` that are tensors, and the deprecated arguments that ``forward`` takes after them.
+    _tensors = 2
+    _forward: tuple[str, ...] = ()
+
+    def __init__(self, float_workspace_buffer: Tensor, kv_layout: str = "NHD") -> None:
+        self._kv_layout = check_layout(kv_layout)
+        self._planned: Any = None
+        self.reset_workspace_buffer(float_workspace_buffer)
+
+    def reset_workspace_buffer(
+        self, float_workspace_buffer: Tensor, int_workspace_buffer: Tensor | None = None
+    ) -> None:
+        """Name another workspace; neither is used, the first one says the device."""
+        for name, t in (
+            ("float_workspace_buffer", float_workspace_buffer),
+            ("int_workspace_buffer", int_workspace_buffer),
+        ):
+            if not isinstance(t, Tensor) and (t is not None or name[0] == "f"):
+                raise argument_error(name, "a tensor", type(t).__name__, kind=TypeError)
+        self.device = float_workspace_buffer.device
+
+    def plan(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def begin_forward(self, *args: Any, **kwargs: Any) -> None:
+        """``plan`` by its old name."""
+        self.plan(*args, **kwargs)
+
+    def end_forward(self) -> None:
+        """Nothing; kept for old code."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """``run`` by its old name.
+
+        Options of the plan (``causal``, ``sm_scale``, ``window_left``, ...) that are given here and not None count for
+        this call; the others stay as planned (FlashInfer puts its defaults in their place).
+        """
+        kwargs.update(zip(self._forward, args[self._tensors :], strict=False))
+        kwargs.pop("use_fp16_qk_reduction", None)
+        options = {n: kwargs.pop(n) for n in Options._fields if n in kwargs}
+        options = {n: value for n, value in options.items() if value is not None}
+        kept = self._plan()
+        try:
+            self._planned = kept.replaced(**options) if options else kept
+            return self.run(*args[: self._tensors], **kwargs)
+        finally:
+            self._planned = kept
+
+    def run_return_lse(self, *args: Any, **kwargs: Any) -> Any:
+        """``run`` with ``return_lse=True``."""
+        return self.run(*args, **kwargs, return_lse=True)
+
+    def forward_return_lse(self, *args: Any, **kwargs: Any) -> Any:
+        """``forward`` with ``return_lse=True``."""
+        return self.forward(*args, **kwargs, return_lse=True)
+
+    def _plan(self) -> Any:
+        """What ``plan`` left."""
+        if self._planned is None:
+            raise argument_error(
+                f"{type(self).__name__}.run", "plan() to be called first", "no plan", kind=RuntimeError
+            )
+        return self._planned
+
+
+def fill(name: str, buffer: Tensor, value: Tensor, non_blocking: bool = True) -> None:
+    """Copy ``value`` into the beginning of a caller's ``buffer``, which must hold it."""
+    check_fits(name, buffer, value)
+    buffer[: value.shape[0]].copy_(value, non_blocking=non_blocking)
+
+
+def check_fits(name: str, buffer: Tensor, value: Tensor, exact: bool = False) -> None:
+    """Raise unless a caller's ``buffer`` can hold ``value`` (and no more, if ``exact``)."""
+    if value.dtype != buffer.dtype:
+        raise argument_error(name, f"{buffer.dtype} like its buffer", value.dtype, kind=TypeError)
+    if value.dim() != 1 or value.shape[0] > buffer.shape[0] or (exact and value.shape[0] != buffer.shape[0]):
+        expected = f"{'' if exact else 'at most '}{buffer.shape[0]} entries, as many as its buffer has"
+        hint = "With CUDA graphs the batch size is that of the buffers." if exact else "Make the buffer larger."
+        raise argument_error(name, expected, f"shape {tuple(value.shape)}", hint)
+
+
+class TableBuffers:
+    """A page table at fixed addresses, for CUDA graphs: plans are copied into a caller's tensors, in place.
+
+    A captured call reads them when it is replayed, so it follows any later plan of the same batch size.
+    """
+
+    def __init__(self, indptr: Tensor | None, indices: Tensor | None, last_page_len: Tensor | None) -> None:
+        names = ("paged_kv_indptr_buffer", "paged_kv_indices_buffer", "paged_kv_last_page_len_buffer")
+        for name, t in zip(names, (indptr, indices, last_page_len), strict=True):
+            if not isinstance(t, Tensor) or t.dim() != 1 or t.dtype != torch.int32:
+                got = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else repr(t)
+                raise argument_error(name, "a flat int32 tensor", got, "CUDA graphs need buffers that stay.")
+        assert indptr is not None
+        assert indices is not None
+        assert last_page_len is not None
+        if indptr.shape[0] != last_page_len.shape[0] + 1:
+            expected = f"{last_page_len.shape[0] + 1} entries, one more than paged_kv_last_page_len_buffer"
+            raise argument_error(names[0], expected, indptr.shape[0])
+        self.indptr, self.indices, self.last_page_len = indptr, indices, last_page_len
+        self.seq_lens = torch.zeros_like(last_page_len)
+
+    @property
+    def batch(self) -> int:
+        return self.last_page_len.shape[0]
+
+    def fill(
+        self, indptr: Tensor, indices: Tensor, last_page_len: Tensor, page_size: int, non_blocking: bool = True
+    ) -> Table:
+        """The buffers as a table, with the plan's in them. What does not fit leaves them as they were."""
+        check_fits("indptr", self.indptr, indptr, exact=True)
+        check_fits("indices", self.indices, indices)
+        check_fits("last_page_len", self.last_page_len, last_page_len, exact=True)
+        planned = csr_table(indptr, indices, last_page_len, page_size, self.indptr.device, non_blocking)
+        self.seq_lens.copy_(planned.seq_lens)
+        for name, buffer, value in (
+            ("indptr", self.indptr, indptr),
+            ("indices", self.indices, indices),
+            ("last_page_len", self.last_page_len, last_page_len),
+        ):
+            fill(name, buffer, value, non_blocking)
+        return Table(self.seq_lens, None, self.indptr, self.indices)
+
+
+@dataclass
+class PagedPlan:
+    """A plan of paged attention: everything but the tensors of a layer.
+
+    Attributes:
+        table: Which pages requests own.
+        num_qo_heads: Hq.
+        num_kv_heads: Hkv.
+        head_dim: Of queries and keys.
+        page_size: Tokens of a page.
+        kv_layout: "NHD" or "HND".
+        options: Causality, window, scale, positions.
+        device: Where everything lies.
+        dtypes: Declared ones, checked at every run; None: those of the tensors.
+        head_dim_vo: Of values; None: as ``head_dim``.
+        cu_seqlens_q: int32 [B + 1], rows of each request; None: one each.
+        max_seqlen_q: Longest query length.
+        total_q: Rows, where the host knows.
+        custom_mask: See ``paged_attention``.
+        mask: Likewise.
+        impl: Likewise.
+    """
+
+    table: Table
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    kv_layout: str
+    options: Options
+    device: torch.device
+    dtypes: Dtypes | None = None
+    head_dim_vo: int | None = None
+    cu_seqlens_q: Tensor | None = None
+    max_seqlen_q: int | None = None
+    total_q: int | None = None
+    custom_mask: Tensor | CustomMask | None = None
+    mask: BlockMask | PageLists | None = None
+    impl: str = "auto"
+    _arguments: dict[str, Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_heads(self.num_qo_heads, self.num_kv_heads)
+        self._arguments = self.options.arguments(self.num_qo_heads, self.head_dim, self.device)
+
+    def replaced(self, **options: Any) -> PagedPlan:
+        """The plan with other options."""
+        return replace(self, options=self.options._replace(**options))
+
+    def run(
+        self,
+        q: Tensor,
+        paged_kv_cache: Tensor | tuple[Tensor, Tensor],
+        *,
+        q_scale: float | Tensor | None = None,
+        k_scale: float | Tensor | None = None,
+        v_scale: float | Tensor | None = None,
+        sinks: Tensor | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of ``q`` ``[tokens, Hq, D]``; the output ``[tokens, Hq, Dv]``, and base-2 LSE ``[tokens, Hq]``."""
+        k, v = self._check(q, paged_kv_cache)
+        scales = fold_scales(self._arguments["scale"], q_scale, k_scale, v_scale)
+        return attend(
+            as_queries(q, scales.q),
+            self.table.cache(k, v, self.kv_layout),
+            o_dtype=None if self.dtypes is None else self.dtypes.o,
+            out=out,
+            lse=lse,
+            return_lse=return_lse,
+            sinks=sinks,
+            **{**self._arguments, "scale": scales.scale, "k_scale": scales.k, "v_scale": scales.v},
+            cu_seqlens_q=self.cu_seqlens_q,
+            max_seqlen_q=self.max_seqlen_q,
+            custom_mask=self.custom_mask,
+            mask=self.mask,
+            impl=self.impl,
+        )
+
+    def _check(self, q: Tensor, paged_kv_cache: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values, if they and ``q`` are as planned."""
+        if not isinstance(q, Tensor):
+            raise argument_error("q", "a tensor", type(q).__name__, kind=TypeError)
+        k, v = split_cache(paged_kv_cache, self.kv_layout)
+        if self.dtypes is not None:
+            check_dtype("q", q, self.dtypes.q)
+            check_dtype("paged_kv_cache", k, self.dtypes.kv)
+        rows = q.shape[0] if self.total_q is None else self.total_q
+        if tuple(q.shape) != (rows, self.num_qo_heads, self.head_dim):
+            expected = f"shape {(rows, self.num_qo_heads, self.head_dim)}, as planned"
+            raise argument_error("q", expected, f"shape {tuple(q.shape)}")
+        token, head = (1, 2) if self.kv_layout == "NHD" else (2, 1)
+        dims = (k.shape[token], k.shape[head], v.shape[-1]) if k.dim() == v.dim() == 4 else ()
+        planned = (self.page_size, self.num_kv_heads, self.head_dim_vo or self.head_dim)
+        if dims != planned:
+            expected = f"pages of {planned[0]} tokens, {planned[1]} KV heads and values of {planned[2]}, as planned"
+            raise argument_error("paged_kv_cache", expected, f"keys {tuple(k.shape)}, values {tuple(v.shape)}")
+        return k, v
+
+
+def attend(
+    q: Tensor,
+    cache: PagedCache,
+    *,
+    o_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    return_lse: bool = False,
+    **arguments: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``paged_attention``, with results as FlashInfer returns them.
+
+    Args:
+        q: ``[tokens, Hq, D]``, not float8 (``as_queries``).
+        cache: What they attend.
+        o_dtype: Of the output; None: of the queries.
+        out: ``[tokens, Hq, Dv]``, where to write.
+        lse: float32 ``[tokens, Hq]``, where to write.
+        return_lse: Also return the LSE.
+        arguments: Others of ``paged_attention``.
+
+    Returns:
+        The output ``[tokens, Hq, Dv]``, and with ``return_lse`` the base-2 LSE, float32 ``[tokens, Hq]``.
+    """
+    shape = (*q.shape[:2], cache.v.shape[-1])
+    if o_dtype is None:
+        o_dtype = q.dtype
+    check_output("out", out, shape, o_dtype, q)
+    check_output("lse", lse, shape[:2], torch.float32, q)
+    direct = out if o_dtype == q.dtype else None
+    o, natural = paged_attention(q, cache, **arguments, out=direct, return_lse=True)
+    if o_dtype != q.dtype:
+        o = o.to(o_dtype) if out is None else out.copy_(o)
+    if not return_lse and lse is None:
+        return o
+    sums = base2(natural, lse)
+    return (o, sums) if return_lse else o
+
+
+def query_rows(
+    qo_indptr: Tensor, device: torch.device, non_blocking: bool = True
+) -> tuple[Tensor, int | None, int | None]:
+    """Query offsets on the device; and where they were on the CPU, the longest query length and the number of rows."""
+    check_indptr("qo_indptr", qo_indptr)
+    longest = total = None
+    if qo_indptr.device.type == "cpu":
+        total = int(qo_indptr[-1])
+        longest = int(qo_indptr.diff().max()) if qo_indptr.shape[0] > 1 else 0
+    return qo_indptr.to(device, non_blocking=non_blocking), longest, total
