@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -91,6 +92,39 @@ def wall_ms(run: Callable[[], object], device: torch.device, *, runs: int = 5) -
         _synchronize(device)
         times.append(_seconds(settled) * 1e3)
     return round(statistics.median(times), 4)
+
+
+def host_us(run: Callable[[], object], device: torch.device, *, runs: int = 50) -> float:
+    """Median microseconds for which a call keeps the host, the device idle before each: what launching costs.
+
+    Where the device is the host, this is the whole call.
+    """
+    run()
+    times = []
+    for _ in range(runs):
+        _synchronize(device)
+        times.append(_seconds(run) * 1e6)
+    _synchronize(device)
+    return round(statistics.median(times), 2)
+
+
+def waits(run: Callable[[], object], device: torch.device) -> int | None:
+    """How often a call makes the host wait for the device, as far as torch sees it; None without a GPU.
+
+    Copies to the host, ``.item()`` and shapes that depend on data are seen; ``torch.cuda.synchronize`` and what other
+    libraries wait for by themselves are not.
+    """
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return sum("called a synchronizing" in str(one.message) for one in seen)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -46,6 +46,19 @@ def test_wall_time_has_the_host_in_it(device: str) -> None:
     assert 5 <= timing.wall_ms(lambda: time.sleep(0.005), torch.device(device), runs=3) < 50
 
 
+def test_what_keeps_the_host(device: str) -> None:
+    assert 5e3 <= timing.host_us(lambda: time.sleep(0.005), torch.device(device), runs=3) < 5e4
+    if device == "cuda":
+        torch.cuda._sleep(1_000_000)
+        assert timing.host_us(lambda: torch.cuda._sleep(100_000_000), torch.device(device), runs=3) < 5e3
+
+
+def test_waiting_for_the_device_is_counted(device: str) -> None:
+    x = torch.ones(4, device=device)
+    found = timing.waits(lambda: (x.sum().item(), x.max().item(), x + 1), torch.device(device))
+    assert found == (None if device == "cpu" else 2)
+
+
 @pytest.mark.parametrize(
     ("ms", "expected"),
     [
