@@ -11,6 +11,7 @@ from sparseattn.errors import argument_error
 from sparseattn.masks.constructors import Constructors, Pair, Window, at_least_zero, make_frame
 from sparseattn.masks.engines import RUN, block_sparse_lists, minference_lists
 from sparseattn.masks.lists import compact, listed_entries, scatter_blocks
+from sparseattn.masks.variable import VariableBlocks
 from sparseattn.masks.visibility import Frame, visible_tokens
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from sparseattn.masks.block_mask import BlockMask
 
 
-class Converters(Constructors):
+class Converters(Constructors, VariableBlocks):
     """Classmethods ``from_*``. Shared arguments are those of :class:`Constructors`, and
 
     ``causal`` and ``window``, which hide tokens inside the listed blocks and list nothing by themselves.

@@ -32,7 +32,9 @@ def everything(blocks, used, dense, indices):
     for mask in patterns:
         out += [mask.kv_num_blocks, mask.kv_indices, mask.densities(), *mask.transposed(), mask.to_blocks()]
         out.append(mask.to_dense())
-    return out
+    rows, cols = (torch.full((2, n), 20, dtype=torch.int32, device=blocks.device) for n in (5, 4))
+    variable = BlockMask.from_variable_blocks(blocks, rows, cols, seq_lens=(100, 80), window=(20, None))
+    return [*out, variable.densities(), variable.to_dense(), *variable.tiling((16, 16))]
 
 
 def inputs(device="cpu"):
