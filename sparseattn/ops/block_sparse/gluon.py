@@ -1,8 +1,8 @@
 """Hopper implementation (sm_90a) in Gluon: tensor-map copies, warp specialisation, asynchronous wgmma.
 
-This file chooses tiles and launches the forward kernel of ``gluon_forward.py``; ``gluon_gradients.py`` launches the
-backward ones. Nothing that grows with a prompt is
-a constexpr or specialised on: a new length, batch or density reuses the compiled kernel.
+This file chooses tiles and launches the forward kernel of ``kernels/hopper_forward.py``; ``gluon_gradients.py``
+launches the backward ones. Nothing that grows with a prompt is a constexpr or specialised on: a new length, batch or
+density reuses the compiled kernel.
 """
 
 from __future__ import annotations
@@ -16,49 +16,22 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.combine import combine_kernel
-from sparseattn.kernels.hopper import row_tiles, tile_layout
+from sparseattn.kernels.hopper import row_tiles
+from sparseattn.kernels.hopper_forward import Facts, forward_kernel
+from sparseattn.kernels.hopper_tiles import (
+    MAX_PACK,
+    Tiles,
+    batch_rows,
+    config_for,
+    offline,
+    padded,
+    processors_of,
+    unmappable,
+)
 from sparseattn.kernels.schedule import schedule_kernel, tile_schedule
 from sparseattn.ops.block_sparse.geometry import Geometry
-from sparseattn.ops.block_sparse.gluon_forward import Facts, forward_kernel
 from sparseattn.ops.block_sparse.gluon_gradients import backward as backward
 from sparseattn.ops.block_sparse.gluon_gradients import unsupported_backward_reason
-
-# Heads of a group that one row tile may hold: more would make a head's share of a tile less than a swizzle's 8 rows.
-_MAX_PACK = 8
-
-
-class Tiles(NamedTuple):
-    """Shape of a row tile's work and of the pipeline that feeds it.
-
-    Attributes:
-        consumers: Warpgroups of 64 rows.
-        tile_n: Keys of a key tile.
-        k_stages: Key tiles in flight.
-        v_stages: Value tiles in flight.
-        q_registers: Queries are read from registers, which frees their memory for the next tile's.
-        o_in_q: Outputs leave through the queries' memory.
-        programs: Programs on one multiprocessor.
-    """
-
-    consumers: int
-    tile_n: int
-    k_stages: int
-    v_stages: int
-    q_registers: bool
-    o_in_q: bool
-    programs: int
-
-
-def config_for(block_d: int, block_dv: int, consumers: int) -> Tiles:
-    """Tiles by padded head dimensions. At 128 those of an experiment on an H200; the others are not timed yet."""
-    wide = max(block_d, block_dv)
-    if wide == 256:  # accumulators take half of the registers, so queries stay in shared memory
-        return Tiles(consumers, 64, 2, 2, False, block_d >= block_dv == 256, 1)
-    if consumers == 1:  # two programs a multiprocessor: one would leave the tensor cores idle under its softmax
-        return Tiles(1, 64, 2, 2, True, False, 2)
-    if wide == 64:
-        return Tiles(2, 128, 3, 3, True, False, 1)
-    return Tiles(2, 128, 2, 2, True, False, 1)
 
 
 class Plan(NamedTuple):
@@ -79,23 +52,19 @@ class Plan(NamedTuple):
     programs: int
 
 
-def _padded(head_dim: int) -> int:
-    return max(64, triton.next_power_of_2(head_dim))
-
-
 def plan(q: Tensor, k: Tensor, v: Tensor, g: Geometry, processors: int) -> Plan:
     """Choose tiles: the heads of a group share one where they share their lists, and rows fill 64 or 128."""
     heads, heads_k = q.shape[-2], k.shape[-2]
     group = heads // heads_k
     shared = g.kv_num_blocks is None or g.kv_num_blocks.shape[1] <= heads_k
-    pack = min(group & -group, _MAX_PACK) if shared else 1
+    pack = min(group & -group, MAX_PACK) if shared else 1
     block_q = g.block_q
     if g.kv_num_blocks is None:
         block_q = 128 // pack if g.max_q * pack > 64 else 64 // pack
     slots = 64 // pack
     consumers = 2 if block_q % (2 * slots) == 0 else 1
     tokens = math.gcd(block_q, consumers * slots)
-    tiles = config_for(_padded(q.shape[-1]), _padded(v.shape[-1]), consumers)
+    tiles = config_for(padded(q.shape[-1]), padded(v.shape[-1]), consumers)
     programs = processors * tiles.programs
     row_tiles_ = g.batch * (heads // pack) * triton.cdiv(g.max_q, tokens)
     keys = g.max_k if g.kv_indices is None else min(g.max_k, g.kv_indices.shape[-1] * g.block_kv)
@@ -127,7 +96,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, g: Geometry) -> str | None:
         if dim > 256 or dim % 8:
             return f"the Gluon kernels take head dimensions up to 256 in multiples of 8, not {dim} of {name}"
     for name, t in (("q", q), ("k", k), ("v", v)):
-        reason = _unmappable(name, t)
+        reason = unmappable(name, t)
         if reason is not None:
             return reason
     if g.kv_num_blocks is not None:
@@ -135,35 +104,6 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, g: Geometry) -> str | None:
         if g.block_kv % tile_n and g.block_kv not in (16, 32, 64):
             return f"the Gluon kernels take KV blocks of 16, 32, 64 or multiples of {tile_n} here, not {g.block_kv}"
     return None
-
-
-def _processors(device: torch.device) -> int:
-    # The few of a CPU are for the tests, which emulate these kernels there.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _unmappable(name: str, t: Tensor) -> str | None:
-    """Why no tensor map can describe a tensor, or None."""
-    *batch, seq, head, last = t.stride()
-    if last != 1 or t.data_ptr() % 16 or seq % 8 or (t.shape[-2] > 1 and head % 8):
-        return (
-            f"the Gluon kernels need {name} aligned to 16 bytes with rows of stride 1 and other strides in multiples "
-            f"of 8 elements, not strides {tuple(t.stride())}"
-        )
-    if (t.shape[-3] > 1 and seq == 0) or (t.shape[-2] > 1 and head == 0):
-        return f"the Gluon kernels take no expanded {name} (strides {tuple(t.stride())})"
-    if batch and t.shape[0] > 1 and (seq == 0 or batch[0] % seq):
-        return (
-            f"the Gluon kernels need {name}'s batch stride to be a multiple of its row stride, not {batch[0]} and {seq}"
-        )
-    if _batch_rows(t) * t.shape[0] >= 2**30:
-        return f"the Gluon kernels count fewer than 2^30 rows, which {name} exceeds"
-    return None
-
-
-def _batch_rows(t: Tensor) -> int:
-    """Rows from one batch entry's first to the next one's; 0 for a packed tensor."""
-    return 0 if t.dim() == 3 or t.shape[0] == 1 else t.stride(0) // t.stride(1)
 
 
 def _lists(g: Geometry, stand_in: Tensor) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
@@ -189,7 +129,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) 
         lse.fill_(float("-inf"))
     if q.numel() == 0 or g.max_q == 0:
         return o, lse
-    tiles, pack, tokens, splits, programs = plan(q, k, v, g, _processors(q.device))
+    tiles, pack, tokens, splits, programs = plan(q, k, v, g, processors_of(q.device))
     masked = g.kv_num_blocks is not None
     mask_group = heads // g.kv_num_blocks.shape[1] if g.kv_num_blocks is not None else heads
     block = (g.block_q, g.block_kv) if masked else (tokens, tiles.tile_n)
@@ -207,7 +147,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) 
     if splits > 1:  # zero sums are what a row outside every sequence contributes
         o_out = torch.zeros((splits, *o.shape), dtype=torch.float32, device=q.device)
         lse_out = torch.zeros((splits, 2, *lse.shape), dtype=torch.float32, device=q.device)
-    block_d, block_dv = _padded(q.shape[-1]), _padded(dim_v)
+    block_d, block_dv = padded(q.shape[-1]), padded(dim_v)
     facts = Facts(
         heads, heads // heads_k, pack, mask_group, tokens, *block, block_d, dim_v, block_dv, tiles.consumers,
         tiles.tile_n, tiles.k_stages, tiles.v_stages, tiles.q_registers, tiles.o_in_q, masked, g.causal,
@@ -218,7 +158,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) 
     forward_kernel[(programs,)](
         *descriptors, o_out, lse_out, lse if sinks is None else sinks, records, counter,
         counts, indices, *spans, *strides, g.max_q, g.max_k, records.shape[0],
-        _batch_rows(q), _batch_rows(k), _batch_rows(v), _batch_rows(o), 0 if g.packed else heads * rows, rows,
+        batch_rows(q), batch_rows(k), batch_rows(v), batch_rows(o), 0 if g.packed else heads * rows, rows,
         lse.numel(), o.numel(), *window, g.scale * math.log2(math.e), g.softcap,
         facts, REGISTERS=240,
         num_warps=4, maxnreg=128 if tiles.programs == 2 else None, **LAUNCH,
@@ -248,41 +188,8 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
         ("plain-192x128", (192, 128), plain),
         ("all-256x256", (256, 256), plain | everything),
     ]
-    cases = [(f"gluon-forward-{name}-sm90", *_offline(dims, facts)) for name, dims, facts in shapes]
+    cases = [(f"gluon-forward-{name}-sm90", *offline(dims, facts)) for name, dims, facts in shapes]
     return [*cases, ("schedule-sm90", *_offline_schedule(), 4, 1, {})]
-
-
-def _offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
-    """Kernel, signature, constexprs, attributes, warps, stages and options of a bfloat16 call."""
-    facts = dict(facts)
-    tiles = config_for(_padded(dims[0]), _padded(dims[1]), facts.pop("consumers", 2))
-    pack = facts.pop("PACK", 1)
-    block = (facts.pop("BLOCK_Q", 128), facts.pop("BLOCK_KV", 128))
-    f = Facts(
-        32, 4, pack, pack, 64 * tiles.consumers // pack, *block, _padded(dims[0]), dims[1], _padded(dims[1]),
-        tiles.consumers, tiles.tile_n, tiles.k_stages, tiles.v_stages, tiles.q_registers, tiles.o_in_q, **facts,
-    )  # fmt: skip
-    boxes = dict(zip(("q_desc", "k_desc", "v_desc", "o_desc"), f.boxes(), strict=True))
-    floats = {"lse_ptr", "sinks_ptr"}
-    signature: dict[str, Any] = {}
-    constexprs: dict[Any, Any] = {}
-    attributes: dict[Any, Any] = {}
-    for i, param in enumerate(forward_kernel.params):
-        if param.is_constexpr:
-            signature[param.name] = "constexpr"
-            constexprs[(i,)] = f if param.name == "F" else 240
-        elif param.name in boxes:
-            shape = ", ".join(str(n) for n in (1, 1, *boxes[param.name]))
-            signature[param.name] = f"tensordesc<bf16[{shape}],{tile_layout()!r}>"
-        elif param.name.endswith("_ptr"):
-            part = param.name == "o_ptr" and f.SPLIT
-            kind = "fp32" if part or param.name in floats else "bf16" if param.name == "o_ptr" else "i32"
-            signature[param.name] = f"*{kind}"
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[param.name] = "fp32" if param.name in ("qk_scale", "softcap") else "i32"
-    options = {"maxnreg": 128} if tiles.programs == 2 else {}
-    return forward_kernel, signature, constexprs, attributes, 4, 1, options
 
 
 def _offline_schedule() -> tuple[Any, dict[str, Any], dict[Any, Any], dict[Any, Any]]:
