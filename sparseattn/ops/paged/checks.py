@@ -50,9 +50,9 @@ def make_problem(
         left, right = narrower(left, sides[0]), narrower(right, sides[1])
     if sinks is not None:
         check_sinks(sinks, heads, main)
-    k_factor, k_tensor = _scale("k_scale", k_scale, cache)
-    v_factor, v_tensor = _scale("v_scale", v_scale, cache)
-    rope = _rope(positions, main, rest)
+    k_factor, k_tensor = check_scale("k_scale", k_scale, cache.num_kv_heads, main)
+    v_factor, v_tensor = check_scale("v_scale", v_scale, cache.num_kv_heads, main)
+    rope = check_rope(positions, main, rest)
     counts, indices, block_q, block_kv = _lists(mask, cache, heads, max_q, main)
     problem = PagedProblem(
         *cache.views(),
@@ -62,7 +62,7 @@ def make_problem(
         cache.indices,
         cu_seqlens_q,
         sinks,
-        _slopes(positions, heads, main),
+        check_slopes(positions, heads, main),
         *_custom_mask(custom_mask, cache, cu_seqlens_q, main),
         k_tensor,
         v_tensor,
@@ -149,7 +149,8 @@ def _factor(scale: float | None, q: Tensor, q_rope: Tensor | None) -> float:
     return q.shape[-1] ** -0.5
 
 
-def _rope(positions: RoPE | ALiBi | None, q: Tensor, q_rope: Tensor | None) -> RoPE | None:
+def check_rope(positions: RoPE | ALiBi | None, q: Tensor, q_rope: Tensor | None = None) -> RoPE | None:
+    """``positions``, if they are a RoPE that fits q."""
     if positions is not None and not isinstance(positions, RoPE | ALiBi):
         raise argument_error("positions", "RoPE(...), ALiBi(...) or None", repr(positions), kind=TypeError)
     if not isinstance(positions, RoPE):
@@ -160,7 +161,7 @@ def _rope(positions: RoPE | ALiBi | None, q: Tensor, q_rope: Tensor | None) -> R
     return positions
 
 
-def _scale(name: str, value: float | Tensor | None, cache: PagedCache) -> tuple[float, Tensor | None]:
+def check_scale(name: str, value: float | Tensor | None, heads_k: int, like: Tensor) -> tuple[float, Tensor | None]:
     """A scale as a number and a tensor, one of them neutral."""
     if value is None:
         return 1.0, None
@@ -171,13 +172,14 @@ def _scale(name: str, value: float | Tensor | None, cache: PagedCache) -> tuple[
         return number, None
     if value.dtype != torch.float32:
         raise argument_error(name, "float32", value.dtype, kind=TypeError)
-    if value.numel() not in (1, cache.num_kv_heads) or value.dim() > 1 or value.device != cache.device:
-        expected = f"shape (1,) or ({cache.num_kv_heads},) on {cache.device}"
+    if value.numel() not in (1, heads_k) or value.dim() > 1 or value.device != like.device:
+        expected = f"shape (1,) or ({heads_k},) on {like.device}"
         raise argument_error(name, expected, f"shape {tuple(value.shape)} on {value.device}")
     return 1.0, value.reshape(-1)
 
 
-def _slopes(positions: RoPE | ALiBi | None, heads: int, q: Tensor) -> Tensor | None:
+def check_slopes(positions: RoPE | ALiBi | None, heads: int, q: Tensor) -> Tensor | None:
+    """ALiBi's slopes, if ``positions`` are such."""
     if not isinstance(positions, ALiBi):
         return None
     slopes = positions.slopes

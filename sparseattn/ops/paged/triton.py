@@ -135,8 +135,8 @@ def _launch(
     if p.indices is not None:
         table = p.indices
     facts = _facts(q, q_rope, out, p, plan)
-    k, v = _bytes(k), _bytes(p.v)
-    k_rope = k if k_rope is None else _bytes(k_rope)
+    k, v = as_bytes(k), as_bytes(p.v)
+    k_rope = k if k_rope is None else as_bytes(k_rope)
     q_rope = q if q_rope is None else q_rope
     custom = lse if p.custom_mask is None else p.custom_mask.view(torch.uint8)
     sinks = lse if p.sinks is None else p.sinks
@@ -157,14 +157,14 @@ def _launch(
         p.scale, p.v_factor, p.softcap, p.window_left, p.window_right,
         math.log2(p.rope_theta) if p.rope_theta else 0.0, p.rope_scale,
         **facts, SINKS=p.sinks is not None, ALIBI=p.slopes is not None, ROPE=p.rope_theta > 0, BITS=_bits(p),
-        FLOAT8=_float8(k, p.k.dtype), SHARED_V=_shared(k, v), K_SCALE=p.k_scale is not None,
+        FLOAT8=float8_format(k, p.k.dtype), SHARED_V=_shared(k, v), K_SCALE=p.k_scale is not None,
         V_SCALE=p.v_scale is not None, SPLIT=split, num_warps=plan.num_warps, num_stages=plan.num_stages, **LAUNCH,
     )  # fmt: skip
     if split:
         paged_combine_kernel[(p.batch * plan.longest, q.shape[1])](
             part, sums, out, lse, sinks, cu, p.seq_lens, out.stride(),
             q.shape[0], p.batch, plan.limit, plan.target, least, plan.rows_to, plan.longest, plan.columns,
-            DV=p.v.shape[-1], BLOCK_DV=_padded(p.v.shape[-1]), BLOCK_M=plan.block_m, GROUP=q.shape[1] // k.shape[2],
+            DV=p.v.shape[-1], BLOCK_DV=padded(p.v.shape[-1]), BLOCK_M=plan.block_m, GROUP=q.shape[1] // k.shape[2],
             PACK=plan.pack, TILES=plan.tiles, SINKS=p.sinks is not None, RAGGED_Q=p.cu_seqlens_q is not None,
             num_warps=1, **LAUNCH,
         )  # fmt: skip
@@ -197,7 +197,7 @@ def _make_plan(q: Tensor, p: PagedProblem, max_q: int) -> Plan:
     own_lists = p.list_indices is not None and p.list_indices.shape[1] == heads and group > 1
     pack = 1 if own_lists else triton.next_power_of_2(group)
     major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 8
-    widest = max(_padded(q.shape[-1]), _padded(p.v.shape[-1]))
+    widest = max(padded(q.shape[-1]), padded(p.v.shape[-1]))
     config = config_for(widest, q.element_size(), max_q * pack, major, p.rope_theta > 0)
     block_m = max(16, min(config.block_m, triton.next_power_of_2(max(1, max_q * pack))))
     pack = min(pack, block_m)
@@ -232,9 +232,9 @@ def _facts(q: Tensor, q_rope: Tensor | None, out: Tensor, p: PagedProblem, plan:
         "D": q.shape[-1],
         "DR": rest,
         "DV": out.shape[-1],
-        "BLOCK_D": _padded(q.shape[-1]),
-        "BLOCK_DR": _padded(rest),
-        "BLOCK_DV": _padded(out.shape[-1]),
+        "BLOCK_D": padded(q.shape[-1]),
+        "BLOCK_DR": padded(rest),
+        "BLOCK_DV": padded(out.shape[-1]),
         "BLOCK_M": plan.block_m,
         "BLOCK_N": plan.block_n,
         "PAGE": p.page_size,
@@ -266,7 +266,8 @@ def _split_columns(
     return q, p.k, q_rope, p.k_rope
 
 
-def _padded(head_dim: int) -> int:
+def padded(head_dim: int) -> int:
+    """Columns that a tile has for a head dimension."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
@@ -280,11 +281,12 @@ def _native(t: Tensor) -> bool:
     return t.is_cuda and torch.cuda.get_device_capability(t.device) >= (8, 9)
 
 
-def _bytes(t: Tensor) -> Tensor:
+def as_bytes(t: Tensor) -> Tensor:
+    """float8 as bytes where the kernels decode it."""
     return t.view(torch.uint8) if t.dtype in _FORMATS and not _native(t) else t
 
 
-def _float8(k: Tensor, dtype: torch.dtype) -> str:
+def float8_format(k: Tensor, dtype: torch.dtype) -> str:
     """The format that a kernel decodes byte by byte."""
     return _FORMATS[dtype] if k.dtype == torch.uint8 else ""
 
@@ -339,8 +341,8 @@ def _offline(
 ) -> tuple[Any, dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Kernel, signature, constexprs and attributes of a bfloat16 call with contiguous tensors and pages of 16."""
     constants: dict[str, Any] = {
-        "D": dims[0], "DR": dims[1], "DV": dims[2], "BLOCK_D": _padded(dims[0]), "BLOCK_DR": _padded(dims[1]),
-        "BLOCK_DV": _padded(dims[2]), "PAGE": 16, "MASK_GROUP": 1, "BLOCK_Q": 0, "BLOCK_KV": 16, "TILES": 1,
+        "D": dims[0], "DR": dims[1], "DV": dims[2], "BLOCK_D": padded(dims[0]), "BLOCK_DR": padded(dims[1]),
+        "BLOCK_DV": padded(dims[2]), "PAGE": 16, "MASK_GROUP": 1, "BLOCK_Q": 0, "BLOCK_KV": 16, "TILES": 1,
         "BITS": "", "FLOAT8": "", "PRECISION": "tf32", **flags,
     }  # fmt: skip
     caches = {"k_ptr", "v_ptr", "k_rope_ptr", "source_ptr", "target_ptr"}
