@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.flashinfer._common import (
+    FLOAT8,
     Dtypes,
     Options,
     Table,
@@ -22,6 +23,7 @@ from sparseattn.flashinfer._common import (
     check_output,
     csr_table,
     fold_scales,
+    index_tensor,
     split_cache,
 )
 from sparseattn.masks import BlockMask
@@ -211,7 +213,9 @@ class PagedPlan:
         self._arguments = self.options.arguments(self.num_qo_heads, self.head_dim, self.device)
 
     def replaced(self, **options: Any) -> PagedPlan:
-        """The plan with other options."""
+        """The plan with other options; a custom mask has taken the place of causality."""
+        if self.custom_mask is not None:
+            options.pop("causal", None)
         return replace(self, options=self.options._replace(**options))
 
     def run(
@@ -291,19 +295,66 @@ def attend(
     Returns:
         The output ``[tokens, Hq, Dv]``, and with ``return_lse`` the base-2 LSE, float32 ``[tokens, Hq]``.
     """
-    shape = (*q.shape[:2], cache.v.shape[-1])
-    if o_dtype is None:
-        o_dtype = q.dtype
-    check_output("out", out, shape, o_dtype, q)
-    check_output("lse", lse, shape[:2], torch.float32, q)
+    o_dtype = q.dtype if o_dtype is None else o_dtype
+    check_results(q, cache.v.shape[-1], o_dtype, out, lse)
     direct = out if o_dtype == q.dtype else None
     o, natural = paged_attention(q, cache, **arguments, out=direct, return_lse=True)
-    if o_dtype != q.dtype:
-        o = o.to(o_dtype) if out is None else out.copy_(o)
+    return as_results(o, natural, o_dtype, out, lse, return_lse)
+
+
+def check_results(q: Tensor, dim: int, o_dtype: torch.dtype, out: Tensor | None, lse: Tensor | None) -> None:
+    """Raise unless ``out`` ``[tokens, Hq, dim]`` and ``lse`` ``[tokens, Hq]``, where they are given, fit ``q``."""
+    check_output("out", out, (*q.shape[:2], dim), o_dtype, q)
+    check_output("lse", lse, q.shape[:2], torch.float32, q)
+
+
+def as_results(
+    o: Tensor,
+    natural: Tensor,
+    o_dtype: torch.dtype,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """An operator's results ``o [tokens, Hq, Dv]`` and ``natural [Hq, tokens]`` as FlashInfer returns them.
+
+    Outputs that become float8 are limited to what it holds.
+    """
+    if o_dtype in FLOAT8:
+        largest = torch.finfo(o_dtype).max
+        o = o.clamp(-largest, largest)
+    if out is None:
+        o = o.to(o_dtype)
+    elif o is not out:
+        o = out.copy_(o)
     if not return_lse and lse is None:
         return o
     sums = base2(natural, lse)
     return (o, sums) if return_lse else o
+
+
+def lengths_table(
+    indptr: Tensor, indices: Tensor, lengths: Tensor, page_size: int, device: torch.device, non_blocking: bool = True
+) -> Table:
+    """A table from CSR pages and lengths in tokens, int32 (or uint32) of B elements, wherever they lie."""
+    lengths = lengths.reshape(-1)
+    if lengths.dtype == torch.uint32:
+        lengths = lengths.view(torch.int32)
+    check_indptr("kv_indptr", indptr, indices.shape[0] if isinstance(indices, Tensor) else None)
+    if lengths.shape[0] != indptr.shape[0] - 1:
+        expected = f"{indptr.shape[0] - 1} lengths, one less than kv_indptr"
+        raise argument_error("kv_len_arr", expected, f"shape {tuple(lengths.shape)}")
+    if indptr.device.type == lengths.device.type == "cpu":
+        for b, (length, pages) in enumerate(zip(lengths.tolist(), indptr.diff().tolist(), strict=True)):
+            if not 0 <= length <= pages * page_size:
+                expected = f"0..{pages * page_size}, what {pages} pages of {page_size} tokens hold"
+                raise argument_error("kv_len_arr", expected, f"{length} (request {b})")
+    return Table(
+        index_tensor("kv_len_arr", lengths, device, 1, non_blocking),
+        None,
+        index_tensor("kv_indptr", indptr, device, 1, non_blocking),
+        index_tensor("kv_indices", indices, device, 1, non_blocking),
+    )
 
 
 def query_rows(
@@ -315,4 +366,4 @@ def query_rows(
     if qo_indptr.device.type == "cpu":
         total = int(qo_indptr[-1])
         longest = int(qo_indptr.diff().max()) if qo_indptr.shape[0] > 1 else 0
-    return qo_indptr.to(device, non_blocking=non_blocking), longest, total
+    return index_tensor("qo_indptr", qo_indptr, device, 1, non_blocking), longest, total
