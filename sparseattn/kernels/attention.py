@@ -128,6 +128,16 @@ def online_softmax(s, m_i, l_i, scale, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def join_softmax(m_i, l_i, m_part, l_part):
+    """Running maximum and sum of two shares of a row's keys together, and the factors on the sums of either."""
+    m_new = tl.maximum(m_i, m_part)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2((m_i - m_safe) * LOG2E)
+    weight = tl.exp2((m_part - m_safe) * LOG2E)
+    return m_new, l_i * alpha + weight * l_part, alpha, weight
+
+
+@triton.jit
 def natural_lse(m_i, l_i):
     """LSE from the running maximum and sum; -inf for a row that saw no key."""
     return tl.where(l_i > 0, m_i + tl.log(tl.where(l_i > 0, l_i, 1.0)), float("-inf"))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sparseattn.kernels.attention import LOG2E, natural_lse, with_sink
+from sparseattn.kernels.attention import join_softmax, natural_lse, with_sink
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "num_splits", "tokens"])
@@ -27,13 +27,9 @@ def combine_kernel(
     for split in range(num_splits):
         part = split * rows.to(tl.int64)
         m_part = tl.load(sums_ptr + 2 * part + lse_at)
-        m_new = tl.maximum(m_i, m_part)
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2((m_i - m_safe) * LOG2E)
-        weight = tl.exp2((m_part - m_safe) * LOG2E)
+        l_part = tl.load(sums_ptr + 2 * part + rows + lse_at)
+        m_i, l_i, alpha, weight = join_softmax(m_i, l_i, m_part, l_part)
         acc = acc * alpha + weight * tl.load(o_part_ptr + (part + row) * DV + offs, mask=offs < DV, other=0.0)
-        l_i = l_i * alpha + weight * tl.load(sums_ptr + 2 * part + rows + lse_at)
-        m_i = m_new
     tl.store(lse_ptr + lse_at, natural_lse(m_i, l_i))
     if SINKS:
         l_i = with_sink(m_i, l_i, tl.load(sinks_ptr + head))

@@ -56,16 +56,17 @@ def row_numbers(
 
 @triton.jit(do_not_specialize=["lse_stride_b", "lse_stride_h", "max_q", "row_tiles"])
 def tile_numbers_kernel(
-    o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, numbers_ptr, sums_ptr, dsink_ptr, q_start_ptr, q_end_ptr,
-    stride_o, stride_do, lse_stride_b, lse_stride_h, max_q, row_tiles,
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, numbers_ptr, norm_ptr, delta_ptr, sums_ptr, dsink_ptr, q_start_ptr,
+    q_end_ptr, stride_o, stride_do, lse_stride_b, lse_stride_h, max_q, row_tiles,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_D: tl.constexpr, SINKS: tl.constexpr, DLSE: tl.constexpr,
-    ZERO: tl.constexpr, RAGGED_Q: tl.constexpr, PACKED: tl.constexpr,
+    ZERO: tl.constexpr, PLAIN: tl.constexpr, RAGGED_Q: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One program: the row numbers of 64 query rows of one head, packed for one copy, and zeros for their dQ.
 
     Grid (heads, row tiles, batch): neighbours read the heads of the same tokens, which lie side by side. Writes
     ``numbers`` float32 [heads * row_tiles, 2, 64]: the norm in base 2 (+inf past the sequence's end) and delta; with
-    ``ZERO`` zeros to ``sums`` float32 [heads * row_tiles, 64 * BLOCK_D].
+    ``PLAIN`` both again in the LSE's order, the norm in natural log; with ``ZERO`` zeros to ``sums`` float32
+    [heads * row_tiles, 64 * BLOCK_D].
     """
     b = tl.program_id(2)
     head = tl.program_id(0)
@@ -85,8 +86,29 @@ def tile_numbers_kernel(
     )  # fmt: skip
     if SINKS:
         tl.store(dsink_ptr + lse_at, share, mask=row_in)
+    if PLAIN:
+        tl.store(norm_ptr + lse_at, norm, mask=row_in)
+        tl.store(delta_ptr + lse_at, delta, mask=row_in)
     tl.store(numbers_ptr + tile * 128 + row, norm * LOG2E)
     tl.store(numbers_ptr + tile * 128 + 64 + row, delta)
+
+
+# A float32 tile of dQ, [64 rows, BLOCK_D], lies in memory as wgmma's accumulators hold it: BLOCK_D / 64 pieces of 64
+# columns, in each [8 columns of 8, 4 warps, 8 rows, 4 threads, 2 halves of 8 rows, 2 columns].
+
+
+@triton.jit
+def to_wgmma_order(tile, BLOCK_D: tl.constexpr):
+    """[64, BLOCK_D] as the [64 * BLOCK_D] numbers that lie in memory."""
+    tile = tl.reshape(tile, (4, 2, 8, BLOCK_D // 64, 8, 4, 2))
+    return tl.reshape(tl.permute(tile, (3, 4, 0, 2, 5, 1, 6)), (64 * BLOCK_D,))
+
+
+@triton.jit
+def from_wgmma_order(numbers, BLOCK_D: tl.constexpr):
+    """[64 * BLOCK_D] numbers as they lie in memory as [64, BLOCK_D]."""
+    numbers = tl.reshape(numbers, (BLOCK_D // 64, 8, 4, 8, 4, 2, 2))
+    return tl.reshape(tl.permute(numbers, (2, 5, 3, 0, 1, 4, 6)), (64, BLOCK_D))
 
 
 @triton.jit(do_not_specialize=["max_q", "row_tiles"])
@@ -96,8 +118,7 @@ def dq_from_sums_kernel(
 ):  # fmt: skip
     """One program: 64 rows of dQ of one head, from the float32 sums in the order of wgmma's accumulators.
 
-    Grid (heads, row tiles, batch). A sum tile is BLOCK_D / 64 pieces of 64 columns; in a piece the numbers are ordered
-    [8 columns of 8, 4 warps, 8 rows, 4 threads, 2 halves of 8 rows, 2 columns].
+    Grid (heads, row tiles, batch).
     """
     b = tl.program_id(2)
     head = tl.program_id(0)
@@ -107,8 +128,7 @@ def dq_from_sums_kernel(
         return
     tile = head.to(tl.int64) * row_tiles + first_query_tile(q_start, b, max_q, PACKED) + tl.program_id(1)
     sums = tl.load(sums_ptr + tile * (64 * BLOCK_D) + tl.arange(0, 64 * BLOCK_D))
-    sums = tl.reshape(sums, (BLOCK_D // 64, 8, 4, 8, 4, 2, 2))
-    dq = tl.reshape(tl.permute(sums, (2, 5, 3, 0, 1, 4, 6)), (64, BLOCK_D))
+    dq = from_wgmma_order(sums, BLOCK_D)
     row = tl.arange(0, 64)
     offs_d = tl.arange(0, BLOCK_D)
     at = (q_start + m0 + row).to(tl.int64)

@@ -28,6 +28,7 @@ MODULES = (
     "sparseattn.ops.block_sparse.triton",
     "sparseattn.ops.block_sparse.gluon",
     "sparseattn.ops.block_sparse.gluon_gradients",
+    "sparseattn.ops.block_sparse.gluon_extra",
     "sparseattn.ops.scores.triton",
     "sparseattn.ops.scores.landmark_triton",
     "sparseattn.ops.scores.pooled_triton",

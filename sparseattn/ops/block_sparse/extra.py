@@ -279,3 +279,39 @@ def prepare_extra(k: Tensor, v: Tensor, g: Geometry, stride_k: object, stride_v:
             COLUMNS=columns, RAGGED_K=g.k_start is not None, BLOCK_KV=g.block_kv, TILE=64, num_warps=1, **LAUNCH,
         )  # fmt: skip
     return extra._replace(mean_k=mean_k, mean_v=mean_v, bits=bits, taken=taken)
+
+
+def call_facts(q: Tensor, k: Tensor, v: Tensor, g: Geometry, *others: Tensor) -> dict[str, object]:
+    """Compile-time facts about a call that all kernels over its queries and keys share."""
+    return {
+        "D": q.shape[-1],
+        "DV": v.shape[-1],
+        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
+        "BLOCK_DV": max(16, triton.next_power_of_2(v.shape[-1])),
+        "GROUP": q.shape[-2] // k.shape[-2],
+        "MASK_GROUP": 1 if g.kv_num_blocks is None else q.shape[-2] // g.kv_num_blocks.shape[1],
+        "CAUSAL": g.causal,
+        "WINDOW": g.window_left >= 0 or g.window_right >= 0,
+        "SOFTCAP": g.softcap > 0,
+        "RAGGED_Q": g.q_start is not None,
+        "RAGGED_K": g.k_start is not None,
+        # Row offsets within one sequence and head, in 64 bits only where 32 do not reach.
+        "WIDE": any((max(g.max_q, g.max_k) + 256) * t.stride(-3) >= 2**31 for t in (q, k, v, *others)),
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }
+
+
+def extra_tile(kernel: str, head_dim: int, itemsize: int, major: int) -> int:
+    """Extra keys of a tile, so that a kernel ("forward", "dq") keeps to its registers."""
+    narrow = itemsize == 4 or head_dim > 128 or (major < 9 and kernel == "dq")
+    return 32 if narrow else 64
+
+
+def extra_facts(kernel: str, q: Tensor, v: Tensor, g: Geometry) -> dict[str, object]:
+    """Compile-time facts about extra keys, for the kernels whose programs own query rows."""
+    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 8
+    return {
+        "COLUMNS": g.column_indices is not None,
+        "MEANS": g.mean_correction,
+        "BLOCK_E": extra_tile(kernel, max(q.shape[-1], v.shape[-1]), q.element_size(), major),
+    }

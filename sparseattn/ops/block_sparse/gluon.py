@@ -29,7 +29,9 @@ from sparseattn.kernels.hopper_tiles import (
     unmappable,
 )
 from sparseattn.kernels.schedule import schedule_kernel, tile_schedule
+from sparseattn.ops.block_sparse.extra import prepare_extra
 from sparseattn.ops.block_sparse.geometry import Geometry
+from sparseattn.ops.block_sparse.gluon_extra import finish, has_extra_keys
 from sparseattn.ops.block_sparse.gluon_gradients import backward as backward
 from sparseattn.ops.block_sparse.gluon_gradients import unsupported_backward_reason
 
@@ -86,12 +88,12 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, gradients: 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, g: Geometry) -> str | None:
     """Why these kernels could not run the forward pass of a call on any GPU, or None."""
+    if g.row_pieces is not None:
+        return "the Gluon kernels take blocks of one size, not variable ones"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"the Gluon kernels take bfloat16 and float16, not {q.dtype}"
     if g.scale <= 0:
         return f"the Gluon kernels need a positive scale, not {g.scale}"
-    if g.column_indices is not None or g.mean_correction:
-        return "the Gluon kernels attend listed blocks only: no columns, no mean correction"
     for name, dim in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
         if dim > 256 or dim % 8:
             return f"the Gluon kernels take head dimensions up to 256 in multiples of 8, not {dim} of {name}"
@@ -119,17 +121,47 @@ def _lists(g: Geometry, stand_in: Tensor) -> tuple[Tensor, Tensor, tuple[int, in
 
 def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) -> tuple[Tensor, Tensor]:
     """Outputs and LSE; see ``reference.forward``, which this matches."""
-    heads, heads_k, dim_v = q.shape[-2], k.shape[-2], v.shape[-1]
-    ragged = (g.q_start is not None, g.k_start is not None)
+    heads, dim_v = q.shape[-2], v.shape[-1]
+    ragged = g.q_start is not None
     rows = q.shape[0] if g.packed else q.shape[1]
-    o = (torch.zeros if ragged[0] else torch.empty)((*q.shape[:-1], dim_v), dtype=q.dtype, device=q.device)
+    o = (torch.zeros if ragged else torch.empty)((*q.shape[:-1], dim_v), dtype=q.dtype, device=q.device)
     lse_shape = (heads, rows) if g.packed else (g.batch, heads, rows)
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
-    if ragged[0]:
+    if ragged:
         lse.fill_(float("-inf"))
     if q.numel() == 0 or g.max_q == 0:
         return o, lse
-    tiles, pack, tokens, splits, programs = plan(q, k, v, g, processors_of(q.device))
+    cut = plan(q, k, v, g, processors_of(q.device))
+    if cut.splits == 1 and not has_extra_keys(g):
+        _attend_blocks(q, k, v, o, o, lse, lse, sinks, g, cut)
+        return o, lse
+    # Zero sums are what a row outside every sequence contributes to ``combine_kernel``; ``finish`` never asks for it.
+    make = torch.empty if has_extra_keys(g) else torch.zeros
+    o_part = make((cut.splits, *o.shape), dtype=torch.float32, device=q.device)
+    lse_part = make((cut.splits, 2, *lse.shape), dtype=torch.float32, device=q.device)
+    _attend_blocks(q, k, v, o, o_part, lse, lse_part, None, g, cut)
+    if has_extra_keys(g):
+        strides = ((0, *t.stride()) if g.packed else t.stride() for t in (k, v))
+        finish(q, k, v, o_part, lse_part, o, lse, sinks, prepare_extra(k, v, g, *strides, lse), g)
+    else:
+        count = lse.numel()
+        combine_kernel[(count,)](
+            o_part, lse_part, o, lse, lse if sinks is None else sinks, count, heads, rows, cut.splits,
+            DV=dim_v, BLOCK_DV=triton.next_power_of_2(dim_v), SINKS=sinks is not None, num_warps=1, **LAUNCH,
+        )  # fmt: skip
+    return o, lse
+
+
+def _attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, o_out: Tensor, lse: Tensor, lse_out: Tensor, sinks: Tensor | None,
+    g: Geometry, cut: Plan,
+) -> None:  # fmt: skip
+    """Run the Hopper kernel; results go to ``o_out`` and ``lse_out``: ``o`` and ``lse``, or the sums of each share."""
+    heads, heads_k, dim_v = q.shape[-2], k.shape[-2], v.shape[-1]
+    rows = q.shape[0] if g.packed else q.shape[1]
+    tiles, pack, tokens, splits, programs = cut
+    partial = o_out is not o
+    ragged = (g.q_start is not None, g.k_start is not None)
     masked = g.kv_num_blocks is not None
     mask_group = heads // g.kv_num_blocks.shape[1] if g.kv_num_blocks is not None else heads
     block = (g.block_q, g.block_kv) if masked else (tokens, tiles.tile_n)
@@ -143,16 +175,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) 
         tile_n=tiles.tile_n, mask_group=mask_group // pack, splits=splits, causal=g.causal, ragged=ragged,
         device=q.device,
     )  # fmt: skip
-    o_out, lse_out = o, lse
-    if splits > 1:  # zero sums are what a row outside every sequence contributes
-        o_out = torch.zeros((splits, *o.shape), dtype=torch.float32, device=q.device)
-        lse_out = torch.zeros((splits, 2, *lse.shape), dtype=torch.float32, device=q.device)
     block_d, block_dv = padded(q.shape[-1]), padded(dim_v)
     facts = Facts(
         heads, heads // heads_k, pack, mask_group, tokens, *block, block_d, dim_v, block_dv, tiles.consumers,
         tiles.tile_n, tiles.k_stages, tiles.v_stages, tiles.q_registers, tiles.o_in_q, masked, g.causal,
-        g.window_left >= 0 or g.window_right >= 0, g.softcap > 0, sinks is not None and splits == 1, splits > 1,
-        *ragged,
+        g.window_left >= 0 or g.window_right >= 0, g.softcap > 0, sinks is not None, partial, *ragged,
     )  # fmt: skip
     descriptors = (row_tiles(t, *box) for t, box in zip((q, k, v, o), facts.boxes(), strict=True))
     forward_kernel[(programs,)](
@@ -163,13 +190,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) 
         facts, REGISTERS=240,
         num_warps=4, maxnreg=128 if tiles.programs == 2 else None, **LAUNCH,
     )  # fmt: skip
-    if splits > 1:
-        count = lse.numel()
-        combine_kernel[(count,)](
-            o_out, lse_out, o, lse, lse if sinks is None else sinks, count, heads, rows, splits,
-            DV=dim_v, BLOCK_DV=triton.next_power_of_2(dim_v), SINKS=sinks is not None, num_warps=1, **LAUNCH,
-        )  # fmt: skip
-    return o, lse
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[Any, Any], int, int, dict[str, Any]]]:

@@ -227,7 +227,7 @@ def emit_dq(dq, dq_desc, out_s, tile, CID: gl.constexpr, SHARED: gl.constexpr):
     """Add a [64, 64] piece of dQ to its float32 tile, in the order in which the accumulator's threads hold it.
 
     A thread's four neighbours in that order are 16 bytes and a warp's 512, so neither the stores to shared memory nor
-    the addition meet a conflict; ``convert_kernel`` puts rows and columns back. A negative tile is out of the map's
+    the addition meet a conflict; ``from_wgmma_order`` puts rows and columns back. A negative tile is out of the map's
     bounds: nothing is added.
     """
     flat = gl.reshape(gl.permute(gl.reshape(dq, [4, 2, 8, 8, 4, 2]), (3, 0, 2, 4, 1, 5)), [4096])

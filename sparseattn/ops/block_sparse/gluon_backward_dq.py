@@ -134,10 +134,21 @@ def dq_step(
 
 
 @gluon.jit
+def load_sums(sums_ptr, rows, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr):
+    """A [64, BLOCK_D] tile of dQ that lies in memory in the order of ``emit_dq``; zeros if it has no ``rows``."""
+    row = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    col = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LAYOUT))
+    of_row = row // 16 * 128 + row % 8 * 16 + row % 16 // 8 * 2
+    of_col = col // 64 * 4096 + col % 64 // 8 * 512 + col % 8 // 2 * 4 + col % 2
+    offs = of_row[:, None] + of_col[None, :]
+    return gl.load(sums_ptr + offs, mask=offs < gl.minimum(rows, 1) * (64 * BLOCK_D), other=0.0)
+
+
+@gluon.jit
 def dq_consumer(
     dq_desc, q_s, do_s, k_s, v_s, steps_s, count_s, tiles_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    tile_full, tile_empty, numbers_ptr, row_tiles, reach_back, reach_ahead, qk_scale, softcap, scale,
-    CID: gl.constexpr, BLOCK_D: gl.constexpr, SOFTCAP: gl.constexpr,
+    tile_full, tile_empty, numbers_ptr, sums_ptr, row_tiles, reach_back, reach_ahead, qk_scale, softcap, scale,
+    CID: gl.constexpr, BLOCK_D: gl.constexpr, SOFTCAP: gl.constexpr, STARTED: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of ``dq_kernel``: dQ of 64 query rows."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -169,13 +180,16 @@ def dq_consumer(
         mbarrier.arrive(tile_empty.index(turn & 1), count=1)
         in_tile = gl.arange(0, 64, ROWS)
         rows = x0 + in_tile
-        numbers = numbers_ptr + (head * row_tiles + tile + x0 // 64).to(gl.int64) * 128
+        tile = (head * row_tiles + tile + x0 // 64).to(gl.int64)
+        numbers = numbers_ptr + tile * 128
         # A tile that lies past the sequence's end has no numbers of its own.
         norm = gl.load(numbers + in_tile, mask=rows < q_len, other=float("inf"))
         delta = gl.load(numbers + 64 + in_tile, mask=rows < q_len, other=0.0)
         first_key = rows + offset - reach_back
         last_key = gl.minimum(rows + offset + reach_ahead, k_len - 1)
         acc = gl.zeros([64, BLOCK_D], gl.float32, LAYOUT)
+        if STARTED:
+            acc = load_sums(sums_ptr + tile * (64 * BLOCK_D), q_len - x0, BLOCK_D, LAYOUT)
         mbarrier.wait(q_full.index(CID), turn & 1)
         k_stage, k_phase, v_stage, v_phase, acc = dq_tile(
             acc, zeros, q_s, do_s, k_s, v_s, steps_s, count_s, k_full, k_empty, v_full, v_empty,
@@ -240,14 +254,15 @@ def dq_tile(
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def dq_kernel(
-    q_desc, do_desc, k_desc, v_desc, dq_desc, numbers_ptr, record_ptr, ranges_ptr, counter_ptr, index_ptr, total,
-    mask_stride_b, mask_stride_h, idx_width, row_tiles, q_rows, k_rows, v_rows, do_rows, group, mask_group, block_q,
-    block_kv, reach_back, reach_ahead, qk_scale, softcap, scale,
-    BLOCK_D: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
+    q_desc, do_desc, k_desc, v_desc, dq_desc, numbers_ptr, sums_ptr, record_ptr, ranges_ptr, counter_ptr, index_ptr,
+    total, mask_stride_b, mask_stride_h, idx_width, row_tiles, q_rows, k_rows, v_rows, do_rows, group, mask_group,
+    block_q, block_kv, reach_back, reach_ahead, qk_scale, softcap, scale,
+    BLOCK_D: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr, STARTED: gl.constexpr,
 ):  # fmt: skip
     """Persistent programs: dQ of 128 query rows of one head over the keys that they see, 128 a step.
 
-    Grid: any number of programs, at most a tile each. Tiles, their order and the steps of each come from
+    ``STARTED``: rows begin with what ``sums`` float32 [heads * row_tiles, 64 * BLOCK_D] holds for them, in the order of
+    ``emit_dq``. Grid: any number of programs, at most a tile each. Tiles, their order and the steps of each come from
     ``walk_kernel``.
     """
     dtype: gl.constexpr = q_desc.dtype
@@ -266,13 +281,13 @@ def dq_kernel(
     gl.warp_specialize([
         (dq_consumer, (
             dq_desc, q_s, do_s, k_s, v_s, steps_s, count_s, tiles_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            tile_full, tile_empty, numbers_ptr, row_tiles, reach_back, reach_ahead, qk_scale, softcap, scale,
-            0, BLOCK_D, SOFTCAP,
+            tile_full, tile_empty, numbers_ptr, sums_ptr, row_tiles, reach_back, reach_ahead, qk_scale, softcap, scale,
+            0, BLOCK_D, SOFTCAP, STARTED,
         )),
         (dq_consumer, (
             dq_desc, q_s, do_s, k_s, v_s, steps_s, count_s, tiles_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            tile_full, tile_empty, numbers_ptr, row_tiles, reach_back, reach_ahead, qk_scale, softcap, scale,
-            1, BLOCK_D, SOFTCAP,
+            tile_full, tile_empty, numbers_ptr, sums_ptr, row_tiles, reach_back, reach_ahead, qk_scale, softcap, scale,
+            1, BLOCK_D, SOFTCAP, STARTED,
         )),
         (dq_loader, (
             q_desc, do_desc, k_desc, v_desc, q_s, do_s, k_s, v_s, steps_s, tiles_s, q_full, q_empty, k_full, k_empty,

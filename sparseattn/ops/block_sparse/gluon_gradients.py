@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,9 +14,11 @@ from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.gradients import dq_from_sums_kernel, sum_parts_kernel, tile_numbers_kernel
 from sparseattn.kernels.hopper import row_tiles, tile_layout
 from sparseattn.kernels.walks import UNBOUNDED, walk_kernel, walks
+from sparseattn.ops.block_sparse.extra import prepare_extra
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.block_sparse.gluon_backward import gradients_kernel
 from sparseattn.ops.block_sparse.gluon_backward_dq import dq_kernel
+from sparseattn.ops.block_sparse.gluon_extra import add_gradients, has_extra_keys, start_dq
 
 LOG2E = 1.4426950408889634
 
@@ -27,8 +29,6 @@ def unsupported_backward_reason(
     """Why these kernels cannot run the call, or None."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"the Hopper backward takes bfloat16 and float16, not {q.dtype}"
-    if g.column_indices is not None or g.mean_correction:
-        return "the Hopper backward takes listed blocks only: no columns, no mean correction"
     if g.scale <= 0:
         return f"the Hopper backward needs a positive scale, not {g.scale}"
     dim = max(q.shape[-1], v.shape[-1])
@@ -127,27 +127,42 @@ def backward(
         heads: Query heads of a group that one program walks, instead of ``heads_per_program``'s choice.
     """
     ragged_q, ragged_k = g.q_start is not None, g.k_start is not None
+    extra_keys = has_extra_keys(g)
     # Contiguous whatever the inputs' strides: that is what a traced graph was told. Rows outside a sequence stay zero.
     dq = (torch.zeros if ragged_q else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = ((torch.zeros if ragged_k else torch.empty)(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
+    # Extra keys add to what listed blocks gave: in float32, so that sums are rounded once.
+    dk, dv = (
+        (torch.zeros if ragged_k else torch.empty)(
+            t.shape, dtype=torch.float32 if extra_keys else t.dtype, device=t.device
+        )
+        for t in (k, v)
+    )
     if q.numel() == 0 or k.numel() == 0 or g.max_q == 0 or g.max_k == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), None if sinks is None else torch.zeros_like(sinks)
+        dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        return dq, dk, dv, None if sinks is None else torch.zeros_like(sinks)
     if not _copyable(do, g.packed):
         do = do.contiguous()
-    numbers, sums, dsink = _row_numbers(do, dlse, q, v, o, lse, sinks, g, not deterministic)
-    _keys_pass(do, q, k, v, dk, dv, numbers, sums, g, heads)
-    if sums is None:
-        _queries_pass(do, q, k, v, dq, numbers, g)
+    rows = _row_numbers(do, dlse, q, v, o, lse, sinks, g, not deterministic)
+    extra = None
+    if extra_keys:
+        assert rows.sums is not None
+        extra = prepare_extra(k, v, g, _strides(k, g.packed), _strides(v, g.packed), lse)
+        start_dq(do, q, k, v, rows.norm, rows.delta, rows.sums, _row_tiles(q, g), _padded(q, v), extra, g)
+    _keys_pass(do, q, k, v, dk, dv, rows.numbers, None if deterministic else rows.sums, g, heads)
+    if deterministic:
+        _queries_pass(do, q, k, v, dq, rows.numbers, rows.sums, g)
     else:
-        tiles = triton.cdiv(g.max_q, 64)
-        dq_from_sums_kernel[(q.shape[-2], tiles, g.batch)](
-            sums, dq, *_spans(g, lse)[:2], _strides(dq, g.packed), g.max_q, _row_tiles(q, g), g.scale,
+        dq_from_sums_kernel[(q.shape[-2], triton.cdiv(g.max_q, 64), g.batch)](
+            rows.sums, dq, *_spans(g, lse)[:2], _strides(dq, g.packed), g.max_q, _row_tiles(q, g), g.scale,
             D=q.shape[-1], BLOCK_D=_padded(q, v), RAGGED_Q=ragged_q, PACKED=g.packed, num_warps=8, **LAUNCH,
         )  # fmt: skip
+    if extra is not None:
+        add_gradients(do, q, k, v, rows.norm, rows.delta, dk, dv, extra, g)
+        dk, dv = dk.to(k.dtype), dv.to(v.dtype)
     if sinks is None:
         return dq, dk, dv, None
     over = (1,) if g.packed else (0, 2)
-    return dq, dk, dv, dsink.sum(over).to(sinks.dtype)
+    return dq, dk, dv, rows.dsink.sum(over).to(sinks.dtype)
 
 
 def _padded(q: Tensor, v: Tensor) -> int:
@@ -169,27 +184,47 @@ def _spans(g: Geometry, stand_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     return q_start, q_end, k_start, k_end  # type: ignore[return-value]
 
 
+class RowNumbers(NamedTuple):
+    """What the gradient kernels need of each query row.
+
+    Attributes:
+        numbers: float32 [heads * row tiles, 2, 64], flat: see ``tile_numbers_kernel``.
+        norm: float32, shaped like the LSE: log of the full denominator. Only extra keys need it; else any tensor.
+        delta: Likewise, ``sum(o * do)`` less the gradient of the LSE.
+        sums: float32 [heads * row tiles * 64 * block_d] for dQ, or None where it is not added up in memory.
+        dsink: float32, shaped like the LSE: each row's share of the sink's gradient; any tensor without sinks.
+    """
+
+    numbers: Tensor
+    norm: Tensor
+    delta: Tensor
+    sums: Tensor | None
+    dsink: Tensor
+
+
 def _row_numbers(
     do: Tensor, dlse: Tensor | None, q: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks: Tensor | None, g: Geometry,
-    zero: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Row numbers, zeroed float32 sums for dQ (if asked for), and each row's share of the sink's gradient."""
+    added: bool,
+) -> RowNumbers:  # fmt: skip
+    """Row numbers; the sums are zero where ``added`` says that blocks add to them, unless extra keys come first."""
     heads = q.shape[-2]
     tiles = _row_tiles(q, g)
     block_d = _padded(q, v)
+    plain = has_extra_keys(g)
     numbers = torch.empty(heads * tiles * 128, dtype=torch.float32, device=q.device)
-    sums = torch.empty(heads * tiles * 64 * block_d, dtype=torch.float32, device=q.device) if zero else None
+    sums = torch.empty(heads * tiles * 64 * block_d, dtype=torch.float32, device=q.device) if added or plain else None
+    norm, delta = (torch.empty_like(lse), torch.empty_like(lse)) if plain else (lse, lse)
     dsink = lse if sinks is None else torch.zeros_like(lse)
     rows = q.shape[0] if g.packed else q.shape[1]
     tile_numbers_kernel[(heads, triton.cdiv(g.max_q, 64), g.batch)](
         o, do, lse, lse if dlse is None else dlse.contiguous(), lse if sinks is None else sinks,
-        numbers, numbers if sums is None else sums, dsink, *_spans(g, lse)[:2],
+        numbers, norm, delta, numbers if sums is None else sums, dsink, *_spans(g, lse)[:2],
         _strides(o, g.packed), _strides(do, g.packed), 0 if g.packed else heads * rows, rows, g.max_q, tiles,
         DV=v.shape[-1], BLOCK_DV=max(16, triton.next_power_of_2(v.shape[-1])), BLOCK_D=block_d,
-        SINKS=sinks is not None, DLSE=dlse is not None, ZERO=zero, RAGGED_Q=g.q_start is not None, PACKED=g.packed,
-        num_warps=4, **LAUNCH,
+        SINKS=sinks is not None, DLSE=dlse is not None, ZERO=added and not plain, PLAIN=plain,
+        RAGGED_Q=g.q_start is not None, PACKED=g.packed, num_warps=4, **LAUNCH,
     )  # fmt: skip
-    return numbers, sums, dsink
+    return RowNumbers(numbers, norm, delta, sums, dsink)
 
 
 def _maps(q: Tensor, k: Tensor, v: Tensor, do: Tensor, key_rows: int, cols: int) -> tuple[TensorDescriptor, ...]:
@@ -211,7 +246,7 @@ def _keys_pass(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, numbers: Tensor, sums: Tensor | None,
     g: Geometry, heads: int | None,
 ) -> None:  # fmt: skip
-    """dK and dV, and dQ's float32 sums where they are asked for."""
+    """dK and dV, in the keys' dtype or in float32, and dQ's float32 sums where they are asked for."""
     heads_q, heads_k = q.shape[-2], k.shape[-2]
     group = heads_q // heads_k
     block_d = _padded(q, v)
@@ -221,7 +256,7 @@ def _keys_pass(
         heads = heads_per_program(group, tiles, processors, g.kv_num_blocks is None) if sums is not None else group
     parts = group // heads
     dk_part, dv_part = dk, dv
-    if parts > 1:
+    if parts > 1 or dk.dtype != k.dtype:
         make = torch.empty if g.k_start is None else torch.zeros
         dk_part, dv_part = (
             make((*t.shape[:-2], heads_k * parts, t.shape[-1]), dtype=t.dtype, device=t.device) for t in (k, v)
@@ -250,7 +285,7 @@ def _keys_pass(
         g.block_kv, *_reach(g), factor, cap, g.scale, BLOCK_D=block_d, MASKED=masked, SOFTCAP=g.softcap > 0,
         WITH_DQ=with_dq, num_warps=4, **LAUNCH,
     )  # fmt: skip
-    if parts > 1:
+    if dk_part is not dk:
         largest = max(dk.numel(), dv.numel())
         sum_parts_kernel[(triton.cdiv(largest, 2048),)](
             dk_part, dv_part, dk, dv, dk.numel(), dv.numel(), D=dk.shape[-1], DV=dv.shape[-1], PARTS=parts,
@@ -259,9 +294,9 @@ def _keys_pass(
 
 
 def _queries_pass(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, numbers: Tensor, g: Geometry
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, numbers: Tensor, sums: Tensor | None, g: Geometry
 ) -> None:  # fmt: skip
-    """dQ by query rows, added up in one program each."""
+    """dQ by query rows, added up in one program each, from zero or from what float32 sums already hold."""
     heads_q, heads_k = q.shape[-2], k.shape[-2]
     group = heads_q // heads_k
     block_d = _padded(q, v)
@@ -280,10 +315,11 @@ def _queries_pass(
     _, indices, *strides = lists or (records, records, 0, 0, 0)
     factor, cap = _score_factors(g)
     dq_kernel[(min(total, processors),)](
-        q_map, do_map, k_map, v_map, row_tiles(dq, 1, 64, block_d), numbers, records, ranges, counter, indices, total,
-        *strides, _row_tiles(q, g), *(_batch_rows(t, g.packed) for t in (q, k, v, do)), group, mask_group, g.block_q,
-        g.block_kv, *_reach(g), factor, cap, g.scale, BLOCK_D=block_d, MASKED=masked, SOFTCAP=g.softcap > 0,
-        num_warps=4, **LAUNCH,
+        q_map, do_map, k_map, v_map, row_tiles(dq, 1, 64, block_d), numbers, numbers if sums is None else sums,
+        records, ranges, counter, indices, total, *strides, _row_tiles(q, g),
+        *(_batch_rows(t, g.packed) for t in (q, k, v, do)), group, mask_group, g.block_q, g.block_kv, *_reach(g),
+        factor, cap, g.scale, BLOCK_D=block_d, MASKED=masked, SOFTCAP=g.softcap > 0,
+        STARTED=sums is not None, num_warps=4, **LAUNCH,
     )  # fmt: skip
 
 
@@ -299,7 +335,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
             ("keys-softcap", {"SOFTCAP": True}),
         ):
             cases.append((f"gradients-{variant}-{dim}-sm90", *_offline(gradients_kernel, dim, 64, flags), 4, 1))
-        for variant, flags in (("plain", {}), ("softcap", {"SOFTCAP": True})):
+        for variant, flags in (("plain", {}), ("softcap", {"SOFTCAP": True}), ("started", {"STARTED": True})):
             cases.append((f"gradients-queries-{variant}-{dim}-sm90", *_offline(dq_kernel, dim, 128, flags), 4, 1))
         cases.append((f"gradients-numbers-{dim}-sm90", *_offline(tile_numbers_kernel, dim, 64, _ALL), 4, 1))
         cases.append((f"gradients-from-sums-{dim}-sm90", *_offline(dq_from_sums_kernel, dim, 64, _ALL), 8, 1))
@@ -309,7 +345,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     return cases
 
 
-_ALL = dict.fromkeys(("SINKS", "DLSE", "ZERO", "RAGGED_Q", "RAGGED_K", "PACKED"), True)
+_ALL = dict.fromkeys(("SINKS", "DLSE", "ZERO", "PLAIN", "RAGGED_Q", "RAGGED_K", "PACKED"), True)
 
 
 def _offline(
@@ -330,7 +366,7 @@ def _offline(
     }
     if function is dq_kernel:
         maps["dq_desc"] = tile.format(64)
-    floats = {"lse_ptr", "dlse_ptr", "numbers_ptr", "sums_ptr", "sinks_ptr", "dsink_ptr"}
+    floats = {"lse_ptr", "dlse_ptr", "numbers_ptr", "sums_ptr", "sinks_ptr", "dsink_ptr", "norm_ptr", "delta_ptr"}
     integers = {"record_ptr", "ranges_ptr", "counter_ptr", "index_ptr", "count_ptr"}
     signature: dict[str, Any] = {}
     constexprs: dict[Any, Any] = {}

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.combine import combine_kernel
-from sparseattn.ops.block_sparse.extra import listed_kernel, mean_kernel, prepare_extra
+from sparseattn.ops.block_sparse.extra import (
+    call_facts,
+    extra_facts,
+    extra_tile,
+    listed_kernel,
+    mean_kernel,
+    prepare_extra,
+)
 from sparseattn.ops.block_sparse.extra_backward import (
     COLUMN_KEYS,
     add_extra_gradients,
@@ -91,45 +98,15 @@ def _strides(t: Tensor, packed: bool) -> tuple[int, int, int, int]:
 def _common(q: Tensor, k: Tensor, v: Tensor, g: Geometry, tiles: Tiles, *others: Tensor) -> dict[str, object]:
     """Compile-time facts and launch options shared by the kernels that walk tiles."""
     masked = g.kv_num_blocks is not None
-    return {
-        "D": q.shape[-1],
-        "DV": v.shape[-1],
-        "BLOCK_D": _padded(q.shape[-1]),
-        "BLOCK_DV": _padded(v.shape[-1]),
+    return call_facts(q, k, v, g, *others) | {
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_Q": g.block_q if masked else tiles.block_m,
         "BLOCK_KV": g.block_kv if masked else tiles.block_n,
-        "GROUP": q.shape[-2] // k.shape[-2],
-        "MASK_GROUP": 1 if g.kv_num_blocks is None else q.shape[-2] // g.kv_num_blocks.shape[1],
         "MASKED": masked,
-        "CAUSAL": g.causal,
-        "WINDOW": g.window_left >= 0 or g.window_right >= 0,
-        "SOFTCAP": g.softcap > 0,
-        "RAGGED_Q": g.q_start is not None,
-        "RAGGED_K": g.k_start is not None,
-        # Row offsets within one sequence and head, in 64 bits only where 32 do not reach.
-        "WIDE": any((max(g.max_q, g.max_k) + 256) * t.stride(-3) >= 2**31 for t in (q, k, v, *others)),
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
         **LAUNCH,
-    }
-
-
-def _extra_tile(kernel: str, head_dim: int, itemsize: int, major: int) -> int:
-    """Extra keys of a tile, so that the kernel keeps to its registers."""
-    narrow = itemsize == 4 or head_dim > 128 or (major < 9 and kernel == "dq")
-    return 32 if narrow else 64
-
-
-def _extra_facts(kernel: str, q: Tensor, v: Tensor, g: Geometry) -> dict[str, object]:
-    """Compile-time facts about extra keys, for the kernels whose programs own query rows."""
-    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 8
-    return {
-        "COLUMNS": g.column_indices is not None,
-        "MEANS": g.mean_correction,
-        "BLOCK_E": _extra_tile(kernel, max(q.shape[-1], v.shape[-1]), q.element_size(), major),
     }
 
 
@@ -139,10 +116,25 @@ def _list_arguments(
     """Block lists as kernel arguments: pointers, list rows per batch entry and per head, width of a list."""
     if counts is None or indices is None:
         return stand_in, stand_in, 0, 0, 0
-    batch, heads, rows = counts.shape
-    if indices.shape[-1] == 0:  # no list has an entry; kernels still look at the first
+    batch, heads, rows = counts.shape[:3]
+    if indices.shape[3] == 0:  # no list has an entry; kernels still look at the first
         indices = counts[..., None]
-    return counts.contiguous(), indices.contiguous(), 0 if batch == 1 else heads * rows, rows, indices.shape[-1]
+    return counts.contiguous(), indices.contiguous(), 0 if batch == 1 else heads * rows, rows, indices.shape[3]
+
+
+def _pieces(pieces: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
+    """The pieces of rows of variable blocks as kernel arguments: pointer, and how many a head has."""
+    return (stand_in, 0) if pieces is None else (pieces, pieces.shape[1])
+
+
+def _row_tiles(pieces: Tensor | None, rows: int, block: int, tile: int) -> int:
+    """Row tiles of a launch: of all ``rows``, or of the pieces of variable blocks of up to ``block`` rows each."""
+    return triton.cdiv(rows, tile) if pieces is None else pieces.shape[1] * (block // tile)
+
+
+def _variable_facts(g: Geometry, walked: int) -> dict[str, object]:
+    """Compile-time facts about variable blocks; short tiles are read at most 64 of the ``walked`` rows at a time."""
+    return {"VARIABLE": g.row_pieces is not None, "BLOCK_S": min(walked, 64)}
 
 
 def _spans(g: Geometry, stand_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -203,14 +195,14 @@ def forward(
     counts, indices, mask_b, mask_h, width = _list_arguments(g.kv_num_blocks, g.kv_indices, lse)
     extra = prepare_extra(k, v, g, _strides(k, g.packed), _strides(v, g.packed), lse)
     chunk = 1 if pack > 1 else heads // k.shape[-2]
-    grid = (triton.cdiv(g.max_q * pack, config.block_m) * chunk, heads // pack // chunk, g.batch * splits)
-    forward_kernel[grid](
-        q, k, v, o_out, lse_out, lse if sinks is None else sinks, counts, indices, *_spans(g, lse), *extra,
-        _strides(q, g.packed), _strides(k, g.packed), _strides(v, g.packed), _strides(o, g.packed),
+    row_tiles = _row_tiles(g.row_pieces, g.max_q * pack, g.block_q, config.block_m)
+    forward_kernel[(row_tiles * chunk, heads // pack // chunk, g.batch * splits)](
+        q, k, v, o_out, lse_out, lse if sinks is None else sinks, counts, indices, *_pieces(g.row_pieces, lse),
+        *_spans(g, lse), *extra, _strides(q, g.packed), _strides(k, g.packed), _strides(v, g.packed), _strides(o, g.packed),
         0 if g.packed else heads * rows, rows,
         mask_b, mask_h, width, g.max_q, g.max_k, splits, o.numel(), lse.numel(),
         g.scale, g.softcap, g.window_left, g.window_right,
-        **_common(q, k, v, g, config), **_extra_facts("forward", q, v, g),
+        **_common(q, k, v, g, config), **extra_facts("forward", q, v, g), **_variable_facts(g, config.block_n),
         PACK=pack, CHUNK=chunk, SINKS=sinks is not None and splits == 1, SPLIT=splits > 1,
     )  # fmt: skip
     if splits > 1:
@@ -281,13 +273,13 @@ def backward(
     dq_kernel[(triton.cdiv(g.max_q, config.block_m) * chunk, heads_k, g.batch)](
         q, k, v, do, norm, delta, dq, counts, indices, *spans, *extra,
         *inputs, _strides(dq, g.packed), lse_b, lse_h, mask_b, mask_h, width, *numbers,
-        **_common(q, k, v, g, config, do), **_extra_facts("dq", q, v, g), CHUNK=chunk,
+        **_common(q, k, v, g, config, do), **extra_facts("dq", q, v, g), CHUNK=chunk,
     )  # fmt: skip
     if extra_keys:
         strides: dict[str, tuple[int, ...]] = {"dk": _strides(dk, g.packed), "dv": _strides(dv, g.packed)}
         strides |= dict(zip(("q", "k", "v", "do"), inputs, strict=True))
         strides |= {"lse": (lse_b, lse_h), "mask": (mask_b, mask_h)}
-        facts = _common(q, k, v, g, config, do) | _extra_facts("dq", q, v, g)
+        facts = _common(q, k, v, g, config, do) | extra_facts("dq", q, v, g)
         add_extra_gradients(do, q, k, v, norm, delta, dk, dv, extra, g, spans, strides, facts)
         dk, dv = dk.to(k.dtype), dv.to(v.dtype)
     if sinks is None:
@@ -326,7 +318,7 @@ def _extra_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[
     for major, (kernel, function) in itertools.product((8, 9), (("forward", forward_kernel), ("dq", dq_kernel))):
         tiles = config_for(kernel, 128, 2, major)
         flags: dict[str, Any] = dict.fromkeys(("MASKED", "CAUSAL", "COLUMNS", "MEANS"), True)
-        flags["BLOCK_E"] = _extra_tile(kernel, 128, 2, major)
+        flags["BLOCK_E"] = extra_tile(kernel, 128, 2, major)
         offline = _offline(function, (128, 128), tiles, flags)
         cases.append((f"{kernel}-means-128x128-sm{major}0", *offline, tiles.num_warps, tiles.num_stages))
     flags = {"CAUSAL": True, "COLUMNS": True, "ROWS": 64}
@@ -344,7 +336,7 @@ def _extra_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[
 
 
 # Pointers to int32 in every kernel; and to float32, besides those that a case names.
-_INTEGERS = {"count_ptr", "index_ptr", "column_count_ptr", "column_ptr", "key_count_ptr", "key_ptr"}
+_INTEGERS = {"count_ptr", "index_ptr", "piece_ptr", "column_count_ptr", "column_ptr", "key_count_ptr", "key_ptr"}
 _INTEGERS |= {"bits_ptr", "taken_ptr"}
 _FLOATS = {"lse_ptr", "dlse_ptr", "norm_ptr", "delta_ptr", "sinks_ptr", "dsink_ptr", "sums_ptr", "o_part_ptr"}
 _FLOATS |= {"sum_ptr", "mean_grad_ptr"}
