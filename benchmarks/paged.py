@@ -68,15 +68,14 @@ def measure(workload: Workload, name: str, budget_ms: float) -> Row:
 
 
 def cases(name: str, device: torch.device, *, toy: bool = False) -> Iterator[Case]:
-    """The workloads of a set, or of ``all``, one by one: each holds its inputs for as long as it lives."""
+    """The workloads of a set, one by one: each holds its inputs for as long as it lives."""
     seen = set()
-    for one in SETS if name == "all" else (name,):
-        for case in SETS[one](device):
-            workload = case.workload.toy() if toy else case.workload
-            if workload not in seen:
-                seen.add(workload)
-                # What is drawn later hangs on the workload, which must not live as long as what was seen.
-                yield Case(workload.copy(), case.impls)
+    for case in SETS[name](device):
+        workload = case.workload.toy() if toy else case.workload
+        if workload not in seen:
+            seen.add(workload)
+            # What is drawn later hangs on the workload, which must not live as long as what was seen.
+            yield Case(workload.copy(), case.impls)
 
 
 def run_cases(writer: Writer, name: str, chosen: Iterator[Case], wanted: list[str] | None, budget_ms: float) -> None:
@@ -106,12 +105,12 @@ def parse(argv: list[str] | None) -> Any:
 
 def main(argv: list[str] | None = None) -> list[Row]:
     options = parse(argv)
-    chosen = cases(options.set, torch.device(options.device), toy=options.toy)
-    if options.quick:
-        chosen = itertools.islice(chosen, 2)
     with Writer(options.out, "paged", options.commit) as writer, ExitStack() as stack:
         quietly(stack)
-        run_cases(writer, options.set, chosen, options.impl, 1e3 * options.budget)
+        for name in SETS if options.set == "all" else (options.set,):
+            chosen = cases(name, torch.device(options.device), toy=options.toy)
+            some = itertools.islice(chosen, 2) if options.quick else chosen
+            run_cases(writer, name, some, options.impl, 1e3 * options.budget)
     return writer.rows
 
 

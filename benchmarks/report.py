@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import paged_report
 from benchmarks.harness import RESULTS, Row
 from sparseattn.testing.timing import break_even
 
@@ -281,6 +282,14 @@ def ttft(rows: list[Row]) -> str:
     )
 
 
+def paged(rows: list[Row], name: str) -> str:
+    """The table of a set of serving workloads."""
+    timed = paged_report.of_set(rows, name)
+    if not timed:
+        return ""
+    return f"{paged_report.TABLES[name].title}\n\n{table(*paged_report.lines(timed, name))}\n\n{where(timed)}."
+
+
 def joined(parts: Iterable[str], otherwise: str) -> str:
     return "\n\n".join(part for part in parts if part) or otherwise
 
@@ -292,9 +301,10 @@ def tables(rows: list[Row]) -> str:
 
 
 def details(rows: list[Row]) -> str:
-    """The tables of the other sets of block-sparse workloads, in markdown."""
+    """The tables of the other sets, in markdown."""
     otherwise = "No rows of these sets yet: `python -m benchmarks.block_sparse --set shared` on a GPU writes some."
-    return joined((one(rows) for one in (shared, short, dims, blocks, flashinfer, breakeven)), otherwise)
+    served = [paged(rows, name) for name in paged_report.TABLES]
+    return joined([one(rows) for one in (shared, short, dims, blocks, flashinfer, breakeven)] + served, otherwise)
 
 
 def inject(document: str, text: str) -> str:

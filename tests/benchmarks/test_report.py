@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import harness, report
+from benchmarks import harness, paged, paged_report, paged_sets, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,6 +111,33 @@ def test_break_even_is_read_from_the_rows() -> None:
     assert triton[-1] == "none: dense is faster at every measured density"
 
 
+def test_serving_has_a_column_for_everybody() -> None:
+    def served(impl: str, **more: Any) -> harness.Row:
+        env = row("x", 1)["env"]
+        return {"bench": "paged", "set": "decode", "kind": "decode", "impl": impl, "ms": 0.5, "env": env, **more}
+
+    decode = {"batch": 64, "length": 8192, "page": 16, "tbps": 4.385, "tflops": 30.0}
+    rows = [served("flashinfer_fa3", **decode), served("sparseattn_flashinfer", **{**decode, "tbps": 4.5})]
+    header, line = lines(report.details(rows))
+    assert header == ["batch", "pages", "**sparseattn.flashinfer**", "FlashInfer, fa3"]
+    assert line == ["64 x 8K", "16", "4.50 (0.5 ms)", "4.38 (0.5 ms)"]
+    blocks = {"set": "bsr", "R": 64, "C": 1, "density": 0.25, "tflops": 400.4, "plan_run_ms": 37.2}
+    assert lines(report.details([served("flashinfer_fa2", **blocks)]))[1][2] == "400 (0.5 ms; 37.2 ms)"
+    calls = {"set": "host", "run_host_us": 11.6, "plan_host_us": 80.2, "plan_waits": 3}
+    text = report.details(
+        [served("flashinfer_fa2", **calls), served("sparseattn_flashinfer", set="host", run_host_us=9)]
+    )
+    assert lines(text)[1] == ["decode", "9", "12 / 80, 3 waits"]
+
+
+def test_every_serving_set_has_a_table() -> None:
+    assert set(paged_report.TABLES) == set(paged_sets.SETS)
+    servers = {
+        impl for name in paged_sets.SETS for case in paged.cases(name, torch.device("cpu")) for impl in case.impls
+    }
+    assert servers <= set(paged_report.NAMES)
+
+
 def test_documents_are_rewritten_between_marks(tmp_path: Path) -> None:
     document = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     once = report.inject(document, "new")
@@ -155,4 +183,4 @@ def test_readme_and_docs_show_the_committed_rows() -> None:
 
 def test_every_committed_row_has_a_name() -> None:
     for one in report.read(harness.RESULTS.glob("*.jsonl")):
-        assert one["impl"] in report.NAMES
+        assert one["impl"] in (paged_report.NAMES if one["bench"] == "paged" else report.NAMES)
