@@ -236,12 +236,19 @@ class Prefill(Decode):
     Attributes:
         chunk: Queries a sequence; default all of its tokens.
         ragged: Keys and values are packed ``[total, Hkv, D]``, without pages.
+        lengths_on: Where ``plan()`` finds offsets and lengths: "cpu", as FlashInfer's own benchmark has them, or
+            "device", where whoever wants to know them has to wait.
     """
 
     kind = "prefill"
 
     chunk: int | None = None
     ragged: bool = False
+    lengths_on: str = "cpu"
+
+    def told(self, t: Tensor) -> Tensor:
+        """Offsets or lengths, where ``plan()`` finds them."""
+        return t.cpu() if self.lengths_on == "cpu" else t
 
     @property
     def queries(self) -> int:

@@ -30,7 +30,8 @@ def batch_of(row: Row) -> str:
 
 
 def pages_of(row: Row) -> str:
-    return "ragged" if row.get("ragged") else f"pages of {row['page']}"
+    told = ", lengths on the device" if row.get("lengths_on") == "device" else ""
+    return ("ragged" if row.get("ragged") else f"pages of {row['page']}") + told
 
 
 def rate(row: Row) -> str:

@@ -30,10 +30,14 @@ def decode(device: torch.device) -> Iterator[Case]:
 
 
 def prefill(device: torch.device) -> Iterator[Case]:
-    """The same 128K tokens as many short prompts and as few long ones, and one of 32K; paged and ragged, causal."""
+    """The same 128K tokens as many short prompts and as few long ones, and one of 32K; paged and ragged, causal.
+
+    Lengths are on the CPU, as in FlashInfer's own benchmark, and once on the device.
+    """
     for batch, length in ((128, 1024), (32, 4096), (8, 16384), (1, 32768)):
-        for page in (16, 1):
-            yield Case(Prefill(device, batch=batch, length=length, page=page), (*OURS, *FLASHINFER))
+        for page, lengths_on in ((16, "cpu"), (16, "device"), (1, "cpu")):
+            workload = Prefill(device, batch=batch, length=length, page=page, lengths_on=lengths_on)
+            yield Case(workload, (*OURS, *FLASHINFER) if lengths_on == "cpu" else (OURS[0], *FLASHINFER))
         yield Case(Prefill(device, batch=batch, length=length, ragged=True), (*OURS, *FLASHINFER))
 
 
@@ -82,8 +86,8 @@ def host(device: torch.device) -> Iterator[Case]:
     """Calls so small that what they cost is the host's part: read ``run_host_us`` and ``plan_host_us``."""
     small = ("sparseattn_flashinfer", *FLASHINFER)
     yield Case(Decode(device, batch=16, length=256), (*small, "flashinfer_cuda_cores"))
-    yield Case(Prefill(device, batch=4, length=128), small)
-    yield Case(Prefill(device, batch=4, length=128, ragged=True), small)
+    for ragged in (False, True):
+        yield Case(Prefill(device, batch=4, length=128, ragged=ragged, lengths_on="device"), small)
     yield Case(Latent(device, batch=16, length=256), small)
     yield Case(BSR(device, n=1024), small)
     yield Case(Variable(device, n=1024), small)

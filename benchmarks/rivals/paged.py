@@ -111,11 +111,11 @@ class Api:
         shape = (w.heads, w.kv_heads, w.head_dim)
         if w.ragged:
             wrapper = self.names.BatchPrefillWithRaggedKVCacheWrapper(self.workspace(w), "NHD", backend=self.backend)
-            plan = partial(wrapper.plan, w.cu_seqlens_q, w.cu_seqlens_k, *shape, **options)
+            plan = partial(wrapper.plan, w.told(w.cu_seqlens_q), w.told(w.cu_seqlens_k), *shape, **options)
             run = partial(wrapper.run, w.q, *w.kv)
         else:
             wrapper = self.names.BatchPrefillWithPagedKVCacheWrapper(self.workspace(w), "NHD", backend=self.backend)
-            table = (w.cu_seqlens_q, w.indptr, w.indices, w.last_page_len)
+            table = (w.told(w.cu_seqlens_q), w.told(w.indptr), w.indices, w.told(w.last_page_len))
             plan = partial(wrapper.plan, *table, *shape, w.page, **options)
             run = partial(wrapper.run, w.q, w.cache)
         plan()

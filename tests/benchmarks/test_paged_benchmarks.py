@@ -28,6 +28,7 @@ TOYS: dict[str, Workload] = {
     "prefill": Prefill(CPU, batch=3, length=21, page=16, heads=4, kv_heads=2, head_dim=64),
     "prefill-chunk": Prefill(CPU, batch=2, length=40, chunk=7, page=8, heads=4, kv_heads=4, head_dim=64),
     "ragged": Prefill(CPU, batch=3, length=21, ragged=True, heads=4, kv_heads=2, head_dim=64),
+    "ragged-device": Prefill(CPU, length=9, ragged=True, lengths_on="device", heads=4, kv_heads=2, head_dim=64),
     "mla": Latent(CPU, batch=2, length=19, heads=4, page=16),
     "bsr": BSR(CPU, n=128, R=16, C=32, density=0.4, heads=4, kv_heads=2, head_dim=64),
     "bsr-tokens": BSR(CPU, n=32, R=1, C=1, density=0.3, heads=4, kv_heads=2, head_dim=64),
@@ -196,6 +197,7 @@ def test_toys_keep_their_form() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", TOYS)
 def test_neither_run_nor_plan_waits_for_the_device(name: str) -> None:
-    row = paged.measure(dataclasses.replace(TOYS[name], device=torch.device("cuda")), ADAPTER, 1.0)
+    on_device = {"lengths_on": "device"} if isinstance(TOYS[name], Prefill) else {}
+    row = paged.measure(dataclasses.replace(TOYS[name], device=torch.device("cuda"), **on_device), ADAPTER, 1.0)
     assert row["run_waits"] == 0
     assert row.get("plan_waits", 0) == 0
