@@ -4,3 +4,21 @@ Every name is argument translation and a call of this library's operators, on CU
 alike; nothing is built. LSE is base 2, float32 ``[tokens, heads]``, everywhere. ``docs/flashinfer.md`` says what is
 served, and where results are defined that FlashInfer leaves to chance.
 """
+
+from sparseattn.flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper as BatchDecodeWithPagedKVCacheWrapper
+from sparseattn.flashinfer.decode import (
+    CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
+)
+from sparseattn.flashinfer.decode import cudnn_batch_decode_with_kv_cache as cudnn_batch_decode_with_kv_cache
+from sparseattn.flashinfer.decode import fast_decode_plan as fast_decode_plan
+from sparseattn.flashinfer.decode import single_decode_with_kv_cache as single_decode_with_kv_cache
+from sparseattn.flashinfer.decode import trtllm_batch_decode_with_kv_cache as trtllm_batch_decode_with_kv_cache
+from sparseattn.flashinfer.decode import xqa_batch_decode_with_kv_cache as xqa_batch_decode_with_kv_cache
+from sparseattn.flashinfer.page import append_paged_kv_cache as append_paged_kv_cache
+from sparseattn.flashinfer.page import append_paged_mla_kv_cache as append_paged_mla_kv_cache
+from sparseattn.flashinfer.page import get_batch_indices_positions as get_batch_indices_positions
+from sparseattn.flashinfer.page import get_seq_lens as get_seq_lens
+from sparseattn.flashinfer.quantization import packbits as packbits
+from sparseattn.flashinfer.quantization import segment_packbits as segment_packbits
+from sparseattn.flashinfer.xqa import xqa as xqa
+from sparseattn.flashinfer.xqa import xqa_mla as xqa_mla

@@ -143,7 +143,7 @@ def alibi_slopes(heads: int) -> list[float]:
     return [2 ** (-8 * (k + 1) / n) for k in range(n)] + [2 ** (-4 * (2 * k + 1) / n) for k in range(heads - n)]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # a captured graph may hold the tensor's address
 def _alibi(heads: int, device: torch.device) -> ALiBi:
     return ALiBi(torch.tensor(alibi_slopes(heads), dtype=torch.float32, device=device))
 

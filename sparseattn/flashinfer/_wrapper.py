@@ -109,9 +109,10 @@ class Wrapper:
 
 
 def fill(name: str, buffer: Tensor, value: Tensor, non_blocking: bool = True) -> None:
-    """Copy ``value`` into the beginning of a caller's ``buffer``, which must hold it."""
+    """Copy ``value`` into the beginning of a caller's ``buffer``, which must hold it, unless it is that already."""
     check_fits(name, buffer, value)
-    buffer[: value.shape[0]].copy_(value, non_blocking=non_blocking)
+    if value.data_ptr() != buffer.data_ptr():
+        buffer[: value.shape[0]].copy_(value, non_blocking=non_blocking)
 
 
 def check_fits(name: str, buffer: Tensor, value: Tensor, exact: bool = False) -> None:

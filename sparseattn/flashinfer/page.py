@@ -1,0 +1,123 @@
+"""Tokens into paged caches, by FlashInfer's names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparseattn.errors import argument_error
+from sparseattn.flashinfer._common import check_layout, check_output, split_cache
+from sparseattn.ops.paged import PagedCache, append_kv, appended_positions, lengths_from_last_pages
+
+
+def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:
+    """Tokens of each request.
+
+    Args:
+        kv_indptr: int32 ``[B + 1]``.
+        kv_last_page_len: int32 ``[B]``, tokens in the last page.
+        page_size: Tokens of a page.
+
+    Returns:
+        int32 ``[B]``; 0 for a request without pages, whatever its ``kv_last_page_len``.
+    """
+    return lengths_from_last_pages(kv_indptr, kv_last_page_len, page_size)
+
+
+def get_batch_indices_positions(
+    append_indptr: Tensor,
+    seq_lens: Tensor,
+    nnz: int,
+    batch_indices: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Request and position of every appended token: each request's tokens are its last ones.
+
+    With ``append_indptr = [0, 1, 3]`` and ``seq_lens = [5, 5]``: ``[0, 1, 1]`` and ``[4, 3, 4]``.
+
+    Args:
+        append_indptr: int32 ``[B + 1]``, ascending from 0.
+        seq_lens: int32 ``[B]``, lengths that count the appended tokens; moved to ``append_indptr``'s device.
+        nnz: Number of rows; those past ``append_indptr[-1]`` are padding.
+        batch_indices: int32 ``[nnz]``, where to write.
+        positions: int32 ``[nnz]``, where to write.
+
+    Returns:
+        int32 ``[nnz]`` each; -1 for padding, which ``append_paged_kv_cache`` leaves out.
+    """
+    lengths = seq_lens.to(append_indptr.device, torch.int32, non_blocking=True)
+    results = appended_positions(append_indptr, lengths, nnz)
+    outputs = (batch_indices, positions)
+    for name, t in zip(("batch_indices", "positions"), outputs, strict=True):
+        check_output(name, t, (nnz,), torch.int32, append_indptr)
+    b, p = (x if out is None else out.copy_(x) for x, out in zip(results, outputs, strict=True))
+    return b, p
+
+
+def append_paged_kv_cache(
+    append_key: Tensor,
+    append_value: Tensor,
+    batch_indices: Tensor,
+    positions: Tensor,
+    paged_kv_cache: Tensor | tuple[Tensor, Tensor],
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    kv_last_page_len: Tensor,
+    kv_layout: str = "NHD",
+) -> None:
+    """Write keys and values into the pages of a cache, whose table counts them already.
+
+    Tokens of no request (index out of range, or -1) or without a page are left out.
+
+    Args:
+        append_key: ``[nnz, Hkv, D]``, in the dtype of the cache, or any float dtype if that is float8.
+        append_value: Likewise.
+        batch_indices: int32 ``[nnz]``, request of every token.
+        positions: int32 ``[nnz]``, its position there.
+        paged_kv_cache: ``[P, 2, page, Hkv, D]`` ("HND": ``[P, 2, Hkv, page, D]``), or keys and values apart.
+        kv_indices: int32, page numbers.
+        kv_indptr: int32 ``[B + 1]``.
+        kv_last_page_len: int32 ``[B]``.
+        kv_layout: "NHD" or "HND".
+
+    Raises:
+        TypeError: A wrong type or dtype.
+        ValueError: Shapes or devices that do not fit.
+    """
+    k, v = split_cache(paged_kv_cache, check_layout(kv_layout))
+    cache = PagedCache(k, v, kv_last_page_len, None, kv_indptr, kv_indices, layout=kv_layout)  # positions say the rest
+    append_kv(cache, append_key, append_value, batch_indices=batch_indices, positions=positions)
+
+
+def append_paged_mla_kv_cache(
+    append_ckv: Tensor,
+    append_kpe: Tensor,
+    batch_indices: Tensor,
+    positions: Tensor,
+    ckv_cache: Tensor,
+    kpe_cache: Tensor,
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    kv_last_page_len: Tensor,
+) -> None:
+    """``append_paged_kv_cache`` for a latent cache, of any dimensions.
+
+    Args:
+        append_ckv: ``[nnz, R]``, latent columns.
+        append_kpe: ``[nnz, Dr]``, rotary columns.
+        batch_indices: int32 ``[nnz]``.
+        positions: int32 ``[nnz]``.
+        ckv_cache: ``[P, page, R]``.
+        kpe_cache: ``[P, page, Dr]``.
+        kv_indices: int32, page numbers.
+        kv_indptr: int32 ``[B + 1]``.
+        kv_last_page_len: int32 ``[B]``.
+    """
+    for name, t in (("append_ckv", append_ckv), ("append_kpe", append_kpe)):
+        if t.dim() != 2:
+            raise argument_error(name, "[nnz, D]", f"shape {tuple(t.shape)}")
+    cache = PagedCache.latent(
+        ckv_cache, kpe_cache, kv_last_page_len, indptr=kv_indptr, indices=kv_indices, value_dim=ckv_cache.shape[-1]
+    )
+    rope = append_kpe[:, None] if append_kpe.shape[-1] else None
+    append_kv(cache, append_ckv[:, None], k_rope=rope, batch_indices=batch_indices, positions=positions)
