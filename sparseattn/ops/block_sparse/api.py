@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.masks import BlockMask
+from sparseattn.masks import BlockMask, VariableBlockMask
 from sparseattn.ops.block_sparse.checks import make_geometry
 from sparseattn.ops.block_sparse.library import attend, gradients_form, resolve_call
 from sparseattn.ops.sequences import resolve_sequences
@@ -15,7 +15,7 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: BlockMask | None = None,
+    mask: BlockMask | VariableBlockMask | None = None,
     *,
     causal: bool | None = None,
     scale: float | None = None,
@@ -45,7 +45,8 @@ def block_sparse_attention(
         k: Keys ``[B, Sk, Hkv, D]`` of the same dtype; Hq must be a multiple of Hkv.
         v: Values ``[B, Sk, Hkv, Dv]``; Dv may differ from D.
         mask: Which key blocks, and which single keys besides, every query block attends, with 1, Hkv or Hq heads and
-            batch 1 or B, for exactly these lengths (of ragged batches, the longest). None: every key.
+            batch 1 or B, for exactly these lengths (of ragged batches, the longest). None: every key. A
+            ``VariableBlockMask`` has blocks of sizes of their own, and goes with whole rows only.
         causal: Query i sees key j only if ``j <= i + Sk - Sq`` (bottom-right aligned, lengths of the sequence itself).
             None: as the mask says, or True without a mask. True on a mask that is not causal applies both; False on
             one that is causal is an error.
@@ -101,7 +102,7 @@ def unsupported_reason(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: BlockMask | None = None,
+    mask: BlockMask | VariableBlockMask | None = None,
     *,
     causal: bool | None = None,
     scale: float | None = None,

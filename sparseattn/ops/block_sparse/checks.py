@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, bfloat16, float16, float32, float64
 
 from sparseattn.errors import argument_error
-from sparseattn.masks import BlockMask
+from sparseattn.masks import BlockMask, VariableBlockMask
 from sparseattn.ops.arguments import check_number, check_sinks, check_softcap, check_window, narrower
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.sequences import Sequences
@@ -20,7 +20,7 @@ def make_geometry(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: BlockMask | None,
+    mask: BlockMask | VariableBlockMask | None,
     causal: bool | None,
     scale: float | None,
     window: tuple[int | None, int | None] | None,
@@ -40,6 +40,7 @@ def make_geometry(
         raise argument_error("mean_correction", "True or False", repr(mean_correction), kind=TypeError)
     left, right = check_window(window, "window")
     columns: tuple[Tensor | None, Tensor | None] = (None, None)
+    pieces = None
     if mask is None:
         is_causal = causal is not False
         lists: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -51,10 +52,16 @@ def make_geometry(
                 "causal", "None or True with a causal mask", False, "Build the mask with causal=False instead."
             )
         is_causal = bool(causal) or mask.causal
-        lists = (mask.kv_num_blocks, mask.kv_indices)
-        if mask.column_indices is not None and mask.column_indices.shape[-1] > 0:
-            columns = (mask.column_counts(), mask.column_indices)
-        block_q, block_kv = mask.block_size
+        if isinstance(mask, VariableBlockMask):
+            _check_variable(seq, mean_correction)
+            block_q, block_kv = _tile_size(mask)
+            tiling = mask.tiling((block_q, block_kv))
+            pieces, lists = tiling.pieces, (tiling.counts, tiling.tiles)
+        else:
+            lists = (mask.kv_num_blocks, mask.kv_indices)
+            if mask.column_indices is not None and mask.column_indices.shape[-1] > 0:
+                columns = (mask.column_counts(), mask.column_indices)
+            block_q, block_kv = mask.block_size
         mask_left, mask_right = check_window(mask.window, "mask.window")
         left, right = narrower(left, mask_left), narrower(right, mask_right)
     if sinks is not None:
@@ -82,6 +89,7 @@ def make_geometry(
         *columns,
         # Without a mask nothing is skipped.
         mean_correction and mask is not None,
+        pieces,
     )
 
 
@@ -111,10 +119,11 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _check_mask(mask: BlockMask, q: Tensor, k: Tensor, seq: Sequences) -> None:
-    if not isinstance(mask, BlockMask):
+def _check_mask(mask: BlockMask | VariableBlockMask, q: Tensor, k: Tensor, seq: Sequences) -> None:
+    if not isinstance(mask, BlockMask | VariableBlockMask):
         hint = "Build one with BlockMask.from_dense." if isinstance(mask, Tensor) else ""
-        raise argument_error("mask", "a BlockMask or None", type(mask).__name__, hint, kind=TypeError)
+        expected = "a BlockMask, a VariableBlockMask or None"
+        raise argument_error("mask", expected, type(mask).__name__, hint, kind=TypeError)
     if mask.device != q.device:
         raise argument_error("mask", f"device {q.device} like q", mask.device, "Move it with mask.to().")
     heads = mask.heads
@@ -126,6 +135,8 @@ def _check_mask(mask: BlockMask, q: Tensor, k: Tensor, seq: Sequences) -> None:
     allowed = (1, k.shape[-2], q.shape[-2])
     if heads not in allowed:
         raise argument_error("mask", f"1, Hkv = {allowed[1]} or Hq = {allowed[2]} heads", heads)
+    if isinstance(mask, VariableBlockMask):
+        return
     if (mask.seqused_q is not None and seq.q_start is None) or (mask.seqused_k is not None and seq.k_start is None):
         raise argument_error(
             "mask",
@@ -133,3 +144,26 @@ def _check_mask(mask: BlockMask, q: Tensor, k: Tensor, seq: Sequences) -> None:
             "one for a ragged batch (seqused_q/seqused_k)",
             "Pass the same ranges_q/ranges_k or cu_seqlens that selected it.",
         )
+
+
+def _check_variable(seq: Sequences, mean_correction: bool) -> None:
+    """Raise for what masks of variable blocks do not go with."""
+    if seq.ragged:
+        hint = "Its blocks are those of whole rows: call sequence by sequence, or use blocks of one size."
+        raise argument_error("mask", "a BlockMask with cu_seqlens or ranges", "a VariableBlockMask", hint)
+    if mean_correction:
+        hint = "Means are taken over blocks of one size."
+        raise argument_error("mean_correction", "False with a VariableBlockMask", True, hint)
+
+
+def _tile_size(mask: VariableBlockMask) -> tuple[int, int]:
+    """Queries and keys of a tile: powers of two in 16..128, not below the average block unless that is larger.
+
+    What is left at the end of a block costs a whole tile, and small tiles are slow: both want tiles about as large as
+    blocks. Lengths and numbers of blocks alone decide, so nothing waits, and a pattern's contents recompile nothing.
+    """
+
+    def fit(length: int, blocks: int) -> int:
+        return next((size for size in (16, 32, 64) if size * blocks >= length), 128)
+
+    return fit(mask.seq_lens[0], mask.num_q_blocks), fit(mask.seq_lens[1], mask.num_kv_blocks)

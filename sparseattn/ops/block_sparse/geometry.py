@@ -33,6 +33,11 @@ class Geometry(NamedTuple):
         column_counts: int32 [B|1, H, MB], how many columns each row of blocks lists; None without columns.
         column_indices: int32 [B|1, H, MB, C], the columns of the BlockMask, or None.
         mean_correction: Blocks that a row sees whole and that are not listed are attended by their means.
+        row_pieces: int32 [H, P, 3] of a VariableBlockMask: the pieces of its ``Tiling``. Then ``kv_num_blocks`` and
+            ``kv_indices`` are its counts and tiles, of rows of blocks that the pieces name, and ``block_q`` and
+            ``block_kv`` its sizes. None for blocks of one size.
+        key_pieces: int32 [H, P', 3], the pieces of the transposed tiling, whose counts and tiles are ``q_num_blocks``
+            and ``q_indices``; only the backward pass of such a call has them.
     """
 
     kv_num_blocks: Tensor | None
@@ -57,3 +62,5 @@ class Geometry(NamedTuple):
     column_counts: Tensor | None = None
     column_indices: Tensor | None = None
     mean_correction: bool = False
+    row_pieces: Tensor | None = None
+    key_pieces: Tensor | None = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparseattn.masks import BlockMask
+from sparseattn.masks import BlockMask, VariableBlockMask
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.dispatch import implementations, require, resolve
 
@@ -45,7 +45,8 @@ _GEOMETRY = (
     "Tensor? kv_num_blocks, Tensor? kv_indices, Tensor? q_num_blocks, Tensor? q_indices, "
     "SymInt block_q, SymInt block_kv, Tensor? q_start, Tensor? q_end, Tensor? k_start, Tensor? k_end, "
     "SymInt batch, SymInt max_q, SymInt max_k, bool packed, bool causal, SymInt window_left, SymInt window_right, "
-    "float scale, float softcap, Tensor? column_counts, Tensor? column_indices, bool mean_correction"
+    "float scale, float softcap, Tensor? column_counts, Tensor? column_indices, bool mean_correction, "
+    "Tensor? row_pieces, Tensor? key_pieces"
 )
 _LIBRARY.define(
     f"block_sparse_fwd(Tensor q, Tensor k, Tensor v, Tensor? sinks, str impl, {_GEOMETRY}) -> (Tensor, Tensor)"
@@ -133,7 +134,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     sinks: Tensor | None,
-    mask: BlockMask | None,
+    mask: BlockMask | VariableBlockMask | None,
     g: Geometry,
     impl: str,
     deterministic: bool,
@@ -149,10 +150,17 @@ def attend(
     return BlockSparse.apply(q, k, v, sinks, impl, deterministic, *g)
 
 
-def with_transposed(g: Geometry, mask: BlockMask) -> Geometry:
+def with_transposed(g: Geometry, mask: BlockMask | VariableBlockMask) -> Geometry:
     """Add the lists that the backward kernels walk; the reference needs none."""
+    if isinstance(mask, VariableBlockMask):
+        tiling = mask.tiling((g.block_q, g.block_kv), transposed=True)
+        return g._replace(q_num_blocks=tiling.counts, q_indices=tiling.tiles, key_pieces=tiling.pieces)
     q_num_blocks, q_indices = mask.transposed()
     return g._replace(q_num_blocks=q_num_blocks, q_indices=q_indices)
+
+
+# Fields of a Geometry that autograd must keep as tensors.
+_TENSORS = tuple(i for i, field in enumerate(_GEOMETRY.split(", ")) if field.startswith("Tensor"))
 
 
 class BlockSparse(torch.autograd.Function):
@@ -163,9 +171,9 @@ class BlockSparse(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, impl: str, deterministic: bool, *geometry: Any
     ) -> tuple[Tensor, Tensor]:
         g = Geometry(*geometry)
-        o, lse = _forward_op(q, k, v, sinks, impl, *g._replace(q_num_blocks=None, q_indices=None))
-        ctx.save_for_backward(q, k, v, o, lse, sinks, *g[:4], *g[6:10], *g[19:21])
-        ctx.numbers = (impl, deterministic, g[4:6], g[10:19], g[21:])
+        o, lse = _forward_op(q, k, v, sinks, impl, *g._replace(q_num_blocks=None, q_indices=None, key_pieces=None))
+        ctx.save_for_backward(q, k, v, o, lse, sinks, *(g[i] for i in _TENSORS))
+        ctx.numbers = (impl, deterministic, [None if i in _TENSORS else x for i, x in enumerate(g)])
         ctx.set_materialize_grads(False)
         return o, lse
 
@@ -173,9 +181,11 @@ class BlockSparse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, o, lse, sinks, *tensors = ctx.saved_tensors
-        impl, deterministic, blocks, numbers, flags = ctx.numbers
+        impl, deterministic, geometry = ctx.numbers
+        geometry = list(geometry)
+        for i, t in zip(_TENSORS, tensors, strict=True):
+            geometry[i] = t
         if do is None:
             do = torch.zeros_like(o)
-        geometry = (*tensors[:4], *blocks, *tensors[4:8], *numbers, *tensors[8:], *flags)
         dq, dk, dv, dsinks = _backward_op(do, dlse, q, k, v, o, lse, sinks, impl, deterministic, *geometry)
         return dq, dk, dv, None if sinks is None else dsinks, None, None, *([None] * len(Geometry._fields))

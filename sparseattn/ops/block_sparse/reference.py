@@ -132,8 +132,10 @@ class _Keys:
     """Keys and values of one sequence, heads first, padded with zeros to whole blocks and gathered by tile."""
 
     def __init__(self, k: Tensor, v: Tensor, seq: Sequence, work: torch.dtype, dense: bool) -> None:
+        # Dense attention reads every key once a tile, and variable blocks are runs of single ones: a strided view is as
+        # good as a copy there.
+        dense = dense or seq.g.row_pieces is not None
         self.size = 1 if dense else seq.g.block_kv
-        # Dense attention reads every key once a tile: a strided view is as good as a copy there.
         self.k = _heads_first(k, work) if dense else _whole_blocks(_heads_first(k, work), self.size)
         self.v = _heads_first(v, work) if dense else _whole_blocks(_heads_first(v, work), self.size)
         length = self.k.shape[1]

@@ -24,7 +24,8 @@ class Tile(NamedTuple):
         kv_heads: ``[first, last)`` KV heads, each with its own keys.
         q_heads: The query heads that read them.
         rows: ``[first, last)`` query rows, counted in the sequence.
-        keys: Token range ``(first, last)`` when the listed blocks are adjacent, else int32 block numbers.
+        keys: Token range ``(first, last)`` when the listed blocks are adjacent, else int32 block numbers (of variable
+            blocks int64 tokens).
         right: Column from which some row must not see a key, or None.
         left: Column up to which some row must not see a key, or None.
         extra: Columns and means of skipped blocks, behind the keys of the listed blocks; or None.
@@ -42,7 +43,9 @@ class Tile(NamedTuple):
 class Sequence:
     """One sequence of the batch: where its rows are and which tiles it consists of."""
 
-    def __init__(self, g: Geometry, index: int, bounds: tuple[int, int, int, int], heads: tuple[int, int]) -> None:
+    def __init__(
+        self, g: Geometry, index: int, bounds: tuple[int, int, int, int], heads: tuple[int, int], device: torch.device
+    ) -> None:
         q0, q1, k0, k1 = bounds
         self.g = g
         self.index = index
@@ -50,6 +53,7 @@ class Sequence:
         self.k_rows = (slice(k0, k1),) if g.packed else (index, slice(k0, k1))
         self.lse_rows = (slice(None), slice(q0, q1)) if g.packed else (index, slice(None), slice(q0, q1))
         self.len_q, self.len_k = q1 - q0, k1 - k0
+        self.device = device
         self.heads_q, self.heads_k = heads
         offset = self.len_k - self.len_q
         # Row i sees keys lo(i) .. hi(i), both rising with i.
@@ -63,7 +67,7 @@ class Sequence:
     def lo(self, row: int) -> int:
         return 0 if self.shift_lo is None else max(0, row + self.shift_lo)
 
-    def tiles(self, lists: Lists | None, budget: int) -> Iterator[Tile]:
+    def tiles(self, lists: Lists | Pieces | None, budget: int) -> Iterator[Tile]:
         """All tiles that see at least one key, in a fixed order."""
         group = self.heads_q // self.heads_k
         mask_heads = 1 if lists is None else lists.heads
@@ -71,19 +75,28 @@ class Sequence:
         for head in range(mask_heads):
             table = None if lists is None else lists.rows(self.index, head)
             extra_rows = None if lists is None or lists.extra is None else lists.extra.rows(self.index, head)
+            if isinstance(table, PieceRows):
+                rows = table.pieces
+            else:
+                rows = [(r0, min(r0 + step, self.len_q), m) for m, r0 in enumerate(range(0, self.len_q, step))]
             if mask_heads == 1:
                 kv_heads, per_kv = range(self.heads_k), group
             else:
                 per_kv = self.heads_q // mask_heads if mask_heads == self.heads_k else 1
                 kv_heads = range(head * per_kv // group, head * per_kv // group + 1)
-            for m, r0 in enumerate(range(0, self.len_q, step)):
-                r1 = min(r0 + step, self.len_q)
+            for r0, r1, m in rows:
                 low, high = self.lo(r0), self.hi(r1 - 1)
                 if low > high:
                     continue
-                keys, columns, right, left = self._span(r0, r1) if table is None else self._listed(r0, r1, table, m)
+                keys: tuple[int, int] | Tensor
+                if table is None:
+                    keys, columns, right, left = self._span(r0, r1)
+                elif isinstance(table, PieceRows):
+                    keys, columns, right, left = self._runs(r0, r1, table.runs[m])
+                else:
+                    keys, columns, right, left = self._listed(r0, r1, table, m)
                 extra = None
-                if lists is not None and lists.extra is not None and table is not None:
+                if lists is not None and lists.extra is not None and isinstance(table, Rows):
                     extra = lists.extra.of_tile(
                         extra_rows, m, table.blocks[m][: table.counts[m]], low, high, self.len_k
                     )
@@ -133,6 +146,22 @@ class Sequence:
         columns = (c - a) * size
         return keys, columns, (full - a) * size if full < c else None, (seen - a) * size if seen > a else None
 
+    def _runs(
+        self, r0: int, r1: int, runs: list[tuple[int, int]]
+    ) -> tuple[tuple[int, int] | Tensor, int, int | None, int | None]:
+        """Keys of a piece of rows whose blocks cover ``runs``, less those that no row of it can see."""
+        low, high = self.lo(r0), self.hi(r1 - 1)
+        runs = [(max(a, low), min(b, high + 1)) for a, b in runs if a <= high and b > low]
+        if not runs:
+            return (0, 0), 0, None, None
+
+        def before(end: int) -> int:
+            return sum(max(0, min(b, end) - a) for a, b in runs)
+
+        keys = runs[0] if len(runs) == 1 else torch.cat([torch.arange(a, b, device=self.device) for a, b in runs])
+        columns, full, seen = before(high + 1), before(self.hi(r0) + 1), before(self.lo(r1 - 1))
+        return keys, columns, full if full < columns else None, seen if seen > 0 else None
+
 
 class Rows(NamedTuple):
     """Block lists of one mask head: on the host to plan with, on the device to gather with."""
@@ -159,10 +188,46 @@ class Lists:
         return Rows(self.counts[b, head].tolist(), indices.tolist(), indices)
 
 
-def lists_of(g: Geometry, work: torch.dtype, device: torch.device) -> Lists | None:
+class PieceRows(NamedTuple):
+    """Variable blocks of one mask head: pieces of rows (first, end, row of blocks), and each row's runs of keys."""
+
+    pieces: list[tuple[int, int, int]]
+    runs: list[list[tuple[int, int]]]
+
+
+class Pieces:
+    """The tiling of a mask of variable blocks, brought to the host."""
+
+    extra = None
+
+    def __init__(self, pieces: Tensor, counts: Tensor, tiles: Tensor, whole_slots: int) -> None:
+        self.shared = counts.shape[0] == 1
+        self.heads = counts.shape[1]
+        self.pieces, self.counts, self.tiles = pieces.tolist(), counts.tolist(), tiles
+        self.whole_slots = whole_slots
+
+    def rows(self, index: int, head: int) -> PieceRows:
+        b = 0 if self.shared else index
+        pieces = [(first, end, row) for first, end, row in self.pieces[head] if end > first]
+        tiles = self.tiles[b, head].tolist()
+        runs = []
+        for (whole, short), row in zip(self.counts[b][head], tiles, strict=True):
+            merged: list[tuple[int, int]] = []
+            for first, end in sorted(row[:whole] + row[self.whole_slots : self.whole_slots + short]):
+                if merged and merged[-1][1] == first:
+                    merged[-1] = (merged[-1][0], end)
+                else:
+                    merged.append((first, end))
+            runs.append(merged)
+        return PieceRows(pieces, runs)
+
+
+def lists_of(g: Geometry, work: torch.dtype, device: torch.device) -> Lists | Pieces | None:
     """The mask of a call, or None for dense attention."""
     if g.kv_num_blocks is None or g.kv_indices is None:
         return None
+    if g.row_pieces is not None:
+        return Pieces(g.row_pieces, g.kv_num_blocks, g.kv_indices, g.max_k // g.block_kv)
     extra = None
     if g.column_indices is not None or g.mean_correction:
         extra = ExtraKeys(g.column_indices, g.mean_correction, g.block_kv, work, device)
@@ -184,4 +249,4 @@ def sequences_of(q: Tensor, k: Tensor, g: Geometry) -> Iterator[Sequence]:
             if end - start > longest:
                 raise argument_error(f"max_seqlen_{name}", f"at least {end - start}, the longest sequence", longest)
         if q1 > q0 and k1 > k0:
-            yield Sequence(g, index, (q0, q1, k0, k1), (q.shape[-2], k.shape[-2]))
+            yield Sequence(g, index, (q0, q1, k0, k1), (q.shape[-2], k.shape[-2]), q.device)

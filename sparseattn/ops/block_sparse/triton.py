@@ -198,8 +198,7 @@ def forward(
     row_tiles = _row_tiles(g.row_pieces, g.max_q * pack, g.block_q, config.block_m)
     forward_kernel[(row_tiles * chunk, heads // pack // chunk, g.batch * splits)](
         q, k, v, o_out, lse_out, lse if sinks is None else sinks, counts, indices, *_pieces(g.row_pieces, lse),
-        *_spans(g, lse), *extra, _strides(q, g.packed), _strides(k, g.packed), _strides(v, g.packed), _strides(o, g.packed),
-        0 if g.packed else heads * rows, rows,
+        *_spans(g, lse), *extra, *(_strides(t, g.packed) for t in (q, k, v, o)), 0 if g.packed else heads * rows, rows,
         mask_b, mask_h, width, g.max_q, g.max_k, splits, o.numel(), lse.numel(),
         g.scale, g.softcap, g.window_left, g.window_right,
         **_common(q, k, v, g, config), **extra_facts("forward", q, v, g), **_variable_facts(g, config.block_n),
@@ -258,22 +257,20 @@ def backward(
 
     numbers = (g.max_q, g.max_k, g.scale, g.softcap, g.window_left, g.window_right)
     inputs = tuple(_strides(t, g.packed) for t in (q, k, v, do))
-    config = _tiles("dkdv", q, v, g, tiles[0])
-    counts, indices, mask_b, mask_h, width = _list_arguments(g.q_num_blocks, g.q_indices, lse)
-    chunk = math.gcd(heads_k, 2)
-    dkdv_kernel[(triton.cdiv(g.max_k, config.block_n) * chunk, heads_k // chunk, g.batch)](
-        q, k, v, do, norm, delta, dk, dv, counts, indices, *spans,
-        *inputs, _strides(dk, g.packed), _strides(dv, g.packed), lse_b, lse_h, mask_b, mask_h, width, *numbers,
-        **_common(q, k, v, g, config, do), CHUNK=chunk,
-    )  # fmt: skip
+    group = heads // heads_k
+    if g.key_pieces is not None and g.key_pieces.shape[0] > heads_k:
+        _sum_key_gradients(do, q, k, v, norm, delta, dk, dv, g, spans, tiles[0])
+    else:
+        _key_gradients(do, q, k, v, norm, delta, dk, dv, g, spans, tiles[0])
     config = _tiles("dq", q, v, g, tiles[1])
     extra = prepare_extra(k, v, g, inputs[1], inputs[2], lse)
     counts, indices, mask_b, mask_h, width = _list_arguments(g.kv_num_blocks, g.kv_indices, lse)
-    chunk = heads // heads_k
-    dq_kernel[(triton.cdiv(g.max_q, config.block_m) * chunk, heads_k, g.batch)](
-        q, k, v, do, norm, delta, dq, counts, indices, *spans, *extra,
+    row_tiles = _row_tiles(g.row_pieces, g.max_q, g.block_q, config.block_m)
+    dq_kernel[(row_tiles * group, heads_k, g.batch)](
+        q, k, v, do, norm, delta, dq, counts, indices, *_pieces(g.row_pieces, lse), *spans, *extra,
         *inputs, _strides(dq, g.packed), lse_b, lse_h, mask_b, mask_h, width, *numbers,
-        **_common(q, k, v, g, config, do), **extra_facts("dq", q, v, g), CHUNK=chunk,
+        **_common(q, k, v, g, config, do), **extra_facts("dq", q, v, g),
+        **_variable_facts(g, config.block_n), CHUNK=group,
     )  # fmt: skip
     if extra_keys:
         strides: dict[str, tuple[int, ...]] = {"dk": _strides(dk, g.packed), "dv": _strides(dv, g.packed)}
@@ -286,6 +283,50 @@ def backward(
         return dq, dk, dv, None
     over = (1,) if g.packed else (0, 2)
     return dq, dk, dv, dsink.sum(over).to(sinks.dtype)
+
+
+def _key_gradients(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, norm: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, g: Geometry,
+    spans: tuple[Tensor, Tensor, Tensor, Tensor], tiles: Tiles | None,
+) -> None:  # fmt: skip
+    """Write dK and dV, from rows' ``norm`` and ``delta``."""
+    heads_k = k.shape[-2]
+    config = _tiles("dkdv", q, v, g, tiles)
+    counts, indices, mask_b, mask_h, width = _list_arguments(g.q_num_blocks, g.q_indices, norm)
+    chunk = math.gcd(heads_k, 2)
+    lse_b, lse_h = (0, norm.stride(0)) if g.packed else norm.stride()[:2]
+    row_tiles = _row_tiles(g.key_pieces, g.max_k, g.block_kv, config.block_n)
+    dkdv_kernel[(row_tiles * chunk, heads_k // chunk, g.batch)](
+        q, k, v, do, norm, delta, dk, dv, counts, indices, *_pieces(g.key_pieces, norm), *spans,
+        *(_strides(t, g.packed) for t in (q, k, v, do, dk, dv)), lse_b, lse_h, mask_b, mask_h, width,
+        g.max_q, g.max_k, g.scale, g.softcap, g.window_left, g.window_right,
+        **_common(q, k, v, g, config, do), **_variable_facts(g, config.block_m), CHUNK=chunk,
+    )  # fmt: skip
+
+
+def _sum_key_gradients(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, norm: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, g: Geometry,
+    spans: tuple[Tensor, Tensor, Tensor, Tensor], tiles: Tiles | None,
+) -> None:  # fmt: skip
+    """As ``_key_gradients`` where the query heads of a group cut the keys each in its own way: one by one, then added.
+
+    A program owns keys for all query heads that it passes, which they must cut alike.
+    """
+    assert g.kv_num_blocks is not None and g.q_num_blocks is not None  # noqa: PT018
+    assert g.q_indices is not None and g.key_pieces is not None  # noqa: PT018
+    group = q.shape[-2] // k.shape[-2]
+    sums = [torch.empty((group, *t.shape), dtype=torch.float32, device=t.device) for t in (dk, dv)]
+    for i in range(group):
+        own = slice(i, None, group)
+        lists = g._replace(
+            kv_num_blocks=g.kv_num_blocks[:, own], q_num_blocks=g.q_num_blocks[:, own], q_indices=g.q_indices[:, own],
+            key_pieces=g.key_pieces[own].contiguous(),
+        )  # fmt: skip
+        _key_gradients(
+            do[:, :, own], q[:, :, own], k, v, norm[:, own], delta[:, own], sums[0][i], sums[1][i], lists, spans, tiles
+        )
+    for t, total in zip((dk, dv), sums, strict=True):
+        t.copy_(total.sum(0))
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[Any, Any], int, int]]:
@@ -309,7 +350,20 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     cases.append(("forward-decode-128x128", *_offline(forward_kernel, (128, 128), decode, flags), 4, 2))
     cases.append(("combine-128", *_offline(combine_kernel, (128, 128), decode, {"SINKS": True}), 1, 1))
     cases.append(("preprocess-128", *_offline(preprocess_kernel, (128, 128), decode, everything), 4, 1))
-    return cases + _extra_cases()
+    return cases + _variable_cases() + _extra_cases()
+
+
+def _variable_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[Any, Any], int, int]]:
+    """The kernels over variable blocks."""
+    cases = []
+    kernels = {"forward": forward_kernel, "dkdv": dkdv_kernel, "dq": dq_kernel}
+    for major, (kernel, function) in itertools.product((8, 9), kernels.items()):
+        tiles = config_for(kernel, 128, 2, major)
+        walked = tiles.block_m if kernel == "dkdv" else tiles.block_n
+        flags = {"MASKED": True, "VARIABLE": True, "CAUSAL": True, "BLOCK_S": min(walked, 64)}
+        offline = _offline(function, (128, 128), tiles, flags)
+        cases.append((f"{kernel}-variable-128x128-sm{major}0", *offline, tiles.num_warps, tiles.num_stages))
+    return cases
 
 
 def _extra_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[Any, Any], int, int]]:
