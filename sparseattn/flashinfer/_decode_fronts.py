@@ -109,7 +109,7 @@ def trtllm_batch_decode_with_kv_cache(
     unsupported("NVFP4 is not served.", o_sf_scale=o_sf_scale, o_sf_vec_size=o_sf_vec_size, kv_cache_sf=kv_cache_sf)
     if not uses_shared_paged_kv_idx:
         raise argument_error("uses_shared_paged_kv_idx", "True", False, "Keys and values have one page table.")
-    k, v = _pages(kv_cache, kv_layout)
+    k, v = pages_of(kv_cache, kv_layout)
     check_heads(query.shape[1], k.shape[1 if kv_layout == "HND" else 2])
     if bmm1_scale_log2 is not None:
         bmm1_scale = bmm1_scale_log2 * _LN2
@@ -117,7 +117,7 @@ def trtllm_batch_decode_with_kv_cache(
     scales = fold_scales(1.0, bmm1_scale, None, values)
     arguments: dict[str, Any] = {
         "scale": scales.scale, "k_scale": scales.k, "v_scale": scales.v, "window": window_of(window_left),
-        "impl": implementation(backend), "sinks": _sinks(sinks),
+        "impl": implementation(backend), "sinks": sinks_of(sinks),
     }  # fmt: skip
     q = as_queries(query)
     o_dtype = out.dtype if out is not None else q.dtype
@@ -313,14 +313,16 @@ def _one_head(t: Tensor, kv_layout: str) -> tuple[Tensor, int]:
     return t.as_strided((count, size, 1, dim), (head, token, head, column)), steps
 
 
-def _pages(kv_cache: _Cache, kv_layout: str) -> tuple[Tensor, Tensor]:
+def pages_of(kv_cache: _Cache, kv_layout: str) -> tuple[Tensor, Tensor]:
+    """Keys and values of a cache that may have one half for both: ``[P, 1, ...]``."""
     check_layout(kv_layout)
     if isinstance(kv_cache, Tensor) and kv_cache.dim() == 5 and kv_cache.shape[1] == 1:
         return kv_cache[:, 0], kv_cache[:, 0]
     return split_cache(kv_cache, kv_layout, "kv_cache")
 
 
-def _sinks(sinks: Tensor | list[Tensor] | None) -> Tensor | None:
+def sinks_of(sinks: Tensor | list[Tensor] | None) -> Tensor | None:
+    """Sinks, given as they are or in a list of one."""
     if isinstance(sinks, list | tuple):
         if len(sinks) != 1:
             raise argument_error("sinks", "one tensor", f"{len(sinks)}")

@@ -1,0 +1,389 @@
+"""FlashInfer's ``flashinfer.mla``: multi-head latent attention over paged caches, in absorbed form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparseattn.errors import argument_error
+from sparseattn.flashinfer._common import (
+    FLOAT8,
+    Table,
+    as_queries,
+    check_dtype,
+    dense_table,
+    dtype_of,
+    implementation,
+    unsupported,
+)
+from sparseattn.flashinfer._mla_fronts import joined_cache
+from sparseattn.flashinfer._mla_fronts import (
+    trtllm_batch_decode_with_kv_cache_mla as trtllm_batch_decode_with_kv_cache_mla,
+)
+from sparseattn.flashinfer._wrapper import (
+    Wrapper,
+    as_results,
+    check_fits,
+    check_results,
+    fill,
+    lengths_table,
+    query_rows,
+)
+from sparseattn.ops.paged import PagedCache, paged_attention
+
+#: DeepSeek's: 128 columns of a head before absorption, and 64 rotary ones.
+DEFAULT_SCALE = (128 + 64) ** -0.5
+#: Columns of a joined cache that are values.
+LATENT = 512
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A plan: everything but the tensors of a layer. Without a table: one query a request, whose pages ``run`` names.
+
+    Attributes:
+        table: Which pages requests own.
+        rows: int32 [B + 1], rows of q.
+        longest: Longest query length, if the host knows; and the number of rows.
+        total: See there.
+        heads: Hq.
+        dims: Columns of ckv and of kpe.
+        page_size: Tokens of a page.
+        causal: Whether queries of a request see those behind them.
+        scale: Factor on the scores.
+        dtypes: Of queries and of the cache.
+    """
+
+    scale: float
+    table: Table | None = None
+    rows: Tensor | None = None
+    longest: int | None = None
+    total: int | None = None
+    heads: int | None = None
+    dims: tuple[int, int] | None = None
+    page_size: int | None = None
+    causal: bool = False
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None
+
+
+class BatchMLAPagedAttentionWrapper(Wrapper):
+    """Latent attention of a batch, decode or prefill, over a paged cache of one latent head.
+
+    Three forms. After ``plan``: ``run(q_nope, q_pe, ckv_cache, kpe_cache)``. With ``kv_len`` and ``page_table``, one
+    query a request and no plan needed (FlashInfer's cutlass backend): the same. And that of the documents, which needs
+    no plan either: ``forward(q, kv_cache, page_table, seq_lens)`` on joined tensors. Without a plan scores are scaled
+    by ``1 / sqrt(128 + 64)``, since the head dimension before absorption is nowhere said.
+
+    Args:
+        float_workspace_buffer: Says the device; not written to.
+        use_cuda_graph: Plans are copied into the buffers, so that a captured ``run`` follows them.
+        qo_indptr: int32 [B + 1], a buffer.
+        kv_indptr: int32 [B + 1], likewise.
+        kv_indices: int32, likewise, of the most pages.
+        kv_len_arr: int32 [B], likewise.
+        backend: FlashInfer's names, all of which mean this library's choice; or "triton", "reference".
+        kv_layout: "NHD" or "HND", which are the same with one head.
+
+    Raises:
+        TypeError: A wrong type or dtype.
+        ValueError: Shapes, numbers or combinations that do not fit.
+    """
+
+    def __init__(
+        self,
+        float_workspace_buffer: Tensor,
+        use_cuda_graph: bool = False,
+        qo_indptr: Tensor | None = None,
+        kv_indptr: Tensor | None = None,
+        kv_indices: Tensor | None = None,
+        kv_len_arr: Tensor | None = None,
+        backend: str = "auto",
+        kv_layout: str = "NHD",
+    ) -> None:
+        super().__init__(float_workspace_buffer, kv_layout)
+        self._impl = implementation(backend)
+        self._graph = use_cuda_graph
+        self._buffers: dict[str, Tensor] = {}
+        if use_cuda_graph:
+            names = ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")
+            for name, t in zip(names, (qo_indptr, kv_indptr, kv_indices, kv_len_arr), strict=True):
+                if not isinstance(t, Tensor) or t.dim() != 1 or t.dtype != torch.int32:
+                    raise argument_error(name, "a flat int32 tensor with use_cuda_graph", t)
+                self._buffers[name] = t
+
+    def plan(
+        self,
+        qo_indptr: Tensor,
+        kv_indptr: Tensor,
+        kv_indices: Tensor,
+        kv_len_arr: Tensor,
+        num_heads: int,
+        head_dim_ckv: int,
+        head_dim_kpe: int,
+        page_size: int,
+        causal: bool,
+        sm_scale: float,
+        q_data_type: torch.dtype | str,
+        kv_data_type: torch.dtype | str,
+        use_profiler: bool = False,
+    ) -> None:
+        """What ``run`` will compute, until the next plan.
+
+        Args:
+            qo_indptr: int32 [B + 1], rows of q of each request, ascending from 0.
+            kv_indptr: int32 [B + 1], ascending from 0: which of ``kv_indices`` a request owns.
+            kv_indices: int32, page numbers.
+            kv_len_arr: int32 [B], tokens of each request.
+            num_heads: Hq.
+            head_dim_ckv: Latent columns, values too.
+            head_dim_kpe: Rotary columns; 0: none.
+            page_size: Tokens of a page, 1..256.
+            causal: Query i of a request sees key j only if ``j <= i + kv_len - qo_len``.
+            sm_scale: Factor on the scores, ``1 / sqrt(head dimension before absorption)``.
+            q_data_type: Of queries and outputs, checked by ``run``.
+            kv_data_type: Of the cache: the same, or float8.
+            use_profiler: Must be False.
+        """
+        unsupported("Profile with torch.profiler.", use_profiler=use_profiler or None)
+        dtypes = dtype_of("q_data_type", q_data_type), dtype_of("kv_data_type", kv_data_type)
+        if dtypes[1] not in (dtypes[0], *FLOAT8):
+            raise argument_error("kv_data_type", f"{dtypes[0]} like q_data_type, or float8", dtypes[1], kind=TypeError)
+        rows, longest, total = query_rows(qo_indptr, self.device)
+        table = lengths_table(kv_indptr, kv_indices, kv_len_arr, page_size, self.device)
+        if table.seq_lens.shape[0] != rows.shape[0] - 1:
+            expected = f"{rows.shape[0] - 1} requests like qo_indptr"
+            raise argument_error("kv_len_arr", expected, table.seq_lens.shape[0])
+        if self._graph:
+            assert table.indptr is not None
+            assert table.indices is not None
+            planned = {"qo_indptr": rows, "kv_indptr": table.indptr, "kv_len_arr": table.seq_lens}
+            for name, t in planned.items():
+                check_fits(name, self._buffers[name], t, exact=True)
+            for name, t in {"kv_indices": table.indices, **planned}.items():
+                fill(name, self._buffers[name], t)
+            rows, longest, total = self._buffers["qo_indptr"], None, None
+            table = Table(self._buffers["kv_len_arr"], None, self._buffers["kv_indptr"], self._buffers["kv_indices"])
+        self._planned = _Plan(
+            float(sm_scale), table, rows, longest, total, num_heads, (head_dim_ckv, head_dim_kpe), page_size,
+            bool(causal), dtypes,
+        )  # fmt: skip
+
+    def run(
+        self,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        ckv_cache: Tensor,
+        kpe_cache: Tensor,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        return_lse: bool = False,
+        profiler_buffer: Tensor | None = None,
+        kv_len: Tensor | None = None,
+        page_table: Tensor | None = None,
+        return_lse_base_on_e: bool = False,
+        o_scale: float | None = None,
+        *,
+        ckv_scale: float | None = None,
+        ckv_scale_arr: Tensor | None = None,
+        kpe_scale: float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention as planned.
+
+        Args:
+            q_nope: ``[tokens, Hq, 512]``, absorbed queries.
+            q_pe: ``[tokens, Hq, 64]``, their rotary part.
+            ckv_cache: ``[P, page, 512]``, latent keys, which are the values.
+            kpe_cache: ``[P, page, 64]``, rotary columns of the keys.
+            out: ``[tokens, Hq, 512]`` in q's dtype, where to write.
+            lse: float32 ``[tokens, Hq]``, where to write.
+            return_lse: Also return the LSE.
+            profiler_buffer: Must be None.
+            kv_len: int32 [B], tokens of each request: with ``page_table`` the place of a plan's pages; one query each.
+            page_table: int32 [B, max_pages].
+            return_lse_base_on_e: The LSE is natural instead of base 2.
+            o_scale: Must be None.
+            ckv_scale: What a float8 ``ckv_cache`` is multiplied by.
+            ckv_scale_arr: float32 ``[P, page, 512 / 128]``, the same for each token and 128 columns. The pages of the
+                call are then written out in q's dtype first, which takes three times their traffic.
+            kpe_scale: What a float8 ``kpe_cache`` is multiplied by. Where it is not ``ckv_scale`` times a power of two,
+                ``q_pe`` times their ratio is rounded to q's dtype.
+
+        Returns:
+            The output ``[tokens, Hq, 512]``, in latent space; with ``return_lse`` also the LSE, float32 ``[tokens,
+            Hq]``, base 2.
+        """
+        hint = "Outputs are not scaled; profile with torch.profiler."
+        unsupported(hint, profiler_buffer=profiler_buffer, o_scale=o_scale)
+        plan = self._plan_for(kv_len, page_table, ckv_cache)
+        self._check(plan, q_nope, q_pe, ckv_cache, kpe_cache)
+        assert plan.table is not None
+        parts = _Parts(as_queries(q_pe), ckv_cache, kpe_cache, plan.table)
+        if ckv_cache.dtype in FLOAT8:
+            parts = parts.scaled(ckv_scale, ckv_scale_arr, kpe_scale)
+        else:
+            scales = {"ckv_scale": ckv_scale, "ckv_scale_arr": ckv_scale_arr, "kpe_scale": kpe_scale}
+            unsupported("Scales are for float8 caches.", **scales)
+        cache = parts.cache()
+        q_nope = as_queries(q_nope)
+        q = q_nope if cache.k_rope is None else (q_nope, parts.q_pe)
+        return self._attend(plan, q, cache, out, lse, return_lse, return_lse_base_on_e, parts.factor)
+
+    def forward(
+        self,
+        q: Tensor,
+        kv_cache: Tensor,
+        page_table: Tensor,
+        seq_lens: Tensor,
+        *,
+        sm_scale: float | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """One query a request on joined tensors; the form of the documents, without a plan.
+
+        Args:
+            q: ``[B, Hq, 576]``, absorbed queries, rotary columns last.
+            kv_cache: ``[P, page, 576]``, likewise; an axis of one head, where the layout has it, may stand in it.
+            page_table: int32 [B, max_pages].
+            seq_lens: int32 or uint32 [B], tokens of each request.
+            sm_scale: Factor on the scores; None: as planned, or ``1 / sqrt(128 + 64)``.
+            out: ``[B, Hq, 512]`` in q's dtype, where to write.
+            lse: float32 ``[B, Hq]``, where to write.
+            return_lse: Also return the LSE.
+
+        Returns:
+            The output ``[B, Hq, 512]`` (as many columns as the plan says, if there is one); with ``return_lse`` also
+            the LSE, base 2, float32 ``[B, Hq]``.
+        """
+        kv_cache = joined_cache(kv_cache, self._kv_layout)
+        plan = self._plan_for(seq_lens, page_table, kv_cache)
+        if sm_scale is not None:
+            plan = replace(plan, scale=float(sm_scale))
+        dim = LATENT if plan.dims is None else plan.dims[0]
+        assert plan.table is not None
+        table = plan.table
+        cache = PagedCache.latent(kv_cache, None, table.seq_lens, table.page_table, value_dim=dim)
+        return self._attend(plan, as_queries(q), cache, out, lse, return_lse, False, None)
+
+    def forward_return_lse(self, *args: Any, **kwargs: Any) -> Any:
+        """``forward`` with ``return_lse=True``."""
+        return self.forward(*args, **kwargs, return_lse=True)
+
+    def _plan_for(self, lengths: Tensor | None, page_table: Tensor | None, cache: Tensor) -> _Plan:
+        """The plan, or that of one query a request over pages that a call names."""
+        if lengths is None and page_table is None:
+            plan: _Plan = self._plan()
+            return plan
+        if lengths is None or page_table is None:
+            got = "kv_len" if page_table is None else "page_table"
+            raise argument_error("kv_len, page_table", "both or neither", f"{got} alone")
+        plan = self._planned or _Plan(DEFAULT_SCALE)
+        table = dense_table(page_table, lengths, cache.shape[1], cache.device)
+        return replace(plan, table=table, rows=None, longest=None, total=None, page_size=None)
+
+    def _check(self, plan: _Plan, q_nope: Tensor, q_pe: Tensor, ckv_cache: Tensor, kpe_cache: Tensor) -> None:
+        """Raise unless tensors are as planned."""
+        named = {"q_nope": q_nope, "q_pe": q_pe, "ckv_cache": ckv_cache, "kpe_cache": kpe_cache}
+        for name, t in named.items():
+            if not isinstance(t, Tensor) or t.dim() != 3:
+                got = f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+                raise argument_error(name, "a tensor of 3 dimensions", got)
+        if plan.dtypes is not None:
+            for (name, t), dtype in zip(named.items(), (plan.dtypes[0], *plan.dtypes, plan.dtypes[1]), strict=True):
+                check_dtype(name, t, dtype)
+        if plan.heads is None or plan.dims is None:
+            return
+        rows = q_nope.shape[0] if plan.total is None else plan.total
+        pages = ckv_cache.shape[0], plan.page_size or ckv_cache.shape[1]
+        shapes = [(rows, plan.heads, plan.dims[0]), (rows, plan.heads, plan.dims[1])]
+        shapes += [(*pages, plan.dims[0]), (*pages, plan.dims[1])]
+        for (name, t), shape in zip(named.items(), shapes, strict=True):
+            if tuple(t.shape) != shape:
+                raise argument_error(name, f"shape {shape}, as planned", f"shape {tuple(t.shape)}")
+
+    def _attend(
+        self,
+        plan: _Plan,
+        q: Tensor | tuple[Tensor, Tensor],
+        cache: PagedCache,
+        out: Tensor | None,
+        lse: Tensor | None,
+        return_lse: bool,
+        natural: bool = False,
+        factor: float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        main = q if isinstance(q, Tensor) else q[0]
+        check_results(main, cache.v.shape[-1], main.dtype, out, lse)
+        o, sums = paged_attention(
+            q, cache, cu_seqlens_q=plan.rows, max_seqlen_q=plan.longest, causal=plan.causal, scale=plan.scale,
+            k_scale=factor, v_scale=factor, out=out, return_lse=True, impl=self._impl,
+        )  # fmt: skip
+        if not natural:
+            return as_results(o, sums, o.dtype, o, lse, return_lse)
+        sums = sums.t().contiguous() if lse is None else lse.copy_(sums.t())
+        return (o, sums) if return_lse else o
+
+
+class _Parts(NamedTuple):
+    """What meets in a call: the rotary part of queries, both parts of the cache, its pages, a factor on the cache."""
+
+    q_pe: Tensor
+    ckv: Tensor
+    kpe: Tensor
+    table: Table
+    factor: float | None = None
+
+    def cache(self) -> PagedCache:
+        return PagedCache.latent(self.ckv, self.kpe, *self.table[:2], indptr=self.table.indptr,
+                                 indices=self.table.indices, value_dim=self.ckv.shape[-1])  # fmt: skip
+
+    def scaled(self, ckv_scale: float | None, ckv_scale_arr: Tensor | None, kpe_scale: float | None) -> _Parts:
+        """The same for a float8 cache and its scales."""
+        if (ckv_scale is None) == (ckv_scale_arr is None):
+            got = "neither" if ckv_scale is None else "both"
+            raise argument_error("ckv_scale, ckv_scale_arr", "one of them, since the cache is float8", got)
+        if kpe_scale is None and self.kpe.shape[-1]:
+            raise argument_error("kpe_scale", "a number, since the cache is float8", None)
+        rotary = 1.0 if kpe_scale is None else _positive("kpe_scale", kpe_scale)
+        if ckv_scale_arr is not None:
+            return self._written(ckv_scale_arr, rotary)
+        assert ckv_scale is not None
+        factor = _positive("ckv_scale", ckv_scale)
+        q_pe = self.q_pe if rotary == factor else (self.q_pe.float() * (rotary / factor)).to(self.q_pe.dtype)
+        return self._replace(q_pe=q_pe, factor=factor)
+
+    def _written(self, scales: Tensor, rotary: float) -> _Parts:
+        """The pages of the call, and no others, times their scales in the queries' dtype."""
+        pages, size, dim = self.ckv.shape
+        if dim % 128 or tuple(scales.shape) != (pages, size, dim // 128) or scales.device != self.ckv.device:
+            expected = f"shape {(pages, size, dim // 128)} on {self.ckv.device}"
+            raise argument_error("ckv_scale_arr", expected, f"shape {tuple(scales.shape)} on {scales.device}")
+        if scales.dtype != torch.float32:
+            raise argument_error("ckv_scale_arr", "float32", scales.dtype, kind=TypeError)
+        numbers = self.table.indices if self.table.page_table is None else self.table.page_table
+        assert numbers is not None
+        held = (numbers >= 0) & (numbers < pages)
+        at = numbers.clamp(0, max(0, pages - 1)).flatten().long()
+        ckv = torch.empty((at.shape[0], size, dim // 128, 128), dtype=self.q_pe.dtype, device=self.ckv.device)
+        kpe = torch.empty((at.shape[0], size, self.kpe.shape[-1]), dtype=ckv.dtype, device=ckv.device)
+        low = self.ckv[at].to(ckv.dtype)  # exact
+        torch.mul(low.unflatten(-1, (-1, 128)), scales[at][..., None], out=ckv)
+        torch.mul(self.kpe[at].to(kpe.dtype), rotary, out=kpe)
+        moved = torch.arange(at.shape[0], dtype=torch.int32, device=at.device).view(numbers.shape)
+        moved = moved.masked_fill(~held, -1)
+        by_row = self.table.page_table is not None
+        table = self.table._replace(**{"page_table" if by_row else "indices": moved})
+        return self._replace(ckv=ckv.flatten(-2), kpe=kpe, table=table)
+
+
+def _positive(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise argument_error(name, "a positive number", type(value).__name__, kind=TypeError)
+    if not (value > 0 and math.isfinite(value)):
+        raise argument_error(name, "a positive number", value)
+    return float(value)
