@@ -9,6 +9,16 @@ from sparseattn.flashinfer.attention import BatchAttention as BatchAttention
 from sparseattn.flashinfer.attention import (
     BatchAttentionWithAttentionSinkWrapper as BatchAttentionWithAttentionSinkWrapper,
 )
+from sparseattn.flashinfer.cascade import (
+    BatchDecodeWithSharedPrefixPagedKVCacheWrapper as BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
+)
+from sparseattn.flashinfer.cascade import (
+    BatchPrefillWithSharedPrefixPagedKVCacheWrapper as BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
+)
+from sparseattn.flashinfer.cascade import MultiLevelCascadeAttentionWrapper as MultiLevelCascadeAttentionWrapper
+from sparseattn.flashinfer.cascade import merge_state as merge_state
+from sparseattn.flashinfer.cascade import merge_state_in_place as merge_state_in_place
+from sparseattn.flashinfer.cascade import merge_states as merge_states
 from sparseattn.flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper as BatchDecodeWithPagedKVCacheWrapper
 from sparseattn.flashinfer.decode import (
     CUDAGraphBatchDecodeWithPagedKVCacheWrapper as CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
