@@ -19,6 +19,7 @@ __all__ = [
     "async_load",
     "async_reduce_add",
     "async_store",
+    "box_coordinates",
     "load_boxes",
     "load_rows",
     "next_stage",
@@ -127,6 +128,12 @@ def sequence_span(start_ptr, end_ptr, b, length, RAGGED: gl.constexpr):
 
 
 @gluon.jit
+def box_coordinates(start, length, row, head, col):
+    """Where a tile begins in a map of ``row_tiles``: at ``row`` of the rows ``start .. start + length`` of a head."""
+    return (_ROWS, start + length, head, _ROWS - length + row, col)
+
+
+@gluon.jit
 def load_boxes(desc, start, length, list_ptr, first, last, head, full, tile, BLOCK: gl.constexpr):
     """Fill a tile with the blocks of ``BLOCK`` rows that list entries ``first ..`` name, repeating entry ``last``.
 
@@ -140,18 +147,18 @@ def load_boxes(desc, start, length, list_ptr, first, last, head, full, tile, BLO
         row = gl.load(list_ptr + gl.minimum(first + i, last)) * BLOCK
         for panel in gl.static_range(PANELS):
             box = view(boxes.index(panel * COUNT + i), desc.dtype, desc.block_type.shape, desc.layout)
-            async_load(desc, [_ROWS, start + length, head, _ROWS - length + row, panel * 64], full, box)
+            async_load(desc, box_coordinates(start, length, row, head, panel * 64), full, box)
 
 
 @gluon.jit
 def load_rows(desc, start, length, row, head, full, tile):
     """Ask for the tile at ``row`` of a sequence whose rows are ``start .. start + length``; it arrives at ``full``."""
     buffer = view(tile, desc.dtype, desc.block_type.shape, desc.layout)
-    async_load(desc, [_ROWS, start + length, head, _ROWS - length + row, 0], full, buffer)
+    async_load(desc, box_coordinates(start, length, row, head, 0), full, buffer)
 
 
 @gluon.jit
 def store_rows(desc, start, length, row, head, tile):
     """Write a shared-memory tile to ``row`` of a sequence, but for what lies past its end."""
     buffer = view(tile, desc.dtype, desc.block_type.shape, desc.layout)
-    async_store(desc, [_ROWS, start + length, head, _ROWS - length + row, 0], buffer)
+    async_store(desc, box_coordinates(start, length, row, head, 0), buffer)

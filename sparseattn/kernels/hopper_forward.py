@@ -1,4 +1,4 @@
-"""The Hopper forward kernel of block-sparse attention.
+"""The Hopper forward kernel of block-sparse and of paged attention.
 
 A persistent program a multiprocessor. One warp, the producer, claims row tiles and has the copy engine bring their
 queries, keys and values; one or two warpgroups, the consumers, take 64 rows each. A consumer walks the key tiles of a
@@ -40,11 +40,13 @@ from sparseattn.kernels.hopper_attention import (
     thread_sums,
     with_sink,
 )
+from sparseattn.kernels.hopper_pages import key_boxes, load_pages, page_columns
 
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
 NUMBERS = [
     "mask_stride_b", "mask_stride_h", "idx_width", "max_q", "max_k", "num_tiles", "q_rows", "k_rows", "v_rows",
     "o_rows", "lse_stride_b", "lse_stride_h", "window_left", "window_right", "lse_split_stride", "o_split_stride",
+    "num_pages",
 ]  # fmt: skip
 
 
@@ -77,7 +79,13 @@ class Facts:
         SPLIT: Each tile is a share of a row's keys and leaves unnormalised sums.
         RAGGED_Q: Sequences have query spans of their own.
         RAGGED_K: Likewise, key spans.
+        PAGE: Tokens of a page, a multiple of 8; 0: keys lie in rows of their own. Spans of keys then are where a
+            sequence's page numbers begin and, from there, its length; the schedule counts the tiles.
+        SCALED: Scores and outputs have a factor for each KV head.
+        PAGED: Keys lie in pages.
         GATHER: A key tile holds several mask blocks.
+        BOX: Keys that are loaded together.
+        LOADER: Registers of the producer's threads.
         SLOTS: Tokens of a row tile in one consumer.
     """
 
@@ -105,22 +113,33 @@ class Facts:
     SPLIT: bool = False
     RAGGED_Q: bool = False
     RAGGED_K: bool = False
+    PAGE: int = 0
+    SCALED: bool = False
 
+    PAGED: Any = field(init=False, default=False)
     GATHER: Any = field(init=False, default=False)
+    BOX: Any = field(init=False, default=0)
+    LOADER: Any = field(init=False, default=24)
     SLOTS: Any = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        facts = vars(self) | {"GATHER": self.MASKED and self.BLOCK_KV < self.TILE_N, "SLOTS": 64 // self.PACK}
+        gather = self.MASKED and self.BLOCK_KV < self.TILE_N
+        box = self.BLOCK_KV if gather else self.TILE_N
+        if self.PAGE:
+            parts = (self.PAGE, self.BLOCK_KV) if self.MASKED else (self.PAGE,)
+            box = min(self.TILE_N, *(n & -n for n in parts))
+        facts = vars(self) | {"PAGED": self.PAGE > 0, "GATHER": gather, "BOX": box, "SLOTS": 64 // self.PACK}
+        facts["LOADER"] = 40 if self.PAGE else 24
         # Attributes of a compile-time argument must be compile-time values themselves.
         for name, value in facts.items():
             object.__setattr__(self, name, gl.constexpr(value))
 
     def boxes(self) -> tuple[tuple[int, int, int], ...]:
         """(heads, rows, columns) of the tensor-map tiles of q, k, v and o."""
-        slots, pack, tile_n, block_kv, d, dv = (
-            getattr(self, n).value for n in ("SLOTS", "PACK", "TILE_N", "BLOCK_KV", "BLOCK_D", "BLOCK_DV")
+        slots, pack, tile_n, box, d, dv = (
+            getattr(self, n).value for n in ("SLOTS", "PACK", "TILE_N", "BOX", "BLOCK_D", "BLOCK_DV")
         )
-        keys = ((1, block_kv, 64),) * 2 if self.GATHER.value else ((1, tile_n, d), (1, tile_n, dv))
+        keys = ((1, box, 64),) * 2 if box < tile_n else ((1, tile_n, d), (1, tile_n, dv))
         return (pack, slots, d), *keys, (pack, slots, dv)
 
     def __eq__(self, other: object) -> bool:
@@ -162,25 +181,35 @@ def receive(info, turn):
 
 
 @gluon.jit
-def key_row(list_ptr, tile, F: gl.constexpr):
-    """First key of a key tile: of a listed block's share, or of all keys'."""
-    row = tile * F.TILE_N
-    if F.MASKED and not F.GATHER:
-        PARTS: gl.constexpr = F.BLOCK_KV // F.TILE_N
-        row = gl.load(list_ptr + tile // PARTS) * F.BLOCK_KV + tile % PARTS * F.TILE_N
-    return row
+def key_row(list_ptr, tile, entries, pages, F: gl.constexpr):
+    """First key of a key tile: of a listed block's share, or of all keys'.
+
+    In a paged cache the rows of its boxes and how many of each are the sequence's.
+    """
+    if F.PAGED:
+        row, held = key_boxes(list_ptr, tile, entries, pages, F)
+    else:
+        row = tile * F.TILE_N
+        held = 0
+        if F.MASKED and not F.GATHER:
+            PARTS: gl.constexpr = F.BLOCK_KV // F.TILE_N
+            row = gl.load(list_ptr + tile // PARTS) * F.BLOCK_KV + tile % PARTS * F.TILE_N
+    return row, held
 
 
 @gluon.jit
 def load_keys(
-    desc, keys, stage, phase, start, length, list_ptr, tile, row, entries, head, STAGES: gl.constexpr, F: gl.constexpr
-):
+    desc, keys, stage, phase, start, length, list_ptr, tile, row, held, entries, head, STAGES: gl.constexpr,
+    F: gl.constexpr,
+):  # fmt: skip
     """Bring key tile ``tile`` (or its values) into the ring's next free stage."""
     tiles, full, empty = keys
     mbarrier.wait(empty.index(stage), phase)
     buffer = tiles.index(stage)
     mbarrier.expect(full.index(stage), F.TILE_N * buffer.shape[1] * 2)
-    if F.GATHER:
+    if F.PAGED:
+        load_pages(desc, start, row, held, head, full.index(stage), buffer, F)
+    elif F.GATHER:
         first = tile * (F.TILE_N // F.BLOCK_KV)
         load_boxes(desc, start, length, list_ptr, first, entries - 1, head, full.index(stage), buffer, F.BLOCK_KV)
     else:
@@ -189,15 +218,18 @@ def load_keys(
 
 
 @gluon.jit
-def post_columns(cols_s, full, stage, list_ptr, tile, row, entries, nothing, F: gl.constexpr):
+def post_columns(cols_s, full, stage, list_ptr, tile, row, entries, nothing, pages, F: gl.constexpr):
     """Say which key each column of a key tile is; columns without one are hidden from every row."""
     lane: gl.constexpr = gl.BlockedLayout([F.TILE_N // 32], [32], [1], [0])
     offs = gl.arange(0, F.TILE_N, lane)
-    cols = row + offs
-    if F.GATHER:
+    if F.PAGED:
+        cols = page_columns(list_ptr, tile, entries, pages, offs, F)
+    elif F.GATHER:
         entry = tile * (F.TILE_N // F.BLOCK_KV) + offs // F.BLOCK_KV
         cols = gl.load(list_ptr + gl.minimum(entry, entries - 1)) * F.BLOCK_KV + offs % F.BLOCK_KV
         cols = gl.where(entry < entries, cols, HIDDEN)
+    else:
+        cols = row + offs
     cols_s.index(stage).store(gl.where(nothing, HIDDEN, cols))
     mbarrier.arrive(full.index(stage), count=1)
 
@@ -207,9 +239,12 @@ def producer(call, F: gl.constexpr):
     """The warp that loads: per row tile its queries, its keys one tile ahead of its values."""
     (
         q_desc, k_desc, v_desc, queries, keys, values, info, cols_s, record_ptr, counter_ptr, count_ptr, index_ptr,
-        spans, mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_tiles, q_rows, k_rows, v_rows,
+        spans, mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_tiles, q_rows, k_rows, v_rows, cache,
     ) = call  # fmt: skip
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr = spans
+    table_ptr, held_ptr, num_pages = cache
+    if F.PAGED:
+        num_tiles = gl.load(counter_ptr + 1)
     q_s, q_full, q_empty = queries
     ks = 0
     kp = 1
@@ -240,16 +275,21 @@ def producer(call, F: gl.constexpr):
             nothing = count == 0
             if nothing:
                 k_len = 0
+            pages = cache
+            if F.PAGED:
+                k_row0 = k_rows
+                v_row0 = v_rows
+                pages = (table_ptr + k_start, gl.where(nothing, 0, gl.load(held_ptr + b)), num_pages)
             last = gl.maximum(count, 1) - 1
             tile = first + last
-            row = key_row(list_ptr, tile, F)
-            if nothing:
-                row = 0
+            row, held = key_row(list_ptr, tile, entries, pages, F)
+            if not F.PAGED:
+                row = gl.where(nothing, 0, row)
             stage = ks
             ks, kp = load_keys(
-                k_desc, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, entries, head_k, F.K_STAGES, F,
+                k_desc, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, held, entries, head_k, F.K_STAGES, F,
             )  # fmt: skip
-            post_columns(cols_s, keys[1], stage, list_ptr, tile, row, entries, nothing, F)
+            post_columns(cols_s, keys[1], stage, list_ptr, tile, row, entries, nothing, pages, F)
             bound = gl.minimum(q_len, m * F.TOKENS + F.TOKENS)
             for c in gl.static_range(F.CONSUMERS):
                 mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
@@ -260,18 +300,20 @@ def producer(call, F: gl.constexpr):
             turn += 1
             for i in range(0, last):
                 above = row
+                above_held = held
                 tile -= 1
-                row = key_row(list_ptr, tile, F)
+                row, held = key_row(list_ptr, tile, entries, pages, F)
                 stage = ks
                 ks, kp = load_keys(
-                    k_desc, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, entries, head_k, F.K_STAGES, F,
+                    k_desc, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, held, entries, head_k, F.K_STAGES, F,
                 )  # fmt: skip
-                post_columns(cols_s, keys[1], stage, list_ptr, tile, row, entries, nothing, F)
+                post_columns(cols_s, keys[1], stage, list_ptr, tile, row, entries, nothing, pages, F)
                 vs, vp = load_keys(
-                    v_desc, values, vs, vp, v_row0, k_len, list_ptr, tile + 1, above, entries, head_k, F.V_STAGES, F,
+                    v_desc, values, vs, vp, v_row0, k_len, list_ptr, tile + 1, above, above_held, entries, head_k,
+                    F.V_STAGES, F,
                 )  # fmt: skip
             vs, vp = load_keys(
-                v_desc, values, vs, vp, v_row0, k_len, list_ptr, tile, row, entries, head_k, F.V_STAGES, F,
+                v_desc, values, vs, vp, v_row0, k_len, list_ptr, tile, row, held, entries, head_k, F.V_STAGES, F,
             )  # fmt: skip
         position = coming
         m, head, b, share, count, first, late, early = read_record(record_ptr, gl.minimum(position, num_tiles - 1))
@@ -350,18 +392,56 @@ def attend_cut(
 
 
 @gluon.jit
+def leave_sums(sums_ptr, at, share, split_stride, m_i, l_i, inside, qk_scale):
+    """Leave a share's maxima, natural-log, and sums of the rows at ``at``."""
+    part = sums_ptr + share.to(gl.int64) * 2 * split_stride + at
+    gl.store(part, m_i * (qk_scale * LN2), mask=inside)
+    gl.store(part + split_stride, l_i, mask=inside)
+
+
+@gluon.jit
+def leave_part(part_ptr, o_row, share, split_stride, acc, inside, F: gl.constexpr):
+    """Leave a share's unnormalised outputs, float32; ``o_row`` counts elements."""
+    offs = gl.arange(0, F.BLOCK_DV, gl.SliceLayout(0, acc.type.layout))
+    o_in = gl.convert_layout(inside, o_row.type.layout)[:, None] & (offs < F.DV)[None, :]
+    o_part = part_ptr + share.to(gl.int64) * split_stride
+    gl.store(o_part + o_row[:, None] + offs[None, :], acc, mask=o_in)
+
+
+@gluon.jit
+def finish_sums(lse_ptr, lse_at, sinks_ptr, heads, m_i, l_i, inside, qk_scale, F: gl.constexpr):
+    """Write the LSE of finished rows; returns the factor that normalises their outputs."""
+    gl.store(lse_ptr + lse_at, natural_lse(m_i, l_i, qk_scale), mask=inside)
+    if F.SINKS:
+        l_i = with_sink(m_i, l_i, gl.load(sinks_ptr + heads).to(gl.float32), qk_scale)
+    return 1.0 / gl.where(l_i > 0, l_i, 1.0)
+
+
+@gluon.jit
+def store_output(o_desc, o_s, acc, factor, start, bound, row, head, F: gl.constexpr):
+    """Send finished rows off through shared memory."""
+    acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
+    tma.store_wait(0)
+    o_s.store(acc.to(o_desc.dtype))
+    fence_async_shared()
+    store_rows(o_desc, start, bound, row, head, o_s)
+    if F.O_IN_Q:
+        tma.store_wait(0)
+
+
+@gluon.jit
 def consumer(CID: gl.constexpr, call, F: gl.constexpr):
     """A warpgroup that computes: rows ``CID * 64 ..`` of every row tile that the producer posts."""
     (
         o_desc, queries, keys, values, info, cols_s, o_s, o_ptr, lse_ptr, sinks_ptr, record_ptr, spans, max_q, max_k,
-        o_rows, lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window, qk_scale, softcap,
+        o_rows, lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window, scale, softcap, sums_ptr,
+        scales_ptr,
     ) = call  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.TILE_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_DV, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    dtype: gl.constexpr = o_desc.dtype
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr = spans
     q_s, q_full, q_empty = queries
     zeros = gl.zeros([64, F.TILE_N], gl.float32, S_LAYOUT)
@@ -379,6 +459,11 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
         row = gl.arange(0, 64, ROWS)  # of a tile: all its heads' first tokens, then their second ones
         tokens = m * F.TOKENS + CID * F.SLOTS + row % F.SLOTS
         acc = gl.zeros([64, F.BLOCK_DV], gl.float32, O_LAYOUT)
+        qk_scale = scale
+        if F.SCALED:
+            head_k = head * F.PACK // F.GROUP
+            qk_scale = scale * gl.load(scales_ptr + head_k)
+            v_scale = gl.load(scales_ptr + F.HEADS // F.GROUP + head_k)
 
         mbarrier.wait(q_full.index(CID), turn & 1)
         if F.Q_REGISTERS:
@@ -425,35 +510,34 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
         inside = tokens < bound
         heads = head * F.PACK + row // F.SLOTS
         lse_at = b.to(gl.int64) * lse_stride_b + heads.to(gl.int64) * lse_stride_h + q_start + tokens
-        if F.SPLIT:
-            part = lse_ptr + share.to(gl.int64) * 2 * lse_split_stride + lse_at
-            gl.store(part, m_i * (qk_scale * LN2), mask=inside)
-            gl.store(part + lse_split_stride, l_i, mask=inside)
-        else:
-            gl.store(lse_ptr + lse_at, natural_lse(m_i, l_i, qk_scale), mask=inside)
-            if F.SINKS:
-                l_i = with_sink(m_i, l_i, gl.load(sinks_ptr + heads).to(gl.float32), qk_scale)
-            factor = 1.0 / gl.where(l_i > 0, l_i, 1.0)
+        if not F.PAGED:
+            if F.SPLIT:
+                leave_sums(lse_ptr, lse_at, share, lse_split_stride, m_i, l_i, inside, qk_scale)
+            else:
+                factor = finish_sums(lse_ptr, lse_at, sinks_ptr, heads, m_i, l_i, inside, qk_scale, F)
         if not F.WINDOW:
             acc, p = warpgroup_mma_wait(0, deps=(acc, p))
             mbarrier.arrive(values[2].index(vs), count=1)
             vs, vp = next_stage(vs, vp, F.V_STAGES)
+        if F.SCALED:
+            acc = acc * v_scale
         q_start += b * o_rows
-        if F.SPLIT:
+        row0 = m * F.TOKENS + CID * F.SLOTS
+        if F.PAGED:
+            # A row tile's only share is finished here; of several, numbered across the call, each leaves its sums.
+            if share >= 0:
+                at = (tokens - m * F.TOKENS) * F.PACK + row // F.SLOTS
+                leave_sums(sums_ptr, at, share, lse_split_stride, m_i, l_i, inside, qk_scale)
+                leave_part(o_ptr, gl.convert_layout(at, O_ROWS) * F.DV, share, o_split_stride, acc, inside, F)
+            else:
+                factor = finish_sums(lse_ptr, lse_at, sinks_ptr, heads, m_i, l_i, inside, qk_scale, F)
+                store_output(o_desc, o_s.index(CID), acc, factor, q_start, bound, row0, head * F.PACK, F)
+        elif F.SPLIT:
             o_row = gl.convert_layout(q_start + tokens, O_ROWS).to(gl.int64) * (F.HEADS * F.DV)
             o_row += gl.convert_layout(heads, O_ROWS) * F.DV
-            offs = gl.arange(0, F.BLOCK_DV, gl.SliceLayout(0, O_LAYOUT))
-            o_in = gl.convert_layout(inside, O_ROWS)[:, None] & (offs < F.DV)[None, :]
-            o_part = o_ptr + share.to(gl.int64) * o_split_stride
-            gl.store(o_part + o_row[:, None] + offs[None, :], acc, mask=o_in)
+            leave_part(o_ptr, o_row, share, o_split_stride, acc, inside, F)
         else:
-            acc = acc * gl.convert_layout(factor, O_ROWS)[:, None]
-            tma.store_wait(0)
-            o_s.index(CID).store(acc.to(dtype))
-            fence_async_shared()
-            store_rows(o_desc, q_start, bound, m * F.TOKENS + CID * F.SLOTS, head * F.PACK, o_s.index(CID))
-            if F.O_IN_Q:
-                tma.store_wait(0)
+            store_output(o_desc, o_s.index(CID), acc, factor, q_start, bound, row0, head * F.PACK, F)
         if F.O_IN_Q:
             mbarrier.arrive(q_empty.index(CID), count=1)
         m, head, b, share, count, first, late, early = record
@@ -467,11 +551,18 @@ def forward_kernel(
     mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_tiles, q_rows, k_rows, v_rows, o_rows,
     lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window_left, window_right, qk_scale, softcap,
     F: gl.constexpr, REGISTERS: gl.constexpr,
+    table_ptr=None, held_ptr=None, num_pages=None, sums_ptr=None, scales_ptr=None,
 ):  # fmt: skip
     """One program a multiprocessor (or half of one): row tiles as the schedule hands them out, until none is left.
 
     ``CONSUMERS`` warpgroups of 64 rows make a row tile: ``PACK`` heads of a group, ``TOKENS`` query tokens each. Grid
     (programs,). ``SPLIT`` leaves unnormalised float32 sums of a share of the keys at ``o_ptr`` and ``lse_ptr``.
+
+    ``PAGE``: row p * k_rows + i of k is token i of page p; ``table_ptr`` has the page numbers, ``held_ptr`` int32
+    [batch] how many tokens of a sequence can have one, ``counter_ptr`` behind the counter the number of tiles. A share
+    that is not negative is a place for sums in ``o_ptr``, float32 [places, o_split_stride], and ``sums_ptr``, float32
+    [places, 2, lse_split_stride]: the rows of the tile, token by token. ``SCALED``: ``scales_ptr``, float32 [2, KV
+    heads], has factors for scores and outputs.
     """
     dtype: gl.constexpr = q_desc.dtype
     layout: gl.constexpr = tile_layout(2)
@@ -490,15 +581,17 @@ def forward_kernel(
     window = (window_left, window_right)
     work = (
         o_desc, queries, keys, values, info, cols_s, o_s, o_ptr, lse_ptr, sinks_ptr, record_ptr, spans, max_q, max_k,
-        o_rows, lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window, qk_scale, softcap,
+        o_rows, lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window, qk_scale, softcap, sums_ptr,
+        scales_ptr,
     )  # fmt: skip
     loads = (
         q_desc, k_desc, v_desc, queries, keys, values, info, cols_s, record_ptr, counter_ptr, count_ptr, index_ptr,
         spans, mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_tiles, q_rows, k_rows, v_rows,
+        (table_ptr, held_ptr, num_pages),
     )  # fmt: skip
     if F.CONSUMERS == 2:
         gl.warp_specialize(
-            [(consumer, (0, work, F)), (consumer, (1, work, F)), (producer, (loads, F))], [4, 1], [REGISTERS, 24]
+            [(consumer, (0, work, F)), (consumer, (1, work, F)), (producer, (loads, F))], [4, 1], [REGISTERS, F.LOADER]
         )
     else:
-        gl.warp_specialize([(consumer, (0, work, F)), (producer, (loads, F))], [1], [24])
+        gl.warp_specialize([(consumer, (0, work, F)), (producer, (loads, F))], [1], [F.LOADER])

@@ -49,6 +49,11 @@ def config_for(block_d: int, block_dv: int, consumers: int) -> Tiles:
     return Tiles(2, 128, 2, 2, True, False, 1)
 
 
+def consumer_registers(facts: Facts) -> int:
+    """Registers of the threads of two warpgroups that compute, by what the loading one leaves of a multiprocessor's."""
+    return 232 if facts.PAGED else 240
+
+
 def padded(head_dim: int) -> int:
     """The head dimension of a tile."""
     return max(64, triton.next_power_of_2(head_dim))
@@ -95,19 +100,24 @@ def offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
         tiles.consumers, tiles.tile_n, tiles.k_stages, tiles.v_stages, tiles.q_registers, tiles.o_in_q, **facts,
     )  # fmt: skip
     boxes = dict(zip(("q_desc", "k_desc", "v_desc", "o_desc"), f.boxes(), strict=True))
-    floats = {"lse_ptr", "sinks_ptr"}
+    floats = {"lse_ptr", "sinks_ptr", "sums_ptr", "scales_ptr"}
+    given = {"table_ptr", "held_ptr", "num_pages", "sums_ptr"} if f.PAGED else set()
+    given |= {"scales_ptr"} if f.SCALED else set()
     signature: dict[str, Any] = {}
     constexprs: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
     for i, param in enumerate(forward_kernel.params):
         if param.is_constexpr:
             signature[param.name] = "constexpr"
-            constexprs[(i,)] = f if param.name == "F" else 240
+            constexprs[(i,)] = f if param.name == "F" else consumer_registers(f)
+        elif param.has_default and param.name not in given:
+            signature[param.name] = "constexpr"
+            constexprs[(i,)] = None
         elif param.name in boxes:
             shape = ", ".join(str(n) for n in (1, 1, *boxes[param.name]))
             signature[param.name] = f"tensordesc<bf16[{shape}],{tile_layout()!r}>"
         elif param.name.endswith("_ptr"):
-            part = param.name == "o_ptr" and f.SPLIT
+            part = param.name == "o_ptr" and (f.SPLIT or f.PAGED)
             kind = "fp32" if part or param.name in floats else "bf16" if param.name == "o_ptr" else "i32"
             signature[param.name] = f"*{kind}"
             attributes[(i,)] = [["tt.divisibility", 16]]

@@ -31,6 +31,55 @@ def _decode(e, num_row_tiles, splits, HEADS: tl.constexpr):
 
 
 @triton.jit
+def key_tile_range(
+    entries, m0, m1, offset, k_len, window_left, window_right, BLOCK_KV: tl.constexpr, TILE_N: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """(first, count) of the key tiles that query rows ``m0..m1`` walk: of a list's ``entries``, or of all keys."""
+    if MASKED:
+        base = entries * 0
+        if BLOCK_KV >= TILE_N:
+            count = entries * (BLOCK_KV // TILE_N)
+        else:
+            count = tl.cdiv(entries, TILE_N // BLOCK_KV)
+    else:
+        lo, hi = key_range(m0, m1, offset, k_len, window_left, window_right, CAUSAL, WINDOW)
+        base = lo // TILE_N + m0 * 0
+        count = tl.maximum(tl.cdiv(hi, TILE_N) - base, 0)
+    return base, count
+
+
+@triton.jit
+def cut_tiles(
+    list_ptr, entries, inside, base, total, first, length, lo, hi, BLOCK_KV: tl.constexpr, TILE_N: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """How many tiles at the end and at the start of a share may hide a key: all rows see keys ``lo .. hi`` whole.
+
+    The walk has tiles ``base .. base + total``, the share ``first .. first + length``.
+    """
+    lo = tl.maximum(lo, 0)
+    hi = tl.maximum(hi, 0)
+    if MASKED:
+        late, early = _cut_entries(list_ptr, entries, inside, hi // BLOCK_KV, lo, BLOCK_KV, WINDOW)
+        if BLOCK_KV >= TILE_N:
+            late = late * (BLOCK_KV // TILE_N)
+            early = early * (BLOCK_KV // TILE_N)
+        else:
+            late = total - (entries - late) // (TILE_N // BLOCK_KV)
+            early = tl.cdiv(early, TILE_N // BLOCK_KV)
+    else:
+        late = base + total - hi // TILE_N
+        early = tl.cdiv(lo, TILE_N) - base
+    # Of the whole row tile; a share has what of them falls into it.
+    late = late - (base + total - first - length)
+    early = early - (first - base)
+    late = tl.maximum(tl.minimum(late, length), 0)
+    early = tl.maximum(tl.minimum(early, length - late), 0)
+    return late, early
+
+
+@triton.jit
 def _key_tiles(
     e, inside, b, section_head, count_ptr, mask_stride_b, mask_stride_h, q_len, k_len, num_row_tiles, splits,
     window_left, window_right, TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
@@ -48,17 +97,12 @@ def _key_tiles(
     if MASKED:
         row = b.to(tl.int64) * mask_stride_b + ((section_head + head) // MASK_GROUP) * mask_stride_h + m0 // BLOCK_Q
         entries = tl.load(count_ptr + row, mask=inside, other=0)
-        base = entries * 0
-        if BLOCK_KV >= TILE_N:
-            count = entries * (BLOCK_KV // TILE_N)
-        else:
-            count = tl.cdiv(entries, TILE_N // BLOCK_KV)
     else:
-        lo, hi = key_range(m0, m1, k_len - q_len, k_len, window_left, window_right, CAUSAL, WINDOW)
         row = m0.to(tl.int64)
         entries = m0 * 0
-        base = lo // TILE_N + entries
-        count = tl.maximum(tl.cdiv(hi, TILE_N) - base, 0)
+    base, count = key_tile_range(
+        entries, m0, m1, k_len - q_len, k_len, window_left, window_right, BLOCK_KV, TILE_N, MASKED, CAUSAL, WINDOW
+    )
     part = tl.cdiv(count, splits)
     skip = tl.minimum(share * part, count)
     length = tl.where(m0 < q_len, tl.minimum(part, count - skip), -1)
@@ -111,24 +155,10 @@ def schedule_kernel(
     lo, hi = full_range(
         m0, tl.minimum(m0 + TOKENS, q_len) - 1, k_len - q_len, k_len, window_left, window_right, CAUSAL, WINDOW
     )
-    lo = tl.maximum(lo, 0)
-    hi = tl.maximum(hi, 0)
-    if MASKED:
-        late, early = _cut_entries(index_ptr + row * idx_width, entries, inside, hi // BLOCK_KV, lo, BLOCK_KV, WINDOW)
-        if BLOCK_KV >= TILE_N:
-            late = late * (BLOCK_KV // TILE_N)
-            early = early * (BLOCK_KV // TILE_N)
-        else:
-            late = total - (entries - late) // (TILE_N // BLOCK_KV)
-            early = tl.cdiv(early, TILE_N // BLOCK_KV)
-    else:
-        late = base + total - hi // TILE_N
-        early = tl.cdiv(lo, TILE_N) - base
-    # Of the whole row tile; a share has what of them falls into it.
-    late = late - (base + total - first - length)
-    early = early - (first - base)
-    late = tl.maximum(tl.minimum(late, length), 0)
-    early = tl.maximum(tl.minimum(early, length - late), 0)
+    late, early = cut_tiles(
+        index_ptr + row * idx_width, entries, inside, base, total, first, length, lo, hi, BLOCK_KV, TILE_N, MASKED,
+        WINDOW,
+    )  # fmt: skip
 
     record = record_ptr + (section.to(tl.int64) * size + rank) * 8
     tl.store(record, m, mask=inside)

@@ -37,6 +37,7 @@ MODULES = (
     "sparseattn.ops.scores.block_lists_triton",
     "sparseattn.ops.merge.triton",
     "sparseattn.ops.paged.triton",
+    "sparseattn.ops.paged.gluon",
 )
 TARGETS = (80, 90, 100)
 

@@ -1,0 +1,258 @@
+"""The tile order of paged attention on Hopper, built on the device from lengths, and the merge of shares of keys.
+
+All sequences are cut by one share length, so that a batch of unequal ones is balanced; how many tiles, shares and
+places for their sums there can be depends on shapes alone. One counting of the batch serves all that a tile needs to
+know, so a program builds some tiles without asking another.
+"""
+
+import triton
+import triton.language as tl
+
+from sparseattn.kernels.attention import LOG2E, full_range, natural_lse, with_sink
+from sparseattn.kernels.schedule import cut_tiles, key_tile_range
+
+CHUNK: tl.constexpr = tl.constexpr(128)  # sequences, or shares, looked at together
+NUMBERS = [
+    "batch", "total_q", "max_q", "table_stride", "table_width", "max_records", "max_places", "max_merges",
+    "mask_stride_b", "mask_stride_h", "idx_width", "sections", "limit", "target", "least",
+    "window_left", "window_right", "span_stride",
+]  # fmt: skip
+
+
+@triton.jit
+def sequence(
+    b, inside, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE: tl.constexpr,
+    CSR: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Of sequences ``b``: first query row, queries, keys, where page numbers begin, and keys that can have a page."""
+    q_start = b
+    q_len = inside.to(tl.int32)
+    if RAGGED:
+        q_start = tl.maximum(tl.load(cu_ptr + b, mask=inside, other=0), 0)
+        q_len = tl.minimum(tl.load(cu_ptr + b + 1, mask=inside, other=0), total_q) - q_start
+        q_len = tl.maximum(tl.minimum(q_len, max_q), 0)
+    k_len = tl.maximum(tl.load(lens_ptr + b, mask=inside, other=0), 0)
+    first = b * table_stride
+    owned = table_width
+    if CSR:
+        first = tl.maximum(tl.load(indptr_ptr + b, mask=inside, other=0), 0)
+        owned = tl.minimum(tl.load(indptr_ptr + b + 1, mask=inside, other=0), table_width) - first
+    return q_start, q_len, k_len, first, tl.minimum(k_len, tl.maximum(owned, 0) * PAGE)
+
+
+@triton.jit
+def share_keys(
+    batch, heads, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, limit, target, least,
+    TOKENS: tl.constexpr, PAGE: tl.constexpr, CSR: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Keys of a share, so that all row tiles together make about ``target`` shares; none shorter than ``least``."""
+    work = tl.full((), 0, tl.int64)
+    for c in range(0, batch, CHUNK):
+        b = c + tl.arange(0, CHUNK)
+        _start, q_len, _k_len, _first, held = sequence(
+            b, b < batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR, RAGGED
+        )
+        work += tl.sum(tl.cdiv(q_len, TOKENS).to(tl.int64) * tl.minimum(held, limit), 0)
+    keys = (work * heads + target - 1) // target
+    return tl.maximum(tl.minimum(keys, 0x40000000).to(tl.int32), least)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def paged_schedule_kernel(
+    record_ptr, counter_ptr, merge_ptr, span_ptr, cu_ptr, lens_ptr, indptr_ptr, gap_ptr, count_ptr, index_ptr,
+    batch, total_q, max_q, table_stride, table_width, max_records, max_places, max_merges,
+    mask_stride_b, mask_stride_h, idx_width, sections, limit, target, least, window_left, window_right,
+    span_stride,
+    TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE_N: tl.constexpr, PAGE: tl.constexpr,
+    HEADS: tl.constexpr, MASK_GROUP: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr, CSR: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RAGGED: tl.constexpr, SPLIT: tl.constexpr, GAPS: tl.constexpr,
+):  # fmt: skip
+    """One program: ``TILES`` records of the Hopper forward kernel, those of a sequence's KV head side by side.
+
+    Grid (records / TILES,). ``HEADS`` tiles heads (a packed group is one) of each of ``sections`` KV heads, late rows
+    first. Besides the records: ``counter`` int32 [3]: 0, records, merges; ``span`` int32 [5, span_stride]: first and
+    end of the queries, where page numbers begin and that plus the keys, keys that can have a page; ``merge`` int32
+    [.., 8]: first row, rows, tile head, first place and shares of a row tile whose keys were cut. Without ``GAPS``
+    (see ``page_gaps_kernel``) every key tile counts as one that may hide a key.
+    """
+    heads = sections * HEADS
+    keys = least
+    if SPLIT:
+        keys = share_keys(
+            batch, heads, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, limit, target, least,
+            TOKENS, PAGE, CSR, RAGGED,
+        )  # fmt: skip
+    e = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    b = e * 0
+    before = e * 0
+    merges_before = e * 0
+    places_before = e * 0
+    records = keys * 0
+    merges = keys * 0
+    for c in range(0, batch, CHUNK):
+        offs = c + tl.arange(0, CHUNK)
+        _start, q_len, _k_len, _first, held = sequence(
+            offs, offs < batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR,
+            RAGGED,
+        )  # fmt: skip
+        tiles = tl.cdiv(q_len, TOKENS) * heads
+        items = tiles
+        cut = tiles * 0
+        if SPLIT:
+            shares = tl.maximum(tl.cdiv(tl.minimum(held, limit), keys), 1)
+            items = tiles * shares
+            cut = tl.where(shares > 1, tiles, 0)
+        past = (records + tl.cumsum(items, 0))[None, :] <= e[:, None]
+        b += tl.sum((past & (offs < batch)[None, :]).to(tl.int32), 1)
+        before += tl.sum(tl.where(past, items[None, :], 0), 1)
+        merges_before += tl.sum(tl.where(past, cut[None, :], 0), 1)
+        places_before += tl.sum(tl.where(past & (cut > 0)[None, :], items[None, :], 0), 1)
+        records += tl.sum(items, 0)
+        merges += tl.sum(cut, 0)
+    records = tl.minimum(records, max_records)
+    if tl.program_id(0) == 0:
+        tl.store(counter_ptr, 0)
+        tl.store(counter_ptr + 1, records)
+        tl.store(counter_ptr + 2, tl.minimum(merges, max_merges))
+
+    inside = (e < records) & (b < batch)
+    q_start, q_len, k_len, table_at, held = sequence(
+        b, inside, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR, RAGGED
+    )
+    shares = e * 0 + 1
+    if SPLIT:
+        shares = tl.maximum(tl.cdiv(tl.minimum(held, limit), keys), 1)
+    rows = tl.maximum(tl.cdiv(q_len, TOKENS), 1)
+    local = tl.maximum(e - before, 0)
+    share = local % shares
+    tile = local // shares
+    head = tile // (HEADS * rows) * HEADS + tile % HEADS
+    m = rows - 1 - tile // HEADS % rows
+    m0 = m * TOKENS
+    m1 = tl.minimum(m0 + TOKENS, q_len) - 1
+    entries = e * 0
+    row = e.to(tl.int64) * 0
+    if MASKED:
+        row = b.to(tl.int64) * mask_stride_b + head // MASK_GROUP * mask_stride_h + m0 // BLOCK_Q
+        entries = tl.minimum(tl.load(count_ptr + row, mask=inside, other=0), idx_width)
+    base, total = key_tile_range(
+        entries, m0, m1, k_len - q_len, held, window_left, window_right, BLOCK_KV, TILE_N, MASKED, CAUSAL, WINDOW
+    )
+    part = tl.cdiv(total, shares)
+    skip = tl.minimum(share * part, total)
+    length = tl.minimum(part, total - skip)
+    late = length
+    early = e * 0
+    if GAPS:
+        lead = tl.load(gap_ptr + b, mask=inside, other=0)
+        gap = tl.load(gap_ptr + batch + b, mask=inside, other=0)
+        lo, hi = full_range(m0, m1, k_len - q_len, gap, window_left, window_right, CAUSAL, WINDOW)
+        if WINDOW:
+            lo = tl.maximum(lo, lead)
+        else:
+            hi = tl.where(lead > 0, 0, hi)
+        late, early = cut_tiles(
+            index_ptr + row * idx_width, entries, inside, base, total, base + skip, length, lo, hi, BLOCK_KV, TILE_N,
+            MASKED, WINDOW,
+        )  # fmt: skip
+
+    place = tl.where(shares > 1, places_before + local, -1)
+    kept = inside & (place < max_places)  # bounds out of order could ask for more
+    record = record_ptr + e.to(tl.int64) * 8
+    tl.store(record, m, mask=inside)
+    tl.store(record + 1, head, mask=inside)
+    tl.store(record + 2, b, mask=inside)
+    tl.store(record + 3, place, mask=inside)
+    tl.store(record + 4, tl.where(kept, length, -1), mask=inside)
+    tl.store(record + 5, base + skip, mask=inside)
+    tl.store(record + 6, late, mask=inside)
+    tl.store(record + 7, early, mask=inside)
+    one = inside & (local == 0)
+    tl.store(span_ptr + b, q_start, mask=one)
+    tl.store(span_ptr + span_stride + b, q_start + q_len, mask=one)
+    tl.store(span_ptr + 2 * span_stride + b, table_at, mask=one)
+    tl.store(span_ptr + 3 * span_stride + b, table_at + k_len, mask=one)
+    tl.store(span_ptr + 4 * span_stride + b, held, mask=one)
+    if SPLIT:
+        merge = merges_before + tile
+        one = inside & (share == 0) & (shares > 1) & (merge < max_merges)
+        merge_at = merge_ptr + merge.to(tl.int64) * 8
+        tl.store(merge_at, q_start + m0, mask=one)
+        tl.store(merge_at + 1, m1 + 1 - m0, mask=one)
+        tl.store(merge_at + 2, head, mask=one)
+        tl.store(merge_at + 3, place, mask=one)
+        tl.store(merge_at + 4, tl.where(place + shares <= max_places, shares, 0), mask=one)
+
+
+@triton.jit(do_not_specialize=[*NUMBERS[:5], "num_pages"])
+def page_gaps_kernel(
+    gap_ptr, cu_ptr, lens_ptr, indptr_ptr, table_ptr, batch, total_q, max_q, table_stride, table_width, num_pages,
+    PAGE: tl.constexpr, CSR: tl.constexpr, RAGGED: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program: from which to which key of a sequence every one has a page. Grid (batch,); ``gap`` int32 [2, batch].
+
+    The first stretch that has; keys behind a later gap do not count.
+    """
+    b = tl.program_id(0)
+    _start, _q_len, _k_len, first, held = sequence(
+        b, b < batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR, RAGGED
+    )
+    pages = tl.cdiv(held, PAGE)
+    lead = pages
+    gap = pages
+    for start in range(0, pages, WIDTH):
+        at = start + tl.arange(0, WIDTH)
+        page = tl.load(table_ptr + first + at, mask=at < pages, other=-1)
+        present = (page >= 0) & (page < num_pages)
+        lead = tl.minimum(lead, tl.min(tl.where(present, at, pages), 0))
+        gap = tl.minimum(gap, tl.min(tl.where(present | (at < lead), pages, at), 0))
+    tl.store(gap_ptr + b, tl.minimum(lead * PAGE, held))
+    tl.store(gap_ptr + batch + b, tl.minimum(gap * PAGE, held))
+
+
+@triton.jit(do_not_specialize=["total_q", "rows"])
+def merge_shares_kernel(
+    part_ptr, sums_ptr, merge_ptr, counter_ptr, o_ptr, lse_ptr, sinks_ptr, stride_o, total_q, rows,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr, SHARES: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """One program: merges the shares of one row of a row tile, a query of one of its ``PACK`` heads.
+
+    Grid (merges, rows of a tile at most). ``part`` float32 [places, rows, DV], ``sums`` float32 [places, 2, rows],
+    running maximum and sum; ``SHARES`` of them are read together.
+    """
+    if tl.program_id(0) >= tl.load(counter_ptr + 2):
+        return
+    merge = merge_ptr + tl.program_id(0).to(tl.int64) * 8
+    row = tl.program_id(1)
+    token = row // PACK
+    if token >= tl.load(merge + 1):
+        return
+    place = tl.load(merge + 3).to(tl.int64)
+    shares = tl.load(merge + 4)
+    columns = tl.arange(0, BLOCK_DV)
+    m_i = float("-inf")
+    l_i = 0.0
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    for start in range(0, shares, SHARES):
+        share = start + tl.arange(0, SHARES)
+        inside = share < shares
+        at = place + share
+        m_part = tl.load(sums_ptr + at * 2 * rows + row, mask=inside, other=float("-inf"))
+        l_part = tl.load(sums_ptr + (at * 2 + 1) * rows + row, mask=inside, other=0.0)
+        part_in = inside[:, None] & (columns < DV)[None, :]
+        part = tl.load(part_ptr + ((at * rows + row) * DV)[:, None] + columns[None, :], mask=part_in, other=0.0)
+        m_new = tl.maximum(m_i, tl.max(m_part, 0))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key so far: exp(-inf) = 0, not NaN
+        alpha = tl.exp2((m_i - m_safe) * LOG2E)
+        weight = tl.exp2((m_part - m_safe) * LOG2E)
+        acc = acc * alpha + tl.sum(weight[:, None] * part, 0)
+        l_i = l_i * alpha + tl.sum(weight * l_part, 0)
+        m_i = m_new
+    head = tl.load(merge + 2) * PACK + row % PACK
+    q_row = tl.load(merge) + token
+    tl.store(lse_ptr + head.to(tl.int64) * total_q + q_row, natural_lse(m_i, l_i))
+    if SINKS:
+        l_i = with_sink(m_i, l_i, tl.load(sinks_ptr + head))
+    acc = acc / tl.where(l_i > 0, l_i, 1.0)
+    o_row = q_row.to(tl.int64) * stride_o[0] + head.to(tl.int64) * stride_o[1]
+    tl.store(o_ptr + o_row + columns * stride_o[2], acc.to(o_ptr.dtype.element_ty), mask=columns < DV)
