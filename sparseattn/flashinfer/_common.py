@@ -191,13 +191,13 @@ class Options(NamedTuple):
 # ---- scales, float8 queries, LSE ----
 
 
-def _number(value: float | Tensor | None) -> float | Tensor:
-    """A number where one is at hand: None is 1, and a single element on the CPU is read."""
-    if value is None:
-        return 1.0
-    if isinstance(value, Tensor):
-        return float(value) if value.numel() == 1 and value.device.type == "cpu" else value.float()
-    return float(value)
+def _parts(value: float | Tensor | None) -> tuple[float, Tensor | None]:
+    """A scale as a number and a flat float32 tensor, one of them neutral; a single element on the CPU is read."""
+    if not isinstance(value, Tensor):
+        return 1.0 if value is None else float(value), None
+    if value.numel() == 1 and value.device.type == "cpu":
+        return float(value), None
+    return 1.0, value.float().reshape(-1)
 
 
 class Scales(NamedTuple):
@@ -225,19 +225,10 @@ def fold_scales(
     """Scales of queries, keys and values, numbers or tensors of one element or one a head, folded into few."""
     if q_scale is None and k_scale is None and v_scale is None:
         return Scales(scale, None, None, None)
-    q, k, v = _number(q_scale), _number(k_scale), _number(v_scale)
-    if not isinstance(q, Tensor):
-        scale, q = scale * q, None
-    if not isinstance(k, Tensor):
-        scale, k = scale * k, None
+    (q_factor, q), (k_factor, k), (v_factor, v) = _parts(q_scale), _parts(k_scale), _parts(v_scale)
     if q is not None and q.numel() == 1:
-        q, k = None, q.reshape(-1) if k is None else k.reshape(-1) * q.reshape(-1)
-    return Scales(
-        scale,
-        None if k is None else k.reshape(-1),
-        v.reshape(-1) if isinstance(v, Tensor) else None if v == 1.0 else v,
-        None if q is None else q.reshape(-1),
-    )
+        k, q = q if k is None else k * q, None
+    return Scales(scale * q_factor * k_factor, k, (None if v_factor == 1.0 else v_factor) if v is None else v, q)
 
 
 def as_queries(q: Tensor, factor: Tensor | None = None) -> Tensor:

@@ -287,10 +287,10 @@ def _attend_by_head(
     group = q.shape[1] // heads
     split = q.view(batch, rows, heads, group, q.shape[-1]).transpose(1, 2).reshape(-1, group, q.shape[-1])
     sinks = arguments.pop("sinks")
-    got = attend(split, cache, return_lse=True, **arguments, **query_rows(split, batch * heads, rows))
+    o, sums = attend(split, cache, return_lse=True, **arguments, **query_rows(split, batch * heads, rows))
     shape = (batch, heads, rows, group)
-    o = got[0].view(*shape, -1).transpose(1, 2).reshape(*q.shape[:2], -1)
-    sums = got[1].view(shape).transpose(1, 2).reshape(q.shape[:2])
+    o = o.view(*shape, -1).transpose(1, 2).reshape(*q.shape[:2], -1)
+    sums = sums.view(shape).transpose(1, 2).reshape(q.shape[:2])
     if sinks is not None:  # they differ by head, so they join the denominator afterwards
         o = (o.float() * torch.sigmoid(sums * _LN2 - sinks.float())[..., None]).to(o.dtype)
     check_results(q, o.shape[-1], o.dtype, out, lse)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ class MultiLevelCascadeAttentionWrapper(Wrapper):
         """Name another workspace, and one of integers a level, none of which is used."""
         super().reset_workspace_buffer(float_workspace_buffer)
 
-    def _levels(self, arrays: dict[str, Sequence[Tensor] | None]) -> list[Sequence[Tensor]]:
+    def _levels(self, arrays: Mapping[str, Sequence[Tensor] | None]) -> list[Sequence[Tensor]]:
         """The arrays, if each has a tensor a level."""
         found = []
         for name, array in arrays.items():
@@ -207,15 +207,16 @@ class MultiLevelCascadeAttentionWrapper(Wrapper):
         self._planned = plans
 
     def _tables(
-        self, level: int, qo_indptr: Tensor, tensors: list[Tensor], page_size: int
+        self, level: int, qo_indptr: Tensor, tensors: Sequence[Tensor], page_size: int
     ) -> tuple[Tensor, int | None, int | None, Table]:
         """Rows of a level's requests, the most of them, of all of them, and its page table."""
+        indptr, indices, last_page_len = tensors
         rows, longest, total = query_rows(qo_indptr, self.device)
         if self._buffers is None:
-            return rows, longest, total, csr_table(*tensors, page_size, self.device)
+            return rows, longest, total, csr_table(indptr, indices, last_page_len, page_size, self.device)
         buffer, tables = self._buffers[level]
         check_fits("qo_indptr", buffer, qo_indptr, exact=True)
-        table = tables.fill(*tensors, page_size)
+        table = tables.fill(indptr, indices, last_page_len, page_size)
         fill("qo_indptr", buffer, qo_indptr)
         return buffer, None, None, table  # a captured graph must fit every plan
 
@@ -248,7 +249,7 @@ class _SharedPrefix(Wrapper):
         rows = torch.arange(2, dtype=torch.int32, device=q.device) * q.shape[0]
         shared = attend(
             q, dense_cache(k_shared, v_shared, self._kv_layout), return_lse=True, causal=False, cu_seqlens_q=rows,
-            scale=plan.options.arguments(*q.shape[1:], q.device)["scale"],
+            scale=plan.options.arguments(q.shape[1], q.shape[2], q.device)["scale"],
         )  # fmt: skip
         merge_state_in_place(o, lse, *shared)
         return o

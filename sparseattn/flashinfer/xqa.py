@@ -89,7 +89,8 @@ def xqa(
     check_heads(packed.shape[1], cache.num_kv_heads)
     scales = fold_scales(q.shape[-1] ** -0.5, q_scale, kv_scale, kv_scale * rcp_out_scale)
     rows = query_rows(packed, cache.batch, q_seq_len, q_cu_seq_lens, q_seq_len)
-    masked = {} if mask is None or not rows else {"custom_mask": draft_mask(mask, cache, **rows), "causal": False}
+    if mask is not None and rows:
+        rows |= {"custom_mask": draft_mask(mask, cache, **rows), "causal": False}
     o = attend(
         as_queries(packed, scales.q),
         cache,
@@ -101,7 +102,6 @@ def xqa(
         window=window_of(sliding_win_size - 1),
         sinks=None if sinks is None else sinks.reshape(-1),
         **rows,
-        **masked,
     )
     assert isinstance(o, Tensor)
     return o.view(*q.shape[:-1], o.shape[-1]) if output is None else output
