@@ -19,10 +19,10 @@ IMPLEMENTATIONS = ("triton", "reference")
 AUTO = {"cuda": ("triton",), "cpu": ("reference",)}
 
 
-def check_impl(impl: str) -> None:
+def check_impl(impl: str, names: Sequence[str] = IMPLEMENTATIONS) -> None:
     """Raise unless ``impl`` is "auto" or the name of an implementation."""
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise argument_error("impl", f"one of {('auto', *IMPLEMENTATIONS)}", repr(impl))
+    if impl != "auto" and impl not in names:
+        raise argument_error("impl", f"one of {('auto', *names)}", repr(impl))
 
 
 def implementations(impl: str, t: Tensor, auto: Mapping[str, tuple[str, ...]] = AUTO) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from sparseattn.ops.paged.api import paged_attention as paged_attention
 from sparseattn.ops.paged.api import unsupported_reason as unsupported_reason
 from sparseattn.ops.paged.cache import PagedCache as PagedCache
+from sparseattn.ops.paged.checks import IMPLEMENTATIONS as IMPLEMENTATIONS
 from sparseattn.ops.paged.options import ALiBi as ALiBi
 from sparseattn.ops.paged.options import CustomMask as CustomMask
 from sparseattn.ops.paged.options import PageLists as PageLists

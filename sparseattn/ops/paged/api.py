@@ -67,7 +67,7 @@ def paged_attention(
             whatever the page size; or ``PageLists``, pages for all queries of a sequence.
         out: Where to write: q's shape with the values' head dimension, q's dtype, any strides.
         return_lse: Also return the LSE.
-        impl: "auto" (Triton on CUDA, reference elsewhere), "triton" or "reference".
+        impl: "auto" (Triton on CUDA, reference elsewhere), "gluon" (Hopper), "triton" or "reference".
 
     Returns:
         ``o`` ``[total_q, Hq, Dv]`` in q's dtype (``out``, if given); with ``return_lse`` also the natural-log LSE of

@@ -13,6 +13,7 @@ from sparseattn.ops.paged.cache import FLOAT8, PagedCache, check_int32
 from sparseattn.ops.paged.options import ALiBi, CustomMask, PageLists, RoPE
 from sparseattn.ops.paged.problem import PagedProblem
 
+IMPLEMENTATIONS = ("gluon", "triton", "reference")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -34,7 +35,7 @@ def make_problem(
     impl: str,
 ) -> tuple[PagedProblem, Tensor, Tensor | None]:
     """Check a call; returns its problem, and q in the parts that meet ``cache.k`` and ``cache.k_rope``."""
-    check_impl(impl)
+    check_impl(impl, IMPLEMENTATIONS)
     if not isinstance(cache, PagedCache):
         raise argument_error("cache", "a PagedCache", type(cache).__name__, kind=TypeError)
     if not isinstance(causal, bool):

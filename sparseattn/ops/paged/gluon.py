@@ -272,7 +272,8 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
         ("decode16-256x256", (256, 256), {"PAGE": 16, **decode}),
     ]
     cases = [(f"gluon-paged-{name}-sm90", *offline(dims, {**ragged, **facts})) for name, dims, facts in shapes]
-    everything: dict[str, Any] = dict.fromkeys(("MASKED", "CSR", "CAUSAL", "WINDOW", "RAGGED", "SPLIT", "GAPS", "SINKS"), 1)
+    flags = ("MASKED", "CSR", "CAUSAL", "WINDOW", "RAGGED", "SPLIT", "GAPS", "SINKS")
+    everything: dict[str, Any] = dict.fromkeys(flags, True)
     everything |= {"TOKENS": 32, "BLOCK_Q": 128, "BLOCK_KV": 128, "TILE_N": 128, "PAGE": 16, "HEADS": 1}
     everything |= {"MASK_GROUP": 1, "TILES": _RECORDS, "WIDTH": 1024, "DV": 128, "BLOCK_DV": 128, "PACK": 4}
     for name, kernel in (("schedule", paged_schedule_kernel), ("gaps", page_gaps_kernel)):
