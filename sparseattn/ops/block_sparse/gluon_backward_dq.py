@@ -134,14 +134,13 @@ def dq_step(
 
 
 @gluon.jit
-def load_sums(sums_ptr, rows, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr):
-    """A [64, BLOCK_D] tile of dQ that lies in memory in the order of ``emit_dq``; zeros if it has no ``rows``."""
+def load_sums(sums_ptr, BLOCK_D: gl.constexpr, LAYOUT: gl.constexpr):
+    """A [64, BLOCK_D] tile of dQ that lies in memory in the order of ``emit_dq``."""
     row = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     col = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LAYOUT))
     of_row = row // 16 * 128 + row % 8 * 16 + row % 16 // 8 * 2
     of_col = col // 64 * 4096 + col % 64 // 8 * 512 + col % 8 // 2 * 4 + col % 2
-    offs = of_row[:, None] + of_col[None, :]
-    return gl.load(sums_ptr + offs, mask=offs < gl.minimum(rows, 1) * (64 * BLOCK_D), other=0.0)
+    return gl.load(sums_ptr + (of_row[:, None] + of_col[None, :]))
 
 
 @gluon.jit
@@ -180,8 +179,7 @@ def dq_consumer(
         mbarrier.arrive(tile_empty.index(turn & 1), count=1)
         in_tile = gl.arange(0, 64, ROWS)
         rows = x0 + in_tile
-        tile = (head * row_tiles + tile + x0 // 64).to(gl.int64)
-        numbers = numbers_ptr + tile * 128
+        numbers = numbers_ptr + (head * row_tiles + tile + x0 // 64).to(gl.int64) * 128
         # A tile that lies past the sequence's end has no numbers of its own.
         norm = gl.load(numbers + in_tile, mask=rows < q_len, other=float("inf"))
         delta = gl.load(numbers + 64 + in_tile, mask=rows < q_len, other=0.0)
@@ -189,7 +187,10 @@ def dq_consumer(
         last_key = gl.minimum(rows + offset + reach_ahead, k_len - 1)
         acc = gl.zeros([64, BLOCK_D], gl.float32, LAYOUT)
         if STARTED:
-            acc = load_sums(sums_ptr + tile * (64 * BLOCK_D), q_len - x0, BLOCK_D, LAYOUT)
+            # Nor sums: it takes those of the last tile that does, for rows that are never stored.
+            present = gl.minimum(x0, gl.maximum(q_len - 1, 0)) // 64
+            sums = sums_ptr + (head * row_tiles + tile + present).to(gl.int64) * (64 * BLOCK_D)
+            acc = load_sums(sums, BLOCK_D, LAYOUT)
         mbarrier.wait(q_full.index(CID), turn & 1)
         k_stage, k_phase, v_stage, v_phase, acc = dq_tile(
             acc, zeros, q_s, do_s, k_s, v_s, steps_s, count_s, k_full, k_empty, v_full, v_empty,

@@ -198,6 +198,13 @@ def _numbers(g: Geometry) -> tuple[float, ...]:
     return g.scale, g.softcap, g.window_left, g.window_right
 
 
+def finish_config(head_dim: int, block_q: int) -> tuple[int, int, int]:
+    """Rows, warps and stages of ``finish_kernel``: the most that stay in registers."""
+    rows, warps, stages = (64, 8, 1) if head_dim > 128 else (128, 8, 2)
+    divisor = block_q & -block_q
+    return (rows, warps, stages) if divisor >= rows else (divisor, 4, stages)
+
+
 def finish(
     q: Tensor, k: Tensor, v: Tensor, o_part: Tensor, lse_part: Tensor, o: Tensor, lse: Tensor, sinks: Tensor | None,
     extra: Extra, g: Geometry,
@@ -216,14 +223,14 @@ def finish(
     """
     heads, heads_k = q.shape[-2], k.shape[-2]
     rows = q.shape[0] if g.packed else q.shape[1]
-    block_m = min(128, g.block_q & -g.block_q)
+    block_m, num_warps, num_stages = finish_config(max(q.shape[-1], v.shape[-1]), g.block_q)
     group = heads // heads_k
     finish_kernel[(triton.cdiv(g.max_q, block_m) * group, heads_k, g.batch)](
         q, k, v, o_part, lse_part, o, lse, lse if sinks is None else sinks, *_spans(g, lse), *extra,
         *(_strides(t, g.packed) for t in (q, k, v, o)), 0 if g.packed else heads * rows, rows, *_mask_strides(g),
         g.max_q, g.max_k, o_part.shape[0], o.numel(), lse.numel(), *_numbers(g),
         **call_facts(q, k, v, g), **extra_facts("forward", q, v, g), BLOCK_M=block_m, BLOCK_Q=g.block_q,
-        BLOCK_KV=g.block_kv, SINKS=sinks is not None, num_warps=8 if block_m == 128 else 4, num_stages=2, **LAUNCH,
+        BLOCK_KV=g.block_kv, SINKS=sinks is not None, num_warps=num_warps, num_stages=num_stages, **LAUNCH,
     )  # fmt: skip
 
 
@@ -251,7 +258,7 @@ def start_dq(
         q, k, v, do, norm, delta, sums, *_spans(g, norm), *extra,
         *(_strides(t, g.packed) for t in (q, k, v, do)), 0 if g.packed else heads * rows, rows, *_mask_strides(g),
         g.max_q, g.max_k, row_tiles, *_numbers(g),
-        **facts, BLOCK_Q=g.block_q, BLOCK_KV=g.block_kv, PACKED=g.packed, num_warps=4, num_stages=2, **LAUNCH,
+        **facts, BLOCK_Q=g.block_q, BLOCK_KV=g.block_kv, PACKED=g.packed, num_warps=4, num_stages=1, **LAUNCH,
     )  # fmt: skip
 
 
@@ -272,13 +279,12 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
     everything = dict.fromkeys(("WINDOW", "SOFTCAP", "SINKS", "RAGGED_Q", "RAGGED_K", "PACKED"), True)
     cases = []
-    for dim in (64, 128, 256):
-        finish_case = _offline(finish_kernel, dim, {"BLOCK_E": extra_tile("forward", dim, 2, 9)})
-        cases.append((f"extra-finish-{dim}-sm90", *finish_case, 8, 2))
-        if dim <= 128:
-            cases.append((f"extra-start-dq-{dim}-sm90", *_offline(start_dq_kernel, dim, {}), 4, 2))
-    cases.append(("extra-finish-all-128-sm90", *_offline(finish_kernel, 128, everything), 8, 2))
-    cases.append(("extra-start-dq-all-128-sm90", *_offline(start_dq_kernel, 128, everything), 4, 2))
+    for name, dim, flags in (("128", 128, {}), ("256", 256, {}), ("all-128", 128, everything)):
+        rows, warps, stages = finish_config(dim, 128)
+        tiles = {"BLOCK_M": rows, "BLOCK_E": extra_tile("forward", dim, 2, 9)}
+        cases.append((f"extra-finish-{name}-sm90", *_offline(finish_kernel, dim, flags | tiles), warps, stages))
+    for name, flags in (("128", {}), ("all-128", everything)):
+        cases.append((f"extra-start-dq-{name}-sm90", *_offline(start_dq_kernel, 128, flags), 4, 1))
     return cases
 
 
