@@ -97,3 +97,29 @@ def natural_lse(m_i, l_i, qk_scale):
 def with_sink(m_i, l_i, sink, qk_scale):
     """Row sums with their heads' sink logits in the denominator; still 0 for a row that saw no key."""
     return l_i + gl.where(l_i > 0, gl.exp2(sink * LOG2E - m_i * qk_scale), 0.0)
+
+
+@gluon.jit
+def leave_sums(sums_ptr, at, share, split_stride, m_i, l_i, inside, qk_scale):
+    """Leave a share's maxima, natural-log, and sums of the rows at ``at``."""
+    part = sums_ptr + share.to(gl.int64) * 2 * split_stride + at
+    gl.store(part, m_i * (qk_scale * LN2), mask=inside)
+    gl.store(part + split_stride, l_i, mask=inside)
+
+
+@gluon.jit
+def leave_part(part_ptr, o_row, share, split_stride, acc, inside, F: gl.constexpr):
+    """Leave a share's unnormalised outputs, float32; ``o_row`` counts elements."""
+    offs = gl.arange(0, F.BLOCK_DV, gl.SliceLayout(0, acc.type.layout))
+    o_in = gl.convert_layout(inside, o_row.type.layout)[:, None] & (offs < F.DV)[None, :]
+    o_part = part_ptr + share.to(gl.int64) * split_stride
+    gl.store(o_part + o_row[:, None] + offs[None, :], acc, mask=o_in)
+
+
+@gluon.jit
+def finish_sums(lse_ptr, lse_at, sinks_ptr, heads, m_i, l_i, inside, qk_scale, F: gl.constexpr):
+    """Write the LSE of finished rows; returns the factor that normalises their outputs."""
+    gl.store(lse_ptr + lse_at, natural_lse(m_i, l_i, qk_scale), mask=inside)
+    if F.SINKS:
+        l_i = with_sink(m_i, l_i, gl.load(sinks_ptr + heads).to(gl.float32), qk_scale)
+    return 1.0 / gl.where(l_i > 0, l_i, 1.0)

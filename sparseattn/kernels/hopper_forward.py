@@ -31,14 +31,14 @@ from sparseattn.kernels.hopper import (
 )
 from sparseattn.kernels.hopper_attention import (
     HIDDEN,
-    LN2,
     cap_scores,
+    finish_sums,
     hide,
-    natural_lse,
+    leave_part,
+    leave_sums,
     next_softmax,
     row_sums,
     thread_sums,
-    with_sink,
 )
 from sparseattn.kernels.hopper_pages import key_boxes, load_pages, page_columns
 
@@ -57,7 +57,8 @@ class Facts:
     Attributes:
         HEADS: Query heads.
         GROUP: Query heads of a KV head.
-        PACK: Query heads in a row tile.
+        PACK: Query heads in a row tile; where GROUP is no multiple of them (``PAGE`` only), a group's last tile has
+            fewer, and every share a place.
         MASK_GROUP: Query heads that share a list.
         TOKENS: Query tokens of a row tile.
         BLOCK_Q: Rows of a mask block.
@@ -86,6 +87,7 @@ class Facts:
         GATHER: A key tile holds several mask blocks.
         BOX: Keys that are loaded together.
         LOADER: Registers of the producer's threads.
+        CHUNKS: Tiles into which a group's heads are cut.
         SLOTS: Tokens of a row tile in one consumer.
     """
 
@@ -120,6 +122,7 @@ class Facts:
     GATHER: Any = field(init=False, default=False)
     BOX: Any = field(init=False, default=0)
     LOADER: Any = field(init=False, default=24)
+    CHUNKS: Any = field(init=False, default=0)
     SLOTS: Any = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -129,7 +132,7 @@ class Facts:
             parts = (self.PAGE, self.BLOCK_KV) if self.MASKED else (self.PAGE,)
             box = min(self.TILE_N, *(n & -n for n in parts))
         facts = vars(self) | {"PAGED": self.PAGE > 0, "GATHER": gather, "BOX": box, "SLOTS": 64 // self.PACK}
-        facts["LOADER"] = 40 if self.PAGE else 24
+        facts |= {"LOADER": 40 if self.PAGE else 24, "CHUNKS": -(-self.GROUP // self.PACK)}
         # Attributes of a compile-time argument must be compile-time values themselves.
         for name, value in facts.items():
             object.__setattr__(self, name, gl.constexpr(value))
@@ -157,6 +160,16 @@ def read_record(record_ptr, position):
         gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3),
         gl.load(at + 4), gl.load(at + 5), gl.load(at + 6), gl.load(at + 7),
     )  # fmt: skip
+
+
+@gluon.jit
+def first_head(head, F: gl.constexpr):
+    """The first query head of a tile head."""
+    if F.GROUP % F.PACK == 0:
+        first = head * F.PACK
+    else:
+        first = head // F.CHUNKS * F.GROUP + head % F.CHUNKS * F.PACK
+    return first
 
 
 @gluon.jit
@@ -262,11 +275,12 @@ def producer(call, F: gl.constexpr):
             q_start += b * q_rows
             k_row0 = k_start + b * k_rows
             v_row0 = k_start + b * v_rows
-            head_k = head * F.PACK // F.GROUP
+            head_q = first_head(head, F)
+            head_k = head_q // F.GROUP
             entries = 1
             list_ptr = index_ptr
             if F.MASKED:
-                list_row = b.to(gl.int64) * mask_stride_b + head * F.PACK // F.MASK_GROUP * mask_stride_h
+                list_row = b.to(gl.int64) * mask_stride_b + head_q // F.MASK_GROUP * mask_stride_h
                 list_row += m * F.TOKENS // F.BLOCK_Q
                 list_ptr = index_ptr + list_row * idx_width
                 if F.GATHER:
@@ -294,9 +308,7 @@ def producer(call, F: gl.constexpr):
             for c in gl.static_range(F.CONSUMERS):
                 mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
                 mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-                load_rows(
-                    q_desc, q_start, bound, m * F.TOKENS + c * F.SLOTS, head * F.PACK, q_full.index(c), q_s.index(c)
-                )
+                load_rows(q_desc, q_start, bound, m * F.TOKENS + c * F.SLOTS, head_q, q_full.index(c), q_s.index(c))
             turn += 1
             for i in range(0, last):
                 above = row
@@ -392,32 +404,6 @@ def attend_cut(
 
 
 @gluon.jit
-def leave_sums(sums_ptr, at, share, split_stride, m_i, l_i, inside, qk_scale):
-    """Leave a share's maxima, natural-log, and sums of the rows at ``at``."""
-    part = sums_ptr + share.to(gl.int64) * 2 * split_stride + at
-    gl.store(part, m_i * (qk_scale * LN2), mask=inside)
-    gl.store(part + split_stride, l_i, mask=inside)
-
-
-@gluon.jit
-def leave_part(part_ptr, o_row, share, split_stride, acc, inside, F: gl.constexpr):
-    """Leave a share's unnormalised outputs, float32; ``o_row`` counts elements."""
-    offs = gl.arange(0, F.BLOCK_DV, gl.SliceLayout(0, acc.type.layout))
-    o_in = gl.convert_layout(inside, o_row.type.layout)[:, None] & (offs < F.DV)[None, :]
-    o_part = part_ptr + share.to(gl.int64) * split_stride
-    gl.store(o_part + o_row[:, None] + offs[None, :], acc, mask=o_in)
-
-
-@gluon.jit
-def finish_sums(lse_ptr, lse_at, sinks_ptr, heads, m_i, l_i, inside, qk_scale, F: gl.constexpr):
-    """Write the LSE of finished rows; returns the factor that normalises their outputs."""
-    gl.store(lse_ptr + lse_at, natural_lse(m_i, l_i, qk_scale), mask=inside)
-    if F.SINKS:
-        l_i = with_sink(m_i, l_i, gl.load(sinks_ptr + heads).to(gl.float32), qk_scale)
-    return 1.0 / gl.where(l_i > 0, l_i, 1.0)
-
-
-@gluon.jit
 def store_output(o_desc, o_s, acc, factor, start, bound, row, head, F: gl.constexpr):
     """Send finished rows off through shared memory."""
     acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
@@ -461,7 +447,7 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
         acc = gl.zeros([64, F.BLOCK_DV], gl.float32, O_LAYOUT)
         qk_scale = scale
         if F.SCALED:
-            head_k = head * F.PACK // F.GROUP
+            head_k = first_head(head, F) // F.GROUP
             qk_scale = scale * gl.load(scales_ptr + head_k)
             v_scale = gl.load(scales_ptr + F.HEADS // F.GROUP + head_k)
 
@@ -508,7 +494,8 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
         l_i = row_sums(l_i, ROWS)
         bound = gl.minimum(q_len, m * F.TOKENS + F.TOKENS)
         inside = tokens < bound
-        heads = head * F.PACK + row // F.SLOTS
+        head_q = first_head(head, F)
+        heads = head_q + row // F.SLOTS
         lse_at = b.to(gl.int64) * lse_stride_b + heads.to(gl.int64) * lse_stride_h + q_start + tokens
         if not F.PAGED:
             if F.SPLIT:
@@ -531,13 +518,13 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
                 leave_part(o_ptr, gl.convert_layout(at, O_ROWS) * F.DV, share, o_split_stride, acc, inside, F)
             else:
                 factor = finish_sums(lse_ptr, lse_at, sinks_ptr, heads, m_i, l_i, inside, qk_scale, F)
-                store_output(o_desc, o_s.index(CID), acc, factor, q_start, bound, row0, head * F.PACK, F)
+                store_output(o_desc, o_s.index(CID), acc, factor, q_start, bound, row0, head_q, F)
         elif F.SPLIT:
             o_row = gl.convert_layout(q_start + tokens, O_ROWS).to(gl.int64) * (F.HEADS * F.DV)
             o_row += gl.convert_layout(heads, O_ROWS) * F.DV
             leave_part(o_ptr, o_row, share, o_split_stride, acc, inside, F)
         else:
-            store_output(o_desc, o_s.index(CID), acc, factor, q_start, bound, row0, head * F.PACK, F)
+            store_output(o_desc, o_s.index(CID), acc, factor, q_start, bound, row0, head_q, F)
         if F.O_IN_Q:
             mbarrier.arrive(q_empty.index(CID), count=1)
         m, head, b, share, count, first, late, early = record

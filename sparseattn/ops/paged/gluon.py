@@ -50,6 +50,7 @@ class Plan(NamedTuple):
         target: Shares of keys that all row tiles together should make; 0: keys are not cut.
         least: Keys of a share at least.
         limit: Keys of a sequence that a row tile can see, at most.
+        merged: Every row tile leaves sums, even one of one share.
         records: Row tiles and shares, at most.
         places: Shares that leave sums, at most.
         merges: Row tiles of several shares, at most.
@@ -63,6 +64,7 @@ class Plan(NamedTuple):
     target: int
     least: int
     limit: int
+    merged: bool
     records: int
     places: int
     merges: int
@@ -119,6 +121,9 @@ def plan(q: Tensor, p: PagedProblem, processors: int) -> Plan:
     group = heads // heads_k
     shared = p.list_indices is None or p.list_indices.shape[1] <= heads_k
     pack = min(group & -group, MAX_PACK) if shared else 1
+    whole = min(triton.next_power_of_2(group), MAX_PACK)
+    if shared and p.max_q * whole <= 64:  # rows are not scarce: a group of 7 reads its keys once
+        pack = whole
     slots = 64 // pack
     consumers = 2 if p.max_q > slots and p.block_q % (2 * slots) == 0 else 1
     tokens = math.gcd(p.block_q, consumers * slots)  # those of a tile share a list; gcd(0, n) is n
@@ -130,7 +135,8 @@ def plan(q: Tensor, p: PagedProblem, processors: int) -> Plan:
         limit = p.window_left + p.max_q + max(p.window_right, 0) + 1
     if p.list_indices is not None:
         limit = min(limit, max(1, p.list_indices.shape[-1] * p.block_kv))
-    row_tiles_ = (p.batch if p.cu_seqlens_q is None else q.shape[0] // tokens + p.batch) * (heads // pack)
+    row_tiles_ = p.batch if p.cu_seqlens_q is None else q.shape[0] // tokens + p.batch
+    row_tiles_ *= heads_k * triton.cdiv(group, pack)
     programs = processors * tiles.programs
     target = (4 if rows <= _FEW_ROWS else 2) * programs
     least = _LEAST_TILES * tiles.tile_n
@@ -138,9 +144,11 @@ def plan(q: Tensor, p: PagedProblem, processors: int) -> Plan:
         target = 0
     # A share more than the first begins only where one of `target` ends; a sequence that is cut has twice them at most.
     records = row_tiles_ + target
-    places = min(2 * target, records)
-    merges = min(target, row_tiles_)
-    return Plan(tiles, pack, tokens, rows, target, least, limit, records, places, merges, min(programs, records))
+    merged = group % pack > 0  # a tensor map would store the heads of the next group, too
+    places = records if merged else min(2 * target, records)
+    merges = row_tiles_ if merged else min(target, row_tiles_)
+    programs = min(programs, records)
+    return Plan(tiles, pack, tokens, rows, target, least, limit, merged, records, places, merges, programs)
 
 
 def attend(q: Tensor, q_rope: Tensor | None, out: Tensor, lse: Tensor, p: PagedProblem) -> None:
@@ -177,6 +185,8 @@ def _schedule(q: Tensor, p: PagedProblem, cut: Plan) -> tuple[Tensor, Tensor, Te
     batch = (q.shape[0], p.max_q, table.stride(0) if p.indptr is None else 0, table.shape[-1])
     csr, ragged = p.indptr is not None, p.cu_seqlens_q is not None
     counts, indices, strides = _lists(p, counter)
+    chunks = triton.cdiv(heads // heads_k, cut.pack)
+    list_heads = 1 if p.list_indices is None else p.list_indices.shape[1]
     # Page lists come in any order, and few rows wait for memory anyway: all of their tiles take the careful path.
     gaps = cut.rows > _FEW_ROWS and not (p.list_indices is not None and p.block_q == 0)
     gap = torch.empty((2, p.batch), dtype=torch.int32, device=q.device) if gaps else counter
@@ -190,9 +200,9 @@ def _schedule(q: Tensor, p: PagedProblem, cut: Plan) -> tuple[Tensor, Tensor, Te
         p.batch, *batch, cut.records, cut.places, cut.merges, *strides, heads_k, cut.limit, max(1, cut.target),
         cut.least, p.window_left, p.window_right, spans.stride(0),
         TOKENS=cut.tokens, BLOCK_Q=p.block_q or _NO_LIMIT, BLOCK_KV=p.block_kv, TILE_N=cut.tiles.tile_n,
-        PAGE=p.page_size, HEADS=heads // heads_k // cut.pack, MASK_GROUP=_mask_group(q, p) // cut.pack, TILES=_RECORDS,
+        PAGE=p.page_size, HEADS=chunks, MASK_GROUP=heads_k * chunks // list_heads, TILES=_RECORDS,
         MASKED=p.list_indices is not None, CSR=csr, CAUSAL=p.causal, WINDOW=_windowed(p), RAGGED=ragged,
-        SPLIT=cut.target > 0, GAPS=gaps, num_warps=4, **LAUNCH,
+        SPLIT=cut.target > 0, MERGED=cut.merged, GAPS=gaps, num_warps=4, **LAUNCH,
     )  # fmt: skip
     return records, counter, merges, spans
 
@@ -223,12 +233,12 @@ def _launch(
         facts, consumer_registers(facts), _rows(_table(p)), spans[4], p.k.shape[0], sums, scales,
         num_warps=4, maxnreg=128 if tiles.programs == 2 else None, **LAUNCH,
     )  # fmt: skip
-    if cut.target:
+    if cut.merges:
         few = cut.rows <= _FEW_ROWS
         merge_shares_kernel[(cut.merges, cut.rows)](
             part, sums, merges, counter, o, lse, sinks, o.stride(), q.shape[0], cut.rows,
-            DV=dim_v, BLOCK_DV=triton.next_power_of_2(dim_v), PACK=cut.pack, SHARES=32 if few else 8,
-            SINKS=p.sinks is not None, num_warps=4 if few else 1, **LAUNCH,
+            DV=dim_v, BLOCK_DV=triton.next_power_of_2(dim_v), GROUP=heads // heads_k, PACK=cut.pack,
+            SHARES=32 if few else 8, SINKS=p.sinks is not None, num_warps=4 if few else 1, **LAUNCH,
         )  # fmt: skip
 
 
@@ -272,10 +282,10 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
         ("decode16-256x256", (256, 256), {"PAGE": 16, **decode}),
     ]
     cases = [(f"gluon-paged-{name}-sm90", *offline(dims, {**ragged, **facts})) for name, dims, facts in shapes]
-    flags = ("MASKED", "CSR", "CAUSAL", "WINDOW", "RAGGED", "SPLIT", "GAPS", "SINKS")
+    flags = ("MASKED", "CSR", "CAUSAL", "WINDOW", "RAGGED", "SPLIT", "MERGED", "GAPS", "SINKS")
     everything: dict[str, Any] = dict.fromkeys(flags, True)
     everything |= {"TOKENS": 32, "BLOCK_Q": 128, "BLOCK_KV": 128, "TILE_N": 128, "PAGE": 16, "HEADS": 1}
-    everything |= {"MASK_GROUP": 1, "TILES": _RECORDS, "WIDTH": 1024, "DV": 128, "BLOCK_DV": 128, "PACK": 4}
+    everything |= {"MASK_GROUP": 1, "TILES": _RECORDS, "WIDTH": 1024, "DV": 128, "BLOCK_DV": 128, "PACK": 4, "GROUP": 4}
     for name, kernel in (("schedule", paged_schedule_kernel), ("gaps", page_gaps_kernel)):
         cases.append((f"gluon-paged-{name}-sm90", *_offline(kernel, everything), 4, 1, {}))
     cases.append(("gluon-paged-merge-sm90", *_offline(merge_shares_kernel, {**everything, "SHARES": 32}), 4, 1, {}))

@@ -65,15 +65,16 @@ def paged_schedule_kernel(
     span_stride,
     TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE_N: tl.constexpr, PAGE: tl.constexpr,
     HEADS: tl.constexpr, MASK_GROUP: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr, CSR: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RAGGED: tl.constexpr, SPLIT: tl.constexpr, GAPS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RAGGED: tl.constexpr, SPLIT: tl.constexpr, MERGED: tl.constexpr,
+    GAPS: tl.constexpr,
 ):  # fmt: skip
     """One program: ``TILES`` records of the Hopper forward kernel, those of a sequence's KV head side by side.
 
     Grid (records / TILES,). ``HEADS`` tiles heads (a packed group is one) of each of ``sections`` KV heads, late rows
     first. Besides the records: ``counter`` int32 [3]: 0, records, merges; ``span`` int32 [5, span_stride]: first and
     end of the queries, where page numbers begin and that plus the keys, keys that can have a page; ``merge`` int32
-    [.., 8]: first row, rows, tile head, first place and shares of a row tile whose keys were cut. Without ``GAPS``
-    (see ``page_gaps_kernel``) every key tile counts as one that may hide a key.
+    [.., 8]: first row, rows, tile head, first place and shares of a row tile whose keys were cut; with ``MERGED`` of
+    every row tile. Without ``GAPS`` (see ``page_gaps_kernel``) every key tile counts as one that may hide a key.
     """
     heads = sections * HEADS
     keys = least
@@ -97,11 +98,11 @@ def paged_schedule_kernel(
         )  # fmt: skip
         tiles = tl.cdiv(q_len, TOKENS) * heads
         items = tiles
-        cut = tiles * 0
+        cut = tiles * (1 if MERGED else 0)
         if SPLIT:
             shares = tl.maximum(tl.cdiv(tl.minimum(held, limit), keys), 1)
             items = tiles * shares
-            cut = tl.where(shares > 1, tiles, 0)
+            cut = tl.where((shares > 1) | MERGED, tiles, 0)
         past = (records + tl.cumsum(items, 0))[None, :] <= e[:, None]
         b += tl.sum((past & (offs < batch)[None, :]).to(tl.int32), 1)
         before += tl.sum(tl.where(past, items[None, :], 0), 1)
@@ -156,7 +157,8 @@ def paged_schedule_kernel(
             MASKED, WINDOW,
         )  # fmt: skip
 
-    place = tl.where(shares > 1, places_before + local, -1)
+    merged = (shares > 1) | MERGED
+    place = tl.where(merged, places_before + local, -1)
     kept = inside & (place < max_places)  # bounds out of order could ask for more
     record = record_ptr + e.to(tl.int64) * 8
     tl.store(record, m, mask=inside)
@@ -173,9 +175,9 @@ def paged_schedule_kernel(
     tl.store(span_ptr + 2 * span_stride + b, table_at, mask=one)
     tl.store(span_ptr + 3 * span_stride + b, table_at + k_len, mask=one)
     tl.store(span_ptr + 4 * span_stride + b, held, mask=one)
-    if SPLIT:
+    if SPLIT or MERGED:
         merge = merges_before + tile
-        one = inside & (share == 0) & (shares > 1) & (merge < max_merges)
+        one = inside & (share == 0) & merged & (merge < max_merges)
         merge_at = merge_ptr + merge.to(tl.int64) * 8
         tl.store(merge_at, q_start + m0, mask=one)
         tl.store(merge_at + 1, m1 + 1 - m0, mask=one)
@@ -213,7 +215,8 @@ def page_gaps_kernel(
 @triton.jit(do_not_specialize=["total_q", "rows"])
 def merge_shares_kernel(
     part_ptr, sums_ptr, merge_ptr, counter_ptr, o_ptr, lse_ptr, sinks_ptr, stride_o, total_q, rows,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr, SHARES: tl.constexpr, SINKS: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, SHARES: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
     """One program: merges the shares of one row of a row tile, a query of one of its ``PACK`` heads.
 
@@ -225,7 +228,10 @@ def merge_shares_kernel(
     merge = merge_ptr + tl.program_id(0).to(tl.int64) * 8
     row = tl.program_id(1)
     token = row // PACK
-    if token >= tl.load(merge + 1):
+    CHUNKS: tl.constexpr = (GROUP + PACK - 1) // PACK
+    tile_head = tl.load(merge + 2)
+    in_group = tile_head % CHUNKS * PACK + row % PACK
+    if (token >= tl.load(merge + 1)) | (in_group >= GROUP):
         return
     place = tl.load(merge + 3).to(tl.int64)
     shares = tl.load(merge + 4)
@@ -248,7 +254,7 @@ def merge_shares_kernel(
         acc = acc * alpha + tl.sum(weight[:, None] * part, 0)
         l_i = l_i * alpha + tl.sum(weight * l_part, 0)
         m_i = m_new
-    head = tl.load(merge + 2) * PACK + row % PACK
+    head = tile_head // CHUNKS * GROUP + in_group
     q_row = tl.load(merge) + token
     tl.store(lse_ptr + head.to(tl.int64) * total_q + q_row, natural_lse(m_i, l_i))
     if SINKS:
