@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sparseattn import BlockMask
 from sparseattn.testing.workloads import Problem
 
 OURS = ("sparseattn_gluon", "sparseattn_triton")
@@ -78,13 +77,12 @@ def blocks(**shape: Any) -> Iterator[Case]:
 def flashinfer(**shape: Any) -> Iterator[Case]:
     """FlashInfer's own workload: 20 x 50 blocks of equal size, chosen by head, not causal.
 
-    Its lengths are powers of two, which 20 and 50 do not divide, so they need a mask of variable blocks. The lengths
-    here make every block a multiple of 128 tokens; the powers of two join them where ``BlockMask`` can express them.
+    Its own lengths are powers of two, which 20 and 50 do not divide: masks of variable blocks. At the others every
+    block is a multiple of 128 tokens.
     """
     common: dict[str, Any] = {"heads": 32, "kv_heads": 32, "dtype": "fp16", "causal": False, **shape}
     impls = (*OURS, "flashinfer_variable", "fa4", *DENSE)
-    variable = getattr(BlockMask, "from_variable_blocks", None) is not None
-    for n in (12800, 25600, *((8192, 16384, 32768) if variable else ())):
+    for n in (12800, 25600, 8192, 16384, 32768):
         who = impls if n % 12800 == 0 else tuple(name for name in impls if name != "fa4")
         for density in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
             yield Case(Problem("forward", n, density, grid=(20, 50), **common), who)

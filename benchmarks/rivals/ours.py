@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.rivals.registry import Prepared, implementation
 from sparseattn import BlockMask, block_sparse_attention
+from sparseattn.masks import VariableBlockMask
 from sparseattn.ops.block_sparse import unsupported_reason
 from sparseattn.testing.baselines import Unsupported
 from sparseattn.testing.timing import time_ms, wall_ms
@@ -17,7 +18,9 @@ from sparseattn.testing.workloads import Problem
 _KERNELS = ("triton", "gluon")
 
 
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = None, **options: Any) -> Tensor:
+def attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | VariableBlockMask | None = None, **options: Any
+) -> Tensor:
     """Our operator as users call it; dense causal without a mask."""
     o = block_sparse_attention(q, k, v, mask, **options)
     assert isinstance(o, Tensor)
@@ -25,7 +28,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None = None
 
 
 def _prepare(problem: Problem, impl: str, *, dense: bool = False, **options: Any) -> Prepared:
-    mask = None if dense else problem.mask
+    mask = None if dense else problem.selection
     options |= {"causal": problem.causal} if dense else {}
     reason = unsupported_reason(*problem.qkv, mask, impl=impl, causal=options.get("causal"))
     if reason is not None:

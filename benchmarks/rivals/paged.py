@@ -18,7 +18,9 @@ from benchmarks.paged_blocks import BSR, Variable
 from benchmarks.paged_problems import Append, Decode, Latent, Merge, Prefill, Workload
 from benchmarks.rivals.registry import needs, nothing_missing
 from sparseattn import BlockMask, block_sparse_attention
+from sparseattn.masks import VariableBlockMask
 from sparseattn.ops import block_sparse as block_sparse_ops
+from sparseattn.ops import bsr as bsr_ops
 from sparseattn.ops import paged as paged_ops
 from sparseattn.testing.baselines import Unsupported
 
@@ -195,13 +197,20 @@ _serve_by_api("flashinfer_cuda_cores", _cuda_cores, _flashinfer_missing, on_cuda
 # ---- our operators ----
 
 
-def _attend_pages(impl: str, q: Any, cache: paged_ops.PagedCache, **options: Any) -> Call:
+def _runs(unsupported_reason: Callable[..., str | None], *tensors: Any, **options: Any) -> None:
+    """Raise ``Unsupported`` unless an operator runs a call."""
     try:
-        reason = paged_ops.unsupported_reason(q, cache, impl=impl, **options)
-    except ValueError as error:  # an implementation that this operator has not
-        raise Unsupported(str(error)) from error
+        reason = unsupported_reason(*tensors, **options)
+    except ValueError as error:
+        if not str(error).startswith("impl: "):
+            raise
+        reason = str(error)  # an implementation that this operator does not have
     if reason is not None:
         raise Unsupported(reason)
+
+
+def _attend_pages(impl: str, q: Any, cache: paged_ops.PagedCache, **options: Any) -> Call:
+    _runs(paged_ops.unsupported_reason, q, cache, impl=impl, **options)
     return Call(partial(paged_ops.paged_attention, q, cache, impl=impl, **options))
 
 
@@ -223,10 +232,8 @@ def _prefill(w: Prefill, impl: str) -> Call:
     return _attend_blocks(w.q, *w.kv, None, options)
 
 
-def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, options: dict[str, Any]) -> Call:
-    reason = block_sparse_ops.unsupported_reason(q, k, v, mask, **options)
-    if reason is not None:
-        raise Unsupported(reason)
+def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: VariableBlockMask | None, options: dict[str, Any]) -> Call:
+    _runs(block_sparse_ops.unsupported_reason, q, k, v, mask, **options)
     return Call(partial(block_sparse_attention, q, k, v, mask, **options))
 
 
@@ -236,28 +243,38 @@ def _mla(w: Latent, impl: str) -> Call:
 
 
 def _bsr(w: BSR, impl: str) -> Call:
-    made: list[BlockMask] = []
+    made: list[bsr_ops.BlockRows] = []
 
     def plan() -> None:
-        made[:] = [BlockMask.from_bsr(*w.bsr, seq_lens=(w.n, w.n), block_size=(w.R, w.C))]
+        made[:] = [bsr_ops.make_rows(*w.bsr, (w.R, w.C), (w.n, w.n))]
 
-    try:
-        plan()
-    except ValueError as error:
-        raise Unsupported(str(error)) from error
+    plan()
+    _runs(bsr_ops.unsupported_reason, *w.qkv, made[0], impl=impl)
+    return Call(lambda: bsr_ops.attend_rows(*w.qkv, made[0], impl=impl), plan)
+
+
+def _variable(w: Variable, impl: str) -> Call:
+    made: list[VariableBlockMask] = []
+
+    def plan() -> None:
+        made[:] = [BlockMask.from_variable_blocks(w.blocks, *w.sizes, seq_lens=(w.n, w.n))]
+
+    plan()
     q, k, v = (t[None] for t in w.qkv)
     _attend_blocks(q, k, v, made[0], {"impl": impl})
 
     def run() -> Tensor:
         o = block_sparse_attention(q, k, v, made[0], impl=impl)
         assert isinstance(o, Tensor)
-        return o[0]
+        return o[0].transpose(0, 1)
 
     return Call(run, plan)
 
 
 def _serve_by_operator(name: str, impl: str, check: Callable[[Workload], None]) -> None:
-    kinds: dict[str, Callable[..., Call]] = {"decode": _decode, "prefill": _prefill, "mla": _mla, "bsr": _bsr}
+    kinds: dict[str, Callable[..., Call]] = {
+        "decode": _decode, "prefill": _prefill, "mla": _mla, "bsr": _bsr, "variable": _variable,
+    }  # fmt: skip
     prepare: dict[str, Callable[[Any], Call]] = {kind: partial(one, impl=impl) for kind, one in kinds.items()}
     SERVERS[name] = Server(name, nothing_missing, check, prepare)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseattn.masks import BlockMask
+from sparseattn.masks import BlockMask, VariableBlockMask
 from sparseattn.testing import sampled
 from sparseattn.testing.baselines import Unsupported
 from sparseattn.testing.inputs import make_qkv, random_blocks
@@ -109,28 +109,20 @@ class Problem:
             hidden=not self.causal, device=self.device,
         )  # fmt: skip
 
-    def build_mask(self) -> BlockMask:
-        """The mask, from ``blocks``: what a user pays whose pattern changes.
-
-        Raises:
-            Unsupported: Blocks that no ``BlockMask`` can express.
-        """
+    def build_mask(self) -> BlockMask | VariableBlockMask:
+        """The mask, from ``blocks``: what a user pays whose pattern changes."""
         blocks = self.blocks
         if self.grid is not None:
             sizes, (block_q, block_kv) = self.drawn_size, self.block_size
             exact = (sizes[0] * self.grid[0], sizes[1] * self.grid[1]) == (self.queries, self.n)
             if not exact or sizes[0] % block_q or sizes[1] % block_kv:
-                return self._build_variable()
+                return BlockMask.from_variable_blocks(
+                    self.blocks[0], *self.drawn_sizes, seq_lens=(self.queries, self.n), causal=self.causal
+                )
             blocks = blocks.repeat_interleave(sizes[0] // block_q, 2).repeat_interleave(sizes[1] // block_kv, 3)
         return BlockMask.from_blocks(
             blocks, block_size=self.block_size, seq_lens=(self.queries, self.n), causal=self.causal
         )
-
-    def _build_variable(self) -> BlockMask:
-        from_variable_blocks = getattr(BlockMask, "from_variable_blocks", None)
-        if from_variable_blocks is None:
-            raise Unsupported(f"blocks of {self.drawn_size} tokens need variable blocks, which BlockMask has not")
-        return from_variable_blocks(self.blocks[0], *self.drawn_sizes)
 
     @property
     def drawn_sizes(self) -> tuple[Tensor, Tensor]:
@@ -143,8 +135,20 @@ class Problem:
         return both[0], both[1]
 
     @cached_property
-    def mask(self) -> BlockMask:
+    def selection(self) -> BlockMask | VariableBlockMask:
+        """The mask; one of variable blocks where those of a grid are no multiples of ``block_q`` x ``block``."""
         return self.build_mask()
+
+    @property
+    def mask(self) -> BlockMask:
+        """The mask, for who knows equal blocks only.
+
+        Raises:
+            Unsupported: It has blocks of other sizes.
+        """
+        if isinstance(self.selection, VariableBlockMask):
+            raise Unsupported(f"blocks of {self.drawn_size} tokens are no multiples of {self.block_size}")
+        return self.selection
 
     @cached_property
     def selected(self) -> float:

@@ -57,12 +57,11 @@ def test_the_adapter_is_right_and_has_a_row(name: str) -> None:
     assert row["tbps"] >= 0
 
 
-@pytest.mark.parametrize("name", ["decode", "prefill", "ragged", "mla", "bsr"])
+@pytest.mark.parametrize("name", ["decode", "prefill", "ragged", "mla", "bsr", "bsr-tokens", "variable"])
 def test_operators_are_measured_as_they_are(name: str) -> None:
     assert paged.measure(toy(name), REFERENCE, 0.01)["gate"]
-    if name != "ragged":  # whose kernels know this name
-        with pytest.raises(Unsupported):
-            paged.measure(toy(name), "sparseattn_triton", 0.01)  # bfloat16 under the interpreter
+    with pytest.raises(Unsupported):  # bfloat16 under the interpreter, or no interpreter of Gluon
+        SERVERS["sparseattn_gluon"].call(toy(name))
 
 
 @pytest.mark.parametrize("impl", ["flashinfer_fa2", "flashinfer_fa3", "flashinfer_cuda_cores"])
@@ -77,7 +76,8 @@ def test_rivals_are_called_by_the_same_code(impl: str, monkeypatch: pytest.Monke
     monkeypatch.setitem(SERVERS, impl, there)
     for name, workload in TOYS.items():
         if workload.kind in there.prepare:
-            assert paged.measure(toy(name), impl, 0.01)["gate"]
+            one = toy(name)
+            assert one.gate(there.call(one).run())["gate"]
 
 
 def test_rivals_say_what_they_need() -> None:
@@ -172,7 +172,7 @@ def test_targets_are_in_the_sets() -> None:
 
 def test_every_set_runs_at_toy_size(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    small = ["--set", "all", "--toy", "--device", "cpu", "--budget", "0.001", "--out", str(out)]
+    small = ["--set", "all", "--toy", "--quick", "--device", "cpu", "--budget", "0.001", "--out", str(out)]
     rows = paged.main([*small, "--impl", ADAPTER])
     assert [json.loads(line) for line in out.read_text().splitlines()] == json.loads(json.dumps(rows))
     assert not [row["error"] for row in rows if "error" in row]

@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from sparseattn import BlockMask, block_sparse_attention
+from sparseattn import block_sparse_attention
+from sparseattn.masks import VariableBlockMask
 from sparseattn.testing.baselines import Unsupported
 from sparseattn.testing.workloads import Problem
 
@@ -77,17 +78,14 @@ def test_a_grid_is_cut_into_blocks_of_the_mask() -> None:
     assert torch.equal(p.mask.to_dense(), dense)
 
 
-def test_blocks_of_odd_sizes_need_variable_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    p = problem(n=100, grid=(3, 7), causal=False)
-    monkeypatch.setattr(BlockMask, "from_variable_blocks", None, raising=False)
-    with pytest.raises(Unsupported, match=r"blocks of \(33, 14\) tokens need variable blocks"):
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_blocks_of_odd_sizes_are_variable_blocks(heads: int) -> None:
+    p = problem(n=100, grid=(3, 7), causal=False, mask_heads=heads)
+    assert isinstance(p.selection, VariableBlockMask)
+    assert all(sizes.sum(-1).tolist() == [100] * heads for sizes in p.drawn_sizes)
+    assert p.gate_and_time(lambda: block_sparse_attention(*p.qkv, p.selection), 0.01)["gate"]
+    with pytest.raises(Unsupported, match=r"blocks of \(33, 14\) tokens"):
         _ = p.mask
-    built = []
-    monkeypatch.setattr(BlockMask, "from_variable_blocks", lambda *a: built.append(a) or "mask", raising=False)
-    assert p.mask == "mask"
-    ((blocks, rows, cols),) = built
-    assert blocks.shape == (4, 3, 7)
-    assert rows.sum(-1).tolist() == cols.sum(-1).tolist() == [100] * 4
 
 
 def test_a_row_says_the_defaults() -> None:
