@@ -1,0 +1,291 @@
+"""Paged attention on Hopper: on that chip the kernels themselves, without a GPU their logic, run by the emulator."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from paged_cases import CASES, Case, Problem, build, by_the_book, visible
+
+from sparseattn import BlockMask
+from sparseattn.ops.paged import PagedCache, PageLists, paged_attention, unsupported_reason
+from sparseattn.ops.paged.checks import make_problem
+from sparseattn.testing import assert_close_to_oracle, random_block_mask
+
+gluon = pytest.importorskip("sparseattn.ops.paged.gluon", reason="needs Triton")
+KERNEL = gluon.forward_kernel
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.skipif(torch.cuda.is_available() and not ON_HOPPER, reason="needs a Hopper GPU, or none")
+DEVICE = "cuda" if ON_HOPPER else "cpu"
+
+LONG = ((1, 50), (1, 0), (1, 1), (1, 700))
+MIXED = ((3, 50), (0, 9), (1, 0), (40, 237), (1, 330))
+HOPPER_CASES = [
+    Case("decode-shares", LONG, dims=(64, 64), form="csr"),
+    Case("decode-group7-sinks", LONG, (14, 2), (64, 64), page=32, layout="HND", form="combined", sinks=True),
+    Case("mixed-group4-page8", MIXED, (4, 1), (128, 128), page=8),
+    Case("group8-page64-hnd", ((9, 140), (2, 3)), (8, 1), (64, 64), page=64, layout="HND", scales="heads"),
+    Case("lost-pages-page128", ((70, 400),), (2, 1), (64, 64), page=128, lost=True),
+    Case("page256-dim256-window", ((40, 600), (1, 20)), (2, 1), (256, 256), page=256, window=(200, 0), softcap=4.0),
+    Case("lost-pages-window", ((70, 420),), (2, 2), (64, 64), page=64, lost=True, window=(200, 0), form="csr"),
+    Case("page24-dim192-value128", ((5, 90), (1, 70)), (2, 2), (192, 128), page=24, causal=False, scales="numbers"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch: pytest.MonkeyPatch):
+    """The kernel under the emulator where there is no GPU, and shares of one tile: short sequences are cut, too."""
+    monkeypatch.setattr(gluon, "_LEAST_TILES", 1)
+    if not ON_HOPPER:
+        emulate(monkeypatch, 0)
+        monkeypatch.setattr(gluon, "unsupported_reason", gluon.refusal)
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch, order: int) -> None:
+    """Copies finish in another order for every ``order``."""
+    from gluon_emulator import Emulated
+
+    monkeypatch.setattr(gluon, "forward_kernel", Emulated(KERNEL, order=order))
+
+
+def attend(problem: Problem, **more: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return paged_attention(problem.q, problem.cache, **problem.kwargs, **more, return_lse=True, impl="gluon")
+
+
+def check(problem: Problem, seen: list[torch.Tensor] | None = None, **more: object) -> None:
+    o, lse = attend(problem, **more)
+    dtype = problem.q.dtype
+    oracle, eager = (by_the_book(problem, d, seen) for d in (torch.float64, dtype))
+    assert_close_to_oracle(o, oracle[0], eager[0], "o")
+    assert_close_to_oracle(lse, oracle[1], eager[1], "lse", eps=torch.finfo(dtype).eps)
+    assert (o[(oracle[1] == -math.inf).T.to(o.device)] == 0).all()
+
+
+@pytest.mark.parametrize("case", CASES + HOPPER_CASES, ids=str)
+def test_matches_the_book(case: Case) -> None:
+    problem = build(case, torch.float16, DEVICE)
+    reason = unsupported_reason(problem.q, problem.cache, **problem.kwargs, impl="gluon")
+    if reason is not None:
+        assert case in CASES
+        pytest.skip(reason)
+    check(problem)
+
+
+def test_bfloat16() -> None:
+    check(build(Case("bf16", ((5, 40), (1, 200)), (4, 2), (64, 64)), torch.bfloat16, DEVICE))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (7, 1), (16, 2)])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (192, 128), (80, 96)])
+@pytest.mark.parametrize("lengths", [LONG, MIXED, ((128, 128), (700, 1500)), ((1, 20000), (2, 3))])
+def test_grid(page: int, heads: tuple[int, int], dims: tuple[int, int], lengths: tuple[tuple[int, int], ...]) -> None:
+    for index, dtype in enumerate((torch.float16, torch.bfloat16)):
+        form, layout = ("dense", "combined")[index], ("HND", "NHD")[index]
+        check(build(Case("grid", lengths, heads, dims, page, layout, form), dtype, DEVICE))
+
+
+# ---- lists: block masks and pages ----
+
+
+def listed(tokens: torch.Tensor, case: Case) -> list[torch.Tensor]:
+    """What each sequence may see, bool [Hq, q_len, k_len], from bool [B, H, max_q, max_k]."""
+    tokens = tokens.expand(len(case.lengths), -1, -1, -1)
+    tokens = tokens.repeat_interleave(case.heads[0] // tokens.shape[1], 1)
+    return [tokens[b, :, :a, :c] & visible(a, c, case.causal, case.window) for b, (a, c) in enumerate(case.lengths)]
+
+
+def poison_unlisted(problem: Problem, seen: list[torch.Tensor]) -> None:
+    """NaN in the rows of every KV head that no query of its group may see."""
+    page, group = problem.cache.page_size, problem.case.heads[0] // problem.case.heads[1]
+    k, v, _ = problem.cache.views()
+    for b, allowed in enumerate(seen):
+        unused = ~allowed.unflatten(0, (-1, group)).any(2).any(1)  # [Hkv, k_len]
+        for head, token in unused.nonzero().tolist():
+            at = problem.tables[b][token // page], token % page, head
+            k[at] = v[at] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("mask_heads", "blocks", "page", "heads", "lengths"),
+    [
+        (1, (128, 128), 16, (8, 2), ((130, 400), (7, 9), (0, 3), (1, 300))),
+        (2, (64, 32), 64, (4, 2), ((70, 300), (60, 60))),
+        (4, (32, 64), 128, (4, 2), ((40, 200), (1, 100))),
+        (2, (16, 16), 8, (6, 2), ((1, 90), (1, 200))),
+    ],
+)
+def test_block_masks(
+    mask_heads: int, blocks: tuple[int, int], page: int, heads: tuple[int, int], lengths: tuple[tuple[int, int], ...]
+) -> None:
+    case = Case("blocks", lengths, heads, (64, 64), page=page)
+    problem = build(case, torch.float16, DEVICE)
+    size = (max(a for a, _ in lengths), -(-max(c for _, c in lengths) // 8) * 8)
+    batch = len(lengths) if mask_heads > 1 else 1
+    mask = random_block_mask(size, blocks, mask_heads, batch=batch, density=0.5, causal=False, device=DEVICE)
+    poison_unlisted(problem, listed(mask.to_dense().cpu(), replace(case, causal=False)))
+    check(problem, listed(mask.to_dense().cpu(), case), mask=mask)
+
+
+@pytest.mark.parametrize("list_heads", [2, 4])
+def test_page_lists(list_heads: int) -> None:
+    """Decode over chosen pages of each head, in any order, the others poisoned."""
+    case = Case("pages", LONG, dims=(64, 64), page=16, form="csr")
+    problem = build(case, torch.float16, DEVICE)
+    pages = torch.tensor([[2, 0, -1, 43], [5, -1, 2, 2**30], [40, 6, 1, -1], [-1, -1, -1, -1]], dtype=torch.int32)
+    lists = pages[:list_heads].expand(len(case.lengths), -1, -1).contiguous()
+    for read in (4, 2):
+        seen = torch.zeros(1, list_heads, 1, 704, dtype=torch.bool)
+        for h in range(list_heads):
+            for page in pages[h, :read].tolist():
+                if 0 <= page < 44:
+                    seen[0, h, 0, page * 16 : page * 16 + 16] = True
+        allowed = listed(seen, case)
+        if read == 4:
+            poison_unlisted(problem, allowed)
+        counts = torch.full(lists.shape[:2], read, dtype=torch.int32, device=DEVICE) if read < 4 else None
+        check(problem, allowed, mask=PageLists(lists.to(DEVICE), counts))
+
+
+# ---- invariants ----
+
+
+def test_the_order_of_copies_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = build(Case("order", ((3, 50), (70, 200)), (2, 1), (64, 64)), torch.float16, DEVICE)
+    first = attend(problem)
+    for order in (1, 2):
+        if not ON_HOPPER:
+            emulate(monkeypatch, order)
+        assert all(torch.equal(a, b) for a, b in zip(first, attend(problem), strict=True))
+
+
+def test_where_pages_lie_changes_no_bit() -> None:
+    problem = build(Case("lie", ((2, 30), (5, 100)), dims=(64, 64)), torch.float16, DEVICE)
+    c = problem.cache
+    first = attend(problem)
+    order = torch.randperm(c.num_pages, device=DEVICE)
+    table = torch.where(c.page_table >= 0, order.argsort().int()[c.page_table.clamp(min=0).long()], -1)
+    problem.cache = replace(c, k=c.k[order], v=c.v[order], page_table=table)
+    assert all(torch.equal(a, b) for a, b in zip(first, attend(problem), strict=True))
+
+
+def test_padding_bounds_and_out() -> None:
+    """Rows past the last sequence, a missing bound, and an ``out`` that no tensor map describes."""
+    problem = build(Case("padding", ((3, 50), (0, 9), (20, 37)), dims=(64, 64)), torch.float16, DEVICE)
+    plain, plain_lse = attend(problem)
+    rows = problem.q.shape[0]
+    problem.q = torch.cat([problem.q, torch.full_like(problem.q[:5], math.nan)])
+    problem.kwargs["max_seqlen_q"] = None
+    outs = torch.full((rows + 5, 4, 72), 7.0, dtype=problem.q.dtype, device=DEVICE)
+    for first in (4, 0):  # rows 8 bytes, and 16 bytes aligned
+        out = outs[..., first : first + 64]
+        o, lse = attend(problem, out=out)
+        assert o is out
+        assert torch.equal(o[:rows], plain)
+        assert torch.equal(lse[:, :rows], plain_lse)
+        assert (o[rows:] == 0).all()
+        assert (lse[:, rows:] == -math.inf).all()
+    assert (outs[..., 68:] == 7).all()
+
+
+@pytest.mark.parametrize("bounds", [(9, 3, 0), (5, 0, 3), (-4, 2, 100), (0, 9, 9)])
+def test_bounds_out_of_order_stay_inside(bounds: tuple[int, ...]) -> None:
+    """Results mean nothing then, but nothing outside of the tensors is read or written."""
+    problem = build(Case("bounds", ((4, 200), (5, 9)), dims=(64, 64)), torch.float16, DEVICE)
+    problem.kwargs |= {"cu_seqlens_q": torch.tensor(bounds, dtype=torch.int32, device=DEVICE), "max_seqlen_q": 5}
+    guard = torch.full((3, *problem.q.shape), 7.0, dtype=torch.float16, device=DEVICE)
+    o = attend(problem, out=guard[1])[0]
+    assert o.isfinite().all()
+    assert (guard[0] == 7).all()
+    assert (guard[2] == 7).all()
+
+
+def test_what_has_no_page_is_hidden() -> None:
+    """Tables that end before their sequence, and page numbers that do not exist."""
+    problem = build(Case("short", ((1, 50), (1, 40)), dims=(64, 64)), torch.float16, DEVICE)
+    table = problem.cache.page_table.clone()[:, :3]
+    table[1, 1] = 10_000
+    problem.cache = replace(problem.cache, page_table=table)
+    seen = [s.clone() for s in problem.seen]
+    seen[0][:, 48:] = False
+    seen[1][:, 16:32] = False
+    check(problem, seen)
+
+
+@pytest.mark.gpu
+def test_a_captured_launch_follows_new_lengths() -> None:
+    case = Case("graph", ((1, 3000), (1, 17), (1, 800)), (8, 2), (128, 128))
+    problem = build(case, torch.float16, DEVICE)
+    attend(problem)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, lse = attend(problem)
+    for lengths in ((3000, 17, 800), (5, 16, 0), (2999, 1, 300)):
+        problem.cache.seq_lens.copy_(torch.tensor(lengths))
+        graph.replay()
+        expected = attend(problem)
+        assert all(torch.equal(a, b) for a, b in zip((o, lse), expected, strict=True))
+
+
+# ---- the schedule, and what is refused ----
+
+
+@pytest.mark.parametrize(("lengths", "heads", "window"), [
+    (LONG, (8, 2), None), (MIXED, (14, 2), None), (((70, 300), (1, 900), (9, 9)), (4, 2), (40, 0)),
+])  # fmt: skip
+def test_every_key_tile_has_one_share(
+    lengths: tuple[tuple[int, int], ...], heads: tuple[int, int], window: tuple[int, int] | None
+) -> None:
+    problem = build(Case("schedule", lengths, heads, (64, 64), window=window), torch.float16, DEVICE)
+    kwargs = {"cu_seqlens_q": None, "max_seqlen_q": None, "sinks": None} | problem.kwargs
+    names = ("cu_seqlens_q", "max_seqlen_q", "causal", "scale", "window", "softcap", "sinks")
+    p, q, _ = make_problem(
+        problem.q, problem.cache, *(kwargs[n] for n in names), None, None, None, None, None, "auto"
+    )  # fmt: skip
+    cut = gluon.plan(q, p, 4)
+    records, counter, merges, spans = (t.cpu() for t in gluon._schedule(q, p, cut))
+    claimed, count, merged = counter.tolist()
+    assert claimed == 0
+    tile_n = cut.tiles.tile_n
+    walks: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+    places = []
+    for m, head, b, place, tiles, first, late, early in records[:count].tolist():
+        assert 0 <= late + early <= tiles
+        walks.setdefault((b, head, m), []).append((first, first + tiles))
+        places += [place] if place >= 0 else []
+    assert sorted(places) == list(range(len(places)))
+    assert len(places) <= cut.places
+    chunks = heads[1] * -(-heads[0] // heads[1] // cut.pack)
+    row_tiles = [(b, m) for b, (a, _) in enumerate(lengths) for m in range(-(-a // cut.tokens))]
+    assert walks.keys() == {(b, head, m) for b, m in row_tiles for head in range(chunks)}
+    for (b, _, m), parts in walks.items():
+        a, c = lengths[b]
+        rows = torch.arange(m * cut.tokens, min(a, (m + 1) * cut.tokens))
+        keys = visible(a, c, True, window)[rows].any(0).nonzero()[:, 0]
+        walked = [tile for first, last in sorted(parts) for tile in range(first, last)]
+        tiles = sorted({key // tile_n for key in keys.tolist()})
+        assert walked == (list(range(tiles[0], tiles[-1] + 1)) if tiles else [])
+        assert spans[4, b] == c
+    shared = {key for key, parts in walks.items() if len(parts) > 1 or cut.merged}
+    assert merged == len(shared)
+    assert sorted(merges[:merged, 4].tolist()) == sorted(len(walks[key]) for key in shared)
+
+
+def test_reasons() -> None:
+    for name, words in {
+        "decode-page1-csr": "pages of multiples of 8 tokens", "alibi": "ALiBi", "rope": "RoPE", "mla": "latent",
+        "custom-big": "custom masks", "e4m3-scales": "float8",
+    }.items():  # fmt: skip
+        problem = build(next(case for case in CASES if case.id == name), torch.float16, DEVICE)
+        assert words in unsupported_reason(problem.q, problem.cache, **problem.kwargs, impl="gluon")
+    problem = build(Case("reasons", ((40, 300),), dims=(64, 64)), torch.float16, DEVICE)
+    q, c = problem.q, problem.cache
+    assert "multiples of 8, not 20" in unsupported_reason(q[..., :20], replace(c, k=c.k[..., :20]), impl="gluon",
+                                                          **problem.kwargs)  # fmt: skip
+    mask = BlockMask.streaming((40, 300), num_sink_tokens=48, num_local_tokens=48, block_size=48, device=DEVICE)
+    assert "KV blocks of 8, 16" in unsupported_reason(q, c, mask=mask, impl="gluon", **problem.kwargs)
+    strided = PagedCache(c.k.repeat_interleave(2, 3)[..., ::2], c.v, c.seq_lens, c.page_table)
+    assert "rows of stride 1" in unsupported_reason(q, strided, impl="gluon", **problem.kwargs)
