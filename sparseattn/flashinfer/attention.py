@@ -77,7 +77,8 @@ class BatchAttention(Wrapper):
             use_profiler: Must be False.
         """
         unsupported("Profile with torch.profiler.", use_profiler=use_profiler or None)
-        self._kv_dtype = None if kv_data_type is None else dtype_of("kv_data_type", kv_data_type)
+        alone = kv_data_type if q_data_type is None else None
+        self._kv_dtype = None if alone is None else dtype_of("kv_data_type", alone)
         rows, longest, total = query_rows(qo_indptr, self.device)
         dtypes = None if q_data_type is None else resolve_dtypes(q_data_type, kv_data_type)
         self._planned = PagedPlan(
