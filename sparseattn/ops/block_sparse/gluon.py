@@ -141,8 +141,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) 
     lse_part = make((cut.splits, 2, *lse.shape), dtype=torch.float32, device=q.device)
     _attend_blocks(q, k, v, o, o_part, lse, lse_part, None, g, cut)
     if has_extra_keys(g):
-        strides = ((0, *t.stride()) if g.packed else t.stride() for t in (k, v))
-        finish(q, k, v, o_part, lse_part, o, lse, sinks, prepare_extra(k, v, g, *strides, lse), g)
+        k_strides, v_strides = ((0, *t.stride()) if g.packed else t.stride() for t in (k, v))
+        finish(q, k, v, o_part, lse_part, o, lse, sinks, prepare_extra(k, v, g, k_strides, v_strides, lse), g)
     else:
         count = lse.numel()
         combine_kernel[(count,)](
