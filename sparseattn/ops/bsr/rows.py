@@ -96,6 +96,7 @@ def make_rows(
     *,
     validate: bool = False,
     lists: bool = True,
+    ascending: bool = False,
 ) -> BlockRows:
     """Check a pattern and prepare it. Never waits for the device, unless to ``validate``.
 
@@ -107,6 +108,8 @@ def make_rows(
         block_mask: As in ``bsr_attention``.
         validate: Check the contents, too.
         lists: Prepare the pattern for block-sparse attention as well, where that takes it.
+        ascending: ``indices`` are padded lists, each ascending up to its count and within 0..NB - 1, as ``compact``
+            makes them: they need no sorting.
 
     Raises:
         TypeError: A wrong type or dtype.
@@ -123,7 +126,7 @@ def make_rows(
     rows = BlockRows(bounds, indices, block_size, (m, n), mask, offsets, layout, None)
     if validate:
         rows.validate()
-    blocks = _block_mask(rows) if lists and mask is None else None
+    blocks = _block_mask(rows, ascending) if lists and mask is None else None
     return BlockRows(bounds, indices, block_size, (m, n), mask, offsets, layout, blocks)
 
 
@@ -191,7 +194,7 @@ def _check_mask(
     return bits.contiguous(), torch.nn.functional.pad(sizes.cumsum(0), (1, 0)), custom.bitorder
 
 
-def _block_mask(rows: BlockRows) -> BlockMask | None:
+def _block_mask(rows: BlockRows, ascending: bool) -> BlockMask | None:
     """The rows as ascending lists, if block-sparse attention takes such blocks; numbers of no block are dropped."""
     if any(size % _LEAST_BLOCK or size > _MOST_BLOCK for size in rows.block_size):
         return None
@@ -202,6 +205,8 @@ def _block_mask(rows: BlockRows) -> BlockMask | None:
     counts = bounds[..., 1:] - bounds[..., :-1] if csr else bounds
     if width == 0 or counts.numel() * width > _MOST_ENTRIES:
         return None
+    if ascending:
+        return BlockMask(bounds, rows.indices[..., :width], rows.block_size, rows.seq_lens)
     entry = torch.arange(width, dtype=torch.int32, device=rows.device)
     if first is not None:
         where = (first[..., None] + entry).clamp(min=0, max=rows.indices.shape[0] - 1)
