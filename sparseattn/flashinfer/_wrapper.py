@@ -27,7 +27,7 @@ from sparseattn.flashinfer._common import (
     split_cache,
 )
 from sparseattn.masks import BlockMask
-from sparseattn.ops.paged import CustomMask, PagedCache, PageLists, paged_attention
+from sparseattn.ops.paged import CustomMask, PagedCache, PageLists, RepeatedAttention, paged_attention
 
 
 class Wrapper:
@@ -208,10 +208,23 @@ class PagedPlan:
     mask: BlockMask | PageLists | None = None
     impl: str = "auto"
     _arguments: dict[str, Any] = field(init=False, repr=False)
+    _scale: float = field(init=False, repr=False)
+    _call: RepeatedAttention | None = field(init=False, repr=False, default=None)
+    _accepted: set[tuple[Any, ...]] = field(init=False, repr=False, default_factory=set)
 
     def __post_init__(self) -> None:
         check_heads(self.num_qo_heads, self.num_kv_heads)
         self._arguments = self.options.arguments(self.num_qo_heads, self.head_dim, self.device)
+        self._scale = self._arguments.pop("scale")
+
+    def _attention(self) -> RepeatedAttention:
+        """The call that all runs make."""
+        if self._call is None:
+            self._call = RepeatedAttention(
+                *self.table, layout=self.kv_layout, cu_seqlens_q=self.cu_seqlens_q, max_seqlen_q=self.max_seqlen_q,
+                custom_mask=self.custom_mask, mask=self.mask, impl=self.impl, **self._arguments,
+            )  # fmt: skip
+        return self._call
 
     def replaced(self, **options: Any) -> PagedPlan:
         """The plan with other options; a custom mask has taken the place of causality."""
@@ -233,29 +246,24 @@ class PagedPlan:
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of ``q`` ``[tokens, Hq, D]``; the output ``[tokens, Hq, Dv]``, and base-2 LSE ``[tokens, Hq]``."""
-        k, v = self._check(q, paged_kv_cache)
-        scales = fold_scales(self._arguments["scale"], q_scale, k_scale, v_scale)
-        return attend(
-            as_queries(q, scales.q),
-            self.table.cache(k, v, self.kv_layout),
-            o_dtype=None if self.dtypes is None else self.dtypes.o,
-            out=out,
-            lse=lse,
-            return_lse=return_lse,
-            sinks=sinks,
-            **{**self._arguments, "scale": scales.scale, "k_scale": scales.k, "v_scale": scales.v},
-            cu_seqlens_q=self.cu_seqlens_q,
-            max_seqlen_q=self.max_seqlen_q,
-            custom_mask=self.custom_mask,
-            mask=self.mask,
-            impl=self.impl,
-        )
-
-    def _check(self, q: Tensor, paged_kv_cache: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values, if they and ``q`` are as planned."""
-        if not isinstance(q, Tensor):
-            raise argument_error("q", "a tensor", type(q).__name__, kind=TypeError)
         k, v = split_cache(paged_kv_cache, self.kv_layout)
+        form = (q.dtype, q.shape, k.dtype, k.shape, v.shape)
+        if form not in self._accepted:
+            self._check(q, k, v)
+            self._accepted.add(form)
+        scales = fold_scales(self._scale, q_scale, k_scale, v_scale)
+        queries = as_queries(q, scales.q)
+        o_dtype = queries.dtype if self.dtypes is None else self.dtypes.o
+        if out is not None or lse is not None:
+            check_results(queries, v.shape[-1], o_dtype, out, lse)
+        o, natural = self._attention()(
+            queries, k, v, scale=scales.scale, k_scale=scales.k, v_scale=scales.v, sinks=sinks,
+            out=out if o_dtype == queries.dtype else None,
+        )  # fmt: skip
+        return as_results(o, natural, o_dtype, out, lse, return_lse)
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Raise unless queries, keys and values are as planned."""
         if self.dtypes is not None:
             check_dtype("q", q, self.dtypes.q)
             check_dtype("paged_kv_cache", k, self.dtypes.kv)
@@ -269,7 +277,6 @@ class PagedPlan:
         if dims != planned:
             expected = f"pages of {planned[0]} tokens, {planned[1]} KV heads and values of {planned[2]}, as planned"
             raise argument_error("paged_kv_cache", expected, f"keys {tuple(k.shape)}, values {tuple(v.shape)}")
-        return k, v
 
 
 def attend(

@@ -13,3 +13,4 @@ from sparseattn.ops.paged.pages import appended_positions as appended_positions
 from sparseattn.ops.paged.pages import lengths_from_last_pages as lengths_from_last_pages
 from sparseattn.ops.paged.pages import packbits as packbits
 from sparseattn.ops.paged.pages import segment_packbits as segment_packbits
+from sparseattn.ops.paged.repeat import RepeatedAttention as RepeatedAttention

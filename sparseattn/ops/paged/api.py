@@ -87,14 +87,14 @@ def paged_attention(
             "q", "tensors without gradients", "one that requires them",
             "Paged attention has no backward: call it under torch.no_grad(), or use block_sparse_attention.",
         )  # fmt: skip
-    out = _output(out, main, p.v.shape[-1])
+    out = output_for(out, main, p.v.shape[-1])
     lse_dtype = torch.float64 if main.dtype == torch.float64 else torch.float32
     lse = torch.empty((main.shape[1], main.shape[0]), dtype=lse_dtype, device=main.device)
     attend(main, rest, out, lse, impl, p)
     return (out, lse) if return_lse else out
 
 
-def _output(out: Tensor | None, q: Tensor, dim: int) -> Tensor:
+def output_for(out: Tensor | None, q: Tensor, dim: int) -> Tensor:
     """Where to write: ``out``, if it fits."""
     shape = (*q.shape[:2], dim)
     if out is None:

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
+from sparseattn.kernels.launches import Launches, launch
 from sparseattn.ops.dispatch import triton_device_reason
 from sparseattn.ops.paged.pages_triton import append_kernel
 from sparseattn.ops.paged.problem import PagedProblem
@@ -106,14 +107,21 @@ def unsupported_reason(q: Tensor, q_rope: Tensor | None, p: PagedProblem) -> str
     return triton_device_reason(q)
 
 
-def attend(q: Tensor, q_rope: Tensor | None, out: Tensor, lse: Tensor, p: PagedProblem) -> None:
-    """Attention into ``out`` and ``lse``; see ``reference.attend``, which this matches."""
-    if p.cu_seqlens_q is not None:  # rows past the last sequence, such as the padding of a captured batch
-        out.zero_()
-        lse.fill_(-math.inf)
+def attend(
+    q: Tensor, q_rope: Tensor | None, out: Tensor, lse: Tensor, p: PagedProblem, record: Launches | None = None
+) -> None:
+    """Attention into ``out`` and ``lse``; see ``reference.attend``, which this matches. ``record`` keeps launches."""
+    clear(out, lse, p)
     q, k, q_rope, k_rope = _split_columns(q, q_rope, p)
     for plan in make_plans(q, p):
-        _launch(q, k, q_rope, k_rope, out, lse, p, plan)
+        _launch(q, k, q_rope, k_rope, out, lse, p, plan, record)
+
+
+def clear(out: Tensor, lse: Tensor, p: PagedProblem) -> None:
+    """What comes before the launches: rows past the last sequence, such as the padding of a captured batch."""
+    if p.cu_seqlens_q is not None:
+        out.zero_()
+        lse.fill_(-math.inf)
 
 
 def _launch(
@@ -125,12 +133,17 @@ def _launch(
     lse: Tensor,
     p: PagedProblem,
     plan: Plan,
+    record: Launches | None = None,
 ) -> None:
     """One kernel, and the merge of its shares. What a call does not have is stood in for by any tensor."""
     split = plan.target > 0
     shape = (plan.items, plan.columns)
     part = torch.empty((*shape, plan.block_m, p.v.shape[-1]), dtype=torch.float32, device=q.device) if split else lse
     sums = torch.empty((*shape, 2, plan.block_m), dtype=torch.float32, device=q.device) if split else lse
+    if record is not None and split:
+        record.scratch(part)
+        record.scratch(sums)
+    start = launch if record is None else record.launch
     table, counts, lists = (lse if t is None else t for t in (p.page_table, p.list_counts, p.list_indices))
     if p.indices is not None:
         table = p.indices
@@ -143,7 +156,8 @@ def _launch(
     cu = lse if p.cu_seqlens_q is None else p.cu_seqlens_q
     least = _LEAST_TILES * plan.block_n
     list_rows = counts.shape[-1] if p.list_counts is not None else 0
-    paged_kernel[shape[::-1] if split else shape](
+    start(
+        paged_kernel, shape[::-1] if split else shape,
         q, q_rope, k, v, k_rope, out, lse, part, sums,
         cu, p.seq_lens, table, lse if p.indptr is None else p.indptr, counts, lists, custom,
         lse if p.mask_offsets is None else p.mask_offsets,
@@ -161,7 +175,8 @@ def _launch(
         V_SCALE=p.v_scale is not None, SPLIT=split, num_warps=plan.num_warps, num_stages=plan.num_stages, **LAUNCH,
     )  # fmt: skip
     if split:
-        paged_combine_kernel[(p.batch * plan.longest, q.shape[1])](
+        start(
+            paged_combine_kernel, (p.batch * plan.longest, q.shape[1]),
             part, sums, out, lse, sinks, cu, p.seq_lens, out.stride(),
             q.shape[0], p.batch, plan.limit, plan.target, least, plan.rows_to, plan.longest, plan.columns,
             DV=p.v.shape[-1], BLOCK_DV=padded(p.v.shape[-1]), BLOCK_M=plan.block_m, GROUP=q.shape[1] // k.shape[2],

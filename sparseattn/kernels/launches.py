@@ -1,0 +1,97 @@
+"""Launches that are made again with other tensors, without Triton's search for the compiled kernel.
+
+Triton finds the kernel of a launch by the types and divisibilities of all arguments, in Python, which for a kernel of
+many arguments takes longer than a small batch runs. A call that differs from an earlier one in where its tensors lie,
+and in nothing else, launches the same kernels with other addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
+    """``kernel[grid](*args, **kwargs)``; the compiled kernel, or None where there is none (Triton's interpreter)."""
+    return kernel[grid](*args, **kwargs)
+
+
+class Launches:
+    """The launches of one call: recorded as they are made, then made again.
+
+    Args:
+        moving: Tensors by name whose places change from call to call.
+        staying: Tensors that stay where they are. Whoever holds the record must hold them.
+    """
+
+    def __init__(self, moving: dict[str, Tensor], staying: Iterable[Tensor | None]) -> None:
+        self._moving = [(name, t.data_ptr(), _storage(t)) for name, t in moving.items()]
+        self._staying = {_storage(t) for t in staying if t is not None}
+        self._scratch: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+        self._launches: list[tuple[Any, tuple[int, ...], list[Any], list[tuple[int, str, int]]]] = []
+        self._complete = True
+
+    @property
+    def complete(self) -> bool:
+        """Whether all launches can be repeated."""
+        return self._complete and bool(self._launches)
+
+    def scratch(self, t: Tensor) -> Tensor:
+        """``t``, a contiguous tensor that only the launches of the call use, made anew for every repetition."""
+        name = f"scratch {len(self._scratch)}"
+        self._scratch.append((name, tuple(t.shape), t.dtype))
+        self._moving.append((name, t.data_ptr(), _storage(t)))
+        return t
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
+        """As the function, and recorded."""
+        compiled = kernel[grid](*args, **kwargs)
+        if not hasattr(compiled, "launch_metadata"):
+            self._complete = False
+            return compiled
+        values = [*args, *(kwargs[name] for name in kernel.arg_names[len(args) :])]
+        slots = []
+        for i, value in enumerate(values):
+            if isinstance(value, Tensor):
+                found = self._find(value)
+                if found is not None:
+                    slots.append((i, *found))
+                values[i] = value.data_ptr()
+        self._launches.append((compiled, (*grid, 1, 1)[:3], values, slots))
+        return compiled
+
+    def _find(self, t: Tensor) -> tuple[str, int] | None:
+        """Which moving tensor ``t`` is a view of, and how many bytes from its beginning; None if it stays."""
+        address, storage = t.data_ptr(), _storage(t)
+        views = [(address - start, name) for name, start, of in self._moving if of == storage and address >= start]
+        if views:
+            offset, name = min(reversed(views), key=lambda view: view[0])  # a later tensor may lie where one was freed
+            return name, offset
+        if storage not in self._staying:
+            self._complete = False
+        return None
+
+    def repeat(self, device: torch.device, addresses: dict[str, int]) -> None:
+        """Make the launches again, on the current stream.
+
+        Args:
+            device: For scratch tensors.
+            addresses: Where each moving tensor begins. Their shapes, strides, dtypes and alignments must be the same,
+                and so must be the device.
+        """
+        kept = []
+        for name, shape, dtype in self._scratch:
+            kept.append(torch.empty(shape, dtype=dtype, device=device))
+            addresses[name] = kept[-1].data_ptr()
+        for compiled, grid, values, slots in self._launches:
+            values = values.copy()
+            for i, name, offset in slots:
+                values[i] = addresses[name] + offset
+            compiled[grid](*values)
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
