@@ -246,6 +246,8 @@ class PagedPlan:
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of ``q`` ``[tokens, Hq, D]``; the output ``[tokens, Hq, Dv]``, and base-2 LSE ``[tokens, Hq]``."""
+        if not isinstance(q, Tensor):
+            raise argument_error("q", "a tensor", type(q).__name__, kind=TypeError)
         k, v = split_cache(paged_kv_cache, self.kv_layout)
         form = (q.dtype, q.shape, k.dtype, k.shape, v.shape)
         if form not in self._accepted:

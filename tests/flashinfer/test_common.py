@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -216,6 +219,8 @@ def test_what_was_planned_is_checked(wrapper: Plain):
         wrapper.run(batch.q.bfloat16(), cache)
     with pytest.raises(TypeError, match=r"paged_kv_cache: expected torch\.float16, as planned, got torch\.float32"):
         wrapper.run(batch.q, cache.float())
+    with pytest.raises(TypeError, match="q: expected a tensor"):
+        wrapper.run(None, cache)
     with pytest.raises(ValueError, match="q: expected shape"):
         wrapper.run(batch.q[:, :2], cache)
     with pytest.raises(ValueError, match="paged_kv_cache: expected pages of 16 tokens"):
@@ -267,3 +272,28 @@ def test_buffers_are_filled_in_place():
         TableBuffers(buffers.indptr, None, buffers.last_page_len)
     with pytest.raises(ValueError, match="paged_kv_indptr_buffer: expected 4 entries"):
         TableBuffers(torch.zeros(9).int(), buffers.indices, buffers.last_page_len)
+
+
+def test_import_needs_neither_triton_nor_a_device():
+    code = """
+        import sys
+
+        class Blocker:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] == "triton":
+                    raise ModuleNotFoundError(name)
+
+        sys.meta_path.insert(0, Blocker())
+        import torch
+
+        def refuse(*args, **kwargs):
+            raise AssertionError("import initialised CUDA")
+
+        torch.cuda._lazy_init = torch._C._cuda_init = refuse
+        import sparseattn.flashinfer as flashinfer
+
+        q, k = torch.randn(4, 16), torch.randn(9, 2, 16)
+        assert flashinfer.single_decode_with_kv_cache(q, k, k).shape == (4, 16)
+    """
+    done = subprocess.run([sys.executable, "-W", "error", "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]

@@ -75,6 +75,20 @@ def test_every_form_is_checked():
     assert (empty[1] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("custom", ["", "little"])
+def test_contents_of_tables_and_masks_may_change(custom: str, device: str):
+    """Lengths change in place; a mask whose offsets are computed from them follows."""
+    case = Case("decode", ((1, 50), (1, 40), (1, 9)), custom=custom, causal=False)
+    problem = build(case, torch.float32, device)
+    attention = repeated(problem, "reference")
+    q, k, v = problem.q, problem.cache.k, problem.cache.v
+    attention(q, k, v)
+    problem.cache.seq_lens.copy_(torch.tensor([17, 40, 3]))
+    got, new = attention(q, k, v), repeated(problem, "reference")(q, k, v)
+    assert torch.equal(got[0], new[0])
+    assert torch.equal(got[1], new[1])
+
+
 def test_nothing_of_a_call_is_kept_alive():
     problem = build(Case("decode", ((1, 50), (1, 3))), torch.float16)
     attention = repeated(problem, "reference")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparseattn.kernels.launches import Launches
+from sparseattn.masks import BlockMask
 from sparseattn.ops.dispatch import implementations, require
 from sparseattn.ops.paged.api import output_for, paged_attention
 from sparseattn.ops.paged.cache import PagedCache
 from sparseattn.ops.paged.checks import make_problem
 from sparseattn.ops.paged.library import PACKAGE
+from sparseattn.ops.paged.options import ALiBi, CustomMask, PageLists
 from sparseattn.ops.paged.problem import PagedProblem
 
 
@@ -30,7 +33,8 @@ class RepeatedAttention:
 
     The first call of a form (shapes, strides, dtypes, devices and alignments of its tensors) is checked in full. What
     it came to, down to the compiled kernels, serves those like it, which cost the host a fraction of an ordinary call.
-    Under ``torch.compile`` every call is an ordinary one.
+    Contents of the tensors given here may change between calls, in place: where something had to be computed from them
+    (offsets of a custom mask, say), and under ``torch.compile``, every call is an ordinary one.
 
     Args:
         seq_lens: As in ``PagedCache``, like the next four.
@@ -150,18 +154,28 @@ class RepeatedAttention:
         if q.numel() == 0 or k.numel() == 0 or p.batch == 0:
             return out.zero_(), lse.fill_(-torch.inf)
         moving = {"q": q, "k": k, "v": v, "out": out, "lse": lse} | ({} if sinks is None else {"sinks": sinks})
-        staying = [t for t in p if isinstance(t, Tensor)]
+        staying = [t for t in p._replace(k=q, v=q, sinks=None) if isinstance(t, Tensor)]
         launches = Launches(moving, staying) if hasattr(module, "clear") else None
         with torch.no_grad():
             if launches is None:
                 module.attend(q, None, out, lse, p)
             else:
                 module.attend(q, None, out, lse, p, launches)
-        if launches is not None and not launches.complete:
-            launches = None
-        table = self._table[0]  # in the place of tensors that this must not keep alive
-        self._known[key] = _Known(module, p._replace(k=table, v=table, sinks=None), launches, v.shape[-1])
+        given = {t.data_ptr() for t in (q, *_tensors(self._table), *_tensors(o.values()))}
+        if all(t.data_ptr() in given for t in staying):
+            table = self._table[0]  # in the place of tensors that this must not keep alive
+            launches = launches if launches is not None and launches.complete else None
+            self._known[key] = _Known(module, p._replace(k=table, v=table, sinks=None), launches, v.shape[-1])
         return out, lse
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors among ``values``, and those of masks and positions among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, ALiBi | CustomMask | PageLists | BlockMask):
+            yield from (t for t in vars(value).values() if isinstance(t, Tensor))
 
 
 def _form(t: Tensor) -> tuple[Any, ...]:
