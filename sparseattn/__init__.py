@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sparseattn.masks import BlockMask
+from sparseattn.masks import BlockMask, VariableBlockMask
 from sparseattn.ops.block_sparse import block_sparse_attention
 from sparseattn.ops.merge import merge_state, merge_states
 from sparseattn.ops.paged import PagedCache, paged_attention
@@ -58,6 +58,7 @@ __all__ = [
     "PagedCache",
     "StreamingConfig",
     "TopKConfig",
+    "VariableBlockMask",
     "XAttentionConfig",
     "__version__",
     "block_sparse_attention",

@@ -45,6 +45,9 @@ from sparseattn.flashinfer.prefill import trtllm_batch_context_with_kv_cache as 
 from sparseattn.flashinfer.quantization import packbits as packbits
 from sparseattn.flashinfer.quantization import segment_packbits as segment_packbits
 from sparseattn.flashinfer.sparse import BlockSparseAttentionWrapper as BlockSparseAttentionWrapper
+from sparseattn.flashinfer.sparse import (
+    VariableBlockSparseAttentionWrapper as VariableBlockSparseAttentionWrapper,
+)
 from sparseattn.flashinfer.sparse import convert_bsr_mask_layout as convert_bsr_mask_layout
 from sparseattn.flashinfer.xqa import xqa as xqa
 from sparseattn.flashinfer.xqa import xqa_mla as xqa_mla
