@@ -124,8 +124,31 @@ def test_documented_functions_need_torch_alone() -> None:
     assert "transformers" in python(code, blocked=("transformers", "typer", "rich", "triton"))
 
 
-def test_import_touches_no_device() -> None:
+def test_flashinfers_names_need_torch_alone() -> None:
     code = """
+        import warnings
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch on numpy's absence
+            import torch
+        import sparseattn.flashinfer as flashinfer
+        from sparseattn.flashinfer import attention, cascade, decode, mla, page, prefill, sparse
+        q, k, v = torch.randn(4, 64), torch.randn(40, 2, 64), torch.randn(40, 2, 64)
+        o = flashinfer.single_decode_with_kv_cache(q, k, v)
+        dense = torch.nn.functional.scaled_dot_product_attention(
+            q[:, None], k.transpose(0, 1), v.transpose(0, 1), enable_gqa=True
+        )[:, 0]
+        torch.testing.assert_close(o, dense)
+        merged = flashinfer.merge_state(o[None], torch.zeros(1, 4), o[None], torch.zeros(1, 4))[0]
+        torch.testing.assert_close(merged[0], o)
+        loaded = {name.split(".")[0] for name in sys.modules}
+        assert not loaded & set(BLOCKED), loaded & set(BLOCKED)
+    """
+    python(code, blocked=(*EXTRAS, "triton", "flashinfer"))
+
+
+@pytest.mark.parametrize("module", ["sparseattn", "sparseattn.flashinfer"])
+def test_import_touches_no_device(module: str) -> None:
+    code = f"""
         import torch
 
         def refuse(*args, **kwargs):
@@ -133,7 +156,7 @@ def test_import_touches_no_device() -> None:
 
         torch.cuda._lazy_init = refuse
         torch._C._cuda_init = refuse
-        import sparseattn
+        import {module}
         assert not torch.cuda.is_initialized()
     """
     python(code)
