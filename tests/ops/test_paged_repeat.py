@@ -26,11 +26,21 @@ def repeated(problem, impl: str) -> RepeatedAttention:
     return RepeatedAttention(*table, layout=cache.layout, impl=impl, **options)
 
 
+def parts(problem) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """q, k and v of a call, and the rotary columns of q and of a latent cache."""
+    cache, dim = problem.cache, problem.cache.k.shape[-1]
+    rest = {} if cache.k_rope is None else {"q_rope": problem.q[..., dim:], "k_rope": cache.k_rope}
+    return (problem.q[..., :dim], cache.k, cache.v), rest
+
+
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize(
     "name",
-    ["mixed", "decode-window-sinks", "page5-hnd-combined", "dim80-value96", "e4m3-scales", "e5m2-decode", "alibi"],
-)
+    [
+        "mixed", "decode-window-sinks", "page5-hnd-combined", "dim80-value96", "e4m3-scales", "e5m2-decode", "alibi",
+        "mla", "mla-joined-e4m3",
+    ],
+)  # fmt: skip
 def test_other_tensors_of_the_same_form(name: str, impl: str, device: str):
     if impl == "triton":
         pytest.importorskip("triton", reason="needs Triton")
@@ -39,19 +49,22 @@ def test_other_tensors_of_the_same_form(name: str, impl: str, device: str):
     for seed in (0, 1, 2):
         problem = build(case, torch.float16, device, seed=0)
         kept = problem.cache
-        for t in (problem.q, kept.k, kept.v, *problem.keys, *problem.values):
+        latent = [] if kept.k_rope is None else [kept.k_rope]
+        values = [] if kept.v is kept.k else [kept.v, *problem.values]  # those of a latent cache are its keys
+        for t in (problem.q, kept.k, *latent, *problem.keys, *values):
             if t.element_size() > 1:  # a factor that float16 multiplies by exactly: the page table stays
                 t.mul_(2.0**-seed)
         if problem.sinks is not None:
             problem.sinks = problem.kwargs["sinks"] = problem.sinks - seed
         attention = attention or repeated(problem, impl)
         options = {n: problem.kwargs.get(n) for n in ("scale", "sinks", "k_scale", "v_scale")}
-        o, lse = attention(problem.q, kept.k, kept.v, **options)
+        tensors, rest = parts(problem)
+        o, lse = attention(*tensors, **rest, **options)
         oracle, eager = by_the_book(problem, torch.float64), by_the_book(problem, torch.float16)
         assert_close_to_oracle(o, oracle[0], eager[0], "o")
         assert_close_to_oracle(lse, oracle[1], eager[1], "lse", eps=2**-10)
         out = torch.empty_like(o)
-        assert attention(problem.q, kept.k, kept.v, out=out, **options)[0] is out
+        assert attention(*tensors, **rest, out=out, **options)[0] is out
         assert torch.equal(out, o)
 
 
@@ -136,6 +149,7 @@ class Driver:
 triton.runtime.driver.set_active(Driver())
 import paged_cases
 import sparseattn.ops.paged.triton as kernels
+from test_paged_repeat import parts
 from sparseattn.ops.paged import RepeatedAttention
 
 kernels.triton_device_reason = lambda t: None
@@ -165,11 +179,15 @@ for name in CHOSEN:
         attention = RepeatedAttention(*table, layout=one.cache.layout, impl="triton", **options)
         if way == "again":
             first = {n: x for n, x in one.kwargs.items() if n in names}
-            attention(one.q, one.cache.k, one.cache.v, **first)
+            tensors, latent = parts(one)
+            attention(*tensors, **latent, **first)
         calls.clear()
-        o, lse = attention(two.q, two.cache.k, two.cache.v, **rest)
-        named = {"q": two.q, "k": two.cache.k, "v": two.cache.v, "o": o, "lse": lse}
+        tensors, latent = parts(two)
+        o, lse = attention(*tensors, **latent, **rest)
+        named = {"q": two.q, "k": two.cache.k, "v": two.cache.v, "o": o, "lse": lse, **latent}
         named |= {f"table {i}": t for i, t in enumerate(table) if t is not None}
+        if two.cache.k_rope is not None:
+            named["k_rope"] = two.cache.k_rope
         named |= {n: x for n, x in [*rest.items(), *options.items()] if isinstance(x, torch.Tensor)}
         seen[way] = [(function, grid, places(named, args)) for function, grid, args in calls]
         [known] = attention._known.values()
@@ -185,7 +203,7 @@ for name in CHOSEN:
 def test_launches_are_those_of_an_ordinary_call():
     """Compiled for a GPU, launched nowhere: kernels, grids and every argument, addresses as places in their tensors."""
     pytest.importorskip("triton", reason="needs Triton")
-    chosen = ("mixed", "decode-window-sinks", "page5-hnd-combined", "dim80-value96")
+    chosen = ("mixed", "decode-window-sinks", "page5-hnd-combined", "dim80-value96", "mla", "mla-joined-e4m3")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), str(ROOT / "tests" / "ops"), os.environ.get("PYTHONPATH", "")]

@@ -81,92 +81,113 @@ class RepeatedAttention:
 
     def __call__(
         self,
-        q: Tensor,
+        q: Tensor | tuple[Tensor, Tensor],
         k: Tensor,
         v: Tensor,
         *,
+        k_rope: Tensor | None = None,
         scale: float | None = None,
         k_scale: float | Tensor | None = None,
         v_scale: float | Tensor | None = None,
         sinks: Tensor | None = None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attention of ``q`` over pages of ``k`` and ``v``; arguments, results and errors of ``paged_attention``.
+        """Attention of ``q`` over pages of ``k``, ``k_rope`` and ``v``: arguments, results and errors of the operator.
 
         Returns:
             The output (``out``, if given), and the natural-log LSE ``[Hq, total_q]``.
         """
-        if (
+        main, rest = q if isinstance(q, tuple) else (q, None)
+        if rest is None and k_rope is not None:
+            main, rest = main[..., : k.shape[-1]], main[..., k.shape[-1] :]
+        if self._unusual(main, k, v, k_scale, v_scale):
+            cache = PagedCache(k, v, *self._table, k_rope, self._layout)
+            scales: dict[str, Any] = {"scale": scale, "k_scale": k_scale, "v_scale": v_scale}
+            both = paged_attention(q, cache, **self._options, **scales, sinks=sinks, out=out, return_lse=True)
+            assert isinstance(both, tuple)
+            return both
+        key = (*_form(main), *_form(k), *_form(v), k.data_ptr() == v.data_ptr(), scale, k_scale, v_scale)
+        key += tuple(None if t is None else _form(t) for t in (rest, k_rope, sinks, out))
+        known = self._known.get(key)
+        if known is None:
+            return self._first(key, main, rest, k, v, k_rope, (scale, k_scale, v_scale), sinks, out)
+        if out is None:
+            out = torch.empty((*main.shape[:2], known.dim), dtype=main.dtype, device=main.device)
+        lse = _sums(main)
+        if known.launches is None:
+            k, v, k_rope = (t if t is None or self._layout == "NHD" else t.transpose(1, 2) for t in (k, v, k_rope))
+            with torch.no_grad():
+                known.module.attend(main, rest, out, lse, known.problem._replace(k=k, v=v, k_rope=k_rope, sinks=sinks))
+            return out, lse
+        known.module.clear(out, lse, known.problem)
+        moving = _moving(main, rest, k, v, k_rope, sinks, out, lse)
+        known.launches.repeat(main.device, {name: t.data_ptr() for name, t in moving.items()})
+        return out, lse
+
+    def _unusual(self, q: Tensor, k: Tensor, v: Tensor, k_scale: object, v_scale: object) -> bool:
+        """Whether a call must be an ordinary one."""
+        return (
             torch.compiler.is_compiling()
             or not type(q) is type(k) is type(v) is Tensor
             or isinstance(k_scale, Tensor)
             or isinstance(v_scale, Tensor)
             or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        ):
-            cache = PagedCache(k, v, *self._table, layout=self._layout)
-            scales: dict[str, Any] = {"scale": scale, "k_scale": k_scale, "v_scale": v_scale}
-            both = paged_attention(q, cache, **self._options, **scales, sinks=sinks, out=out, return_lse=True)
-            assert isinstance(both, tuple)
-            return both
-        key, at_k, at_v = _form(q), k.data_ptr(), v.data_ptr()
-        key += (*_form(k), *_form(v), at_k == at_v, scale, k_scale, v_scale)
-        key += (None if sinks is None else _form(sinks), None if out is None else _form(out))
-        known = self._known.get(key)
-        if known is None:
-            return self._first(key, q, k, v, scale, k_scale, v_scale, sinks, out)
-        if out is None:
-            out = torch.empty((*q.shape[:2], known.dim), dtype=q.dtype, device=q.device)
-        lse = _sums(q)
-        if known.launches is None:
-            views = (k, v) if self._layout == "NHD" else (k.transpose(1, 2), v.transpose(1, 2))
-            problem = known.problem._replace(k=views[0], v=views[1], sinks=sinks)
-            with torch.no_grad():
-                known.module.attend(q, None, out, lse, problem)
-            return out, lse
-        known.module.clear(out, lse, known.problem)
-        places = {"q": q.data_ptr(), "k": at_k, "v": at_v, "out": out.data_ptr(), "lse": lse.data_ptr()}
-        if sinks is not None:
-            places["sinks"] = sinks.data_ptr()
-        known.launches.repeat(q.device, places)
-        return out, lse
+        )
 
     def _first(
         self,
         key: tuple[Any, ...],
         q: Tensor,
+        rest: Tensor | None,
         k: Tensor,
         v: Tensor,
-        scale: float | None,
-        k_scale: float | None,
-        v_scale: float | None,
+        k_rope: Tensor | None,
+        scales: tuple[float | None, float | None, float | None],
         sinks: Tensor | None,
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """A call of a form that is not known yet: checked, made and remembered."""
-        cache, o = PagedCache(k, v, *self._table, layout=self._layout), self._options
-        p, main, _ = make_problem(
-            q, cache, o["cu_seqlens_q"], o["max_seqlen_q"], o["causal"], scale, o["window"], o["softcap"], sinks,
-            o["positions"], o["custom_mask"], k_scale, v_scale, o["mask"], o["impl"],
+        cache, o = PagedCache(k, v, *self._table, k_rope, self._layout), self._options
+        scale, k_scale, v_scale = scales
+        p, main, rest = make_problem(
+            q if rest is None else (q, rest), cache, o["cu_seqlens_q"], o["max_seqlen_q"], o["causal"], scale,
+            o["window"], o["softcap"], sinks, o["positions"], o["custom_mask"], k_scale, v_scale, o["mask"], o["impl"],
         )  # fmt: skip
         out = output_for(out, main, v.shape[-1])
         lse = _sums(q)
-        module = require(PACKAGE, o["impl"], implementations(o["impl"], main), main, None, p)
+        module = require(PACKAGE, o["impl"], implementations(o["impl"], main), main, rest, p)
         if q.numel() == 0 or k.numel() == 0 or p.batch == 0:
             return out.zero_(), lse.fill_(-torch.inf)
-        moving = {"q": q, "k": k, "v": v, "out": out, "lse": lse} | ({} if sinks is None else {"sinks": sinks})
-        staying = [t for t in p._replace(k=q, v=q, sinks=None) if isinstance(t, Tensor)]
+        staying = [t for t in p._replace(k=q, v=q, k_rope=None, sinks=None) if isinstance(t, Tensor)]
+        moving = _moving(main, rest, k, v, k_rope, sinks, out, lse)
         launches = Launches(moving, staying) if hasattr(module, "clear") else None
         with torch.no_grad():
             if launches is None:
-                module.attend(q, None, out, lse, p)
+                module.attend(main, rest, out, lse, p)
             else:
-                module.attend(q, None, out, lse, p, launches)
+                module.attend(main, rest, out, lse, p, launches)
         given = {t.data_ptr() for t in (q, *_tensors(self._table), *_tensors(o.values()))}
         if all(t.data_ptr() in given for t in staying):
             table = self._table[0]  # in the place of tensors that this must not keep alive
             launches = launches if launches is not None and launches.complete else None
-            self._known[key] = _Known(module, p._replace(k=table, v=table, sinks=None), launches, v.shape[-1])
+            problem = p._replace(k=table, v=table, k_rope=None, sinks=None)
+            self._known[key] = _Known(module, problem, launches, v.shape[-1])
         return out, lse
+
+
+def _moving(
+    q: Tensor,
+    q_rope: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    k_rope: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> dict[str, Tensor]:
+    """Tensors whose places change from call to call."""
+    named = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "q_rope": q_rope, "k_rope": k_rope, "sinks": sinks}
+    return {name: t for name, t in named.items() if t is not None}
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
