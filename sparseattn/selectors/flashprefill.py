@@ -22,8 +22,8 @@ class FlashPrefillConfig(PooledConfig):
             Llama-3.1-8B, 0.08 for Qwen2.5-7B and 0.12 for Qwen3-30B-A3B.
         num_sink_tokens: Two blocks of 128 by default.
         num_local_tokens: The diagonal's block and three of 128 before it by default.
-        num_last_tokens: Query blocks that hold one of the last so many queries keep everything they see. Causal calls
-            only.
+        num_last_tokens: Query blocks that hold one of the last so many queries keep everything they see, up to
+            ``max_blocks``. Causal calls only.
         page_size: Keys that are pooled into one, at most ``block_size``. None: whole blocks.
     """
 

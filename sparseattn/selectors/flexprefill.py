@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.scores.flexprefill import BLOCK_SIZES, flexprefill_blocks
+from sparseattn.ops.scores.problem import check_max_blocks
 from sparseattn.ops.sequences import Layout, resolve_sequences
 from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
 
@@ -31,6 +32,8 @@ class FlexPrefillConfig(SelectorConfig):
         keep_sink: Every query block keeps the first key block.
         keep_recent: Every query block keeps the blocks its own diagonal touches.
         group_shared: One list for the query heads of a KV head, the union of theirs.
+        max_blocks: No list of a query head is longer, but for the first block and the diagonal's: the best verticals
+            and slashes stay before the best others. None: 2048, but all that a density asks for.
     """
 
     gamma: float = 0.9
@@ -42,8 +45,10 @@ class FlexPrefillConfig(SelectorConfig):
     keep_sink: bool = True
     keep_recent: bool = True
     group_shared: bool = False
+    max_blocks: int | None = None
 
     def __post_init__(self) -> None:
+        check_max_blocks(self.max_blocks)
         self._check_number("gamma", 0.0, 1.0)
         self._check_number("tau", 0.0, float("inf"))
         self._check_choice("block_size", BLOCK_SIZES)

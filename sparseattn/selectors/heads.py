@@ -22,6 +22,7 @@ from sparseattn.ops.sequences import Layout, Sequences, resolve_sequences
 from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
 
 DENSE = "dense"
+_COPY_BYTES = 256 << 20  # lists copied at a time
 Names = str | tuple[str, ...] | tuple[tuple[str, ...], ...]
 
 
@@ -157,7 +158,8 @@ def heads(
 
     A method sees the heads of its class alone (whole groups of them), so streaming and dense heads cost no scoring.
     With options per head (thresholds, say) it sees all heads, and the options count all. Chunks of queries, ragged
-    batches and causality are as the methods have them.
+    batches, causality and the cap on lists are as the methods have them. Dense heads are not capped: with one of them
+    the lists of all heads of the mask are as wide as the keys.
 
     Args:
         q: ``[B, Sq, Hq, D]``, or packed ``[total_q, Hq, D]`` with ``cu_seqlens_q``.
@@ -192,7 +194,7 @@ def heads(
     if hkv == 0 or hq % hkv:
         raise argument_error("q", f"heads that are a multiple of k's {hkv}", hq)
     call = {"causal": causal, "scale": scale, "layer": layer, "impl": impl, **layout}
-    parts = []
+    parts: list[_Part] = []
     for name in dict.fromkeys(names):
         method, own = config.config_of(name)
         wanted = tuple(h for h, other in enumerate(names) if other == name)
@@ -200,7 +202,7 @@ def heads(
             mask = _dense(sequences, config.block_size, causal, q.device)
             parts.append(_Part(mask, wanted, tuple(range(hkv)), hq))
         else:
-            parts.append(_select(q, k, method, own, wanted, len(names) // hkv, call))
+            parts.extend(_select(q, k, method, own, wanted, len(names) // hkv, call))
     return parts[0].mask if len(parts) == 1 else _combine(parts, len(names), hq, hkv)
 
 
@@ -234,7 +236,7 @@ def _dense(s: Sequences, block_size: int, causal: bool, device: torch.device) ->
 
 def _select(
     q: Tensor, k: Tensor, method: str, config: SelectorConfig, wanted: tuple[int, ...], per_key: int, call: dict
-) -> _Part:
+) -> list[_Part]:
     """Run a method on the groups of heads that hold a wanted entry, of which a key head has ``per_key``."""
     from sparseattn import selectors
 
@@ -242,18 +244,37 @@ def _select(
     group = q.shape[-2] // hkv
     groups = tuple(dict.fromkeys(entry // per_key for entry in wanted))
     per_head = any(isinstance(getattr(config, f.name), tuple) for f in fields(config))
-    if per_head or len(groups) == hkv:
+    if per_head or len(groups) == hkv or method == "streaming":  # which reads no more than shapes
         groups = tuple(range(hkv))
-    else:
-        q = _take(q, tuple(g * group + i for g in groups for i in range(group)))
-        k = _take(k, groups)
-    mask = selectors.get(method).select(q, k, config, **call)
-    return _Part(mask, wanted, groups, len(groups) * group // mask.heads)
+    runs = [groups]
+    copied = len(groups) * (q[..., :group, :].numel() + k[..., :1, :].numel()) * q.element_size()
+    if copied > _COPY_BYTES and getattr(config, "density", None) is None:
+        # Neighbours are views of q and k. A density speaks of all heads of the class together, which takes a copy.
+        runs = [tuple(run) for run in _runs(groups)]
+    parts = []
+    for run in runs:
+        of_run = tuple(entry for entry in wanted if entry // per_key in run)
+        own_q = q if len(run) == hkv else _take(q, tuple(g * group + i for g in run for i in range(group)))
+        own_k = k if len(run) == hkv else _take(k, run)
+        mask = selectors.get(method).select(own_q, own_k, config, **call)
+        parts.append(_Part(mask, of_run, run, len(run) * group // mask.heads))
+    return parts
+
+
+def _runs(values: tuple[int, ...]) -> list[list[int]]:
+    """Ascending integers, cut where one does not follow the other."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return runs
 
 
 def _take(x: Tensor, which: tuple[int, ...]) -> Tensor:
     """Heads of ``x [..., H, D]``: a view where they follow one another."""
-    if which == tuple(range(which[0], which[0] + len(which))):
+    if len(_runs(which)) == 1:
         return x[..., which[0] : which[0] + len(which), :]
     return x.index_select(-2, _on_device(which, x.device))
 
@@ -269,6 +290,15 @@ def _tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 _tensor_once = functools.lru_cache(maxsize=1024)(_tensor)
+
+
+def _put(target: Tensor, where: Tensor, lists: Tensor, which: Tensor) -> None:
+    """Heads ``where`` of ``target [B, H, MB, ...]`` become the heads ``which`` of ``lists [B|1, ...]``."""
+    batch, rows = target.shape[0], target.shape[2]
+    step = max(1, _COPY_BYTES // max(1, 4 * batch * len(which) * lists[0, 0, :1].numel()))
+    for first in range(0, rows, step):
+        part = lists[:, :, first : first + step].index_select(1, which)
+        target[:, :, first : first + step].index_copy_(1, where, part.expand(batch, *[-1] * (lists.dim() - 1)))
 
 
 def _combine(parts: list[_Part], entries: int, hq: int, hkv: int) -> BlockMask:
@@ -293,7 +323,5 @@ def _combine(parts: list[_Part], entries: int, hq: int, hkv: int) -> BlockMask:
         for target, lists in ((counts, part.mask.kv_num_blocks), (indices, part.mask.kv_indices),
                               (columns, part.mask.column_indices)):  # fmt: skip
             if target is not None and lists is not None:
-                lists = lists.index_select(1, which).expand(batch, *[-1] * (lists.dim() - 1))
-                view = target if lists.dim() == 3 else target[..., : lists.shape[-1]]
-                view.index_copy_(1, where, lists)
+                _put(target if lists.dim() == 3 else target[..., : lists.shape[-1]], where, lists, which)
     return replace(masks[0], kv_num_blocks=counts, kv_indices=indices, column_indices=columns)

@@ -12,6 +12,7 @@ from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.scores import LandmarkFeatures, landmark_blocks
 from sparseattn.ops.scores.landmark import BLOCK_SIZES, CLUSTERS, ROWS, check_density, check_tau
+from sparseattn.ops.scores.problem import check_max_blocks
 from sparseattn.ops.sequences import Layout, resolve_sequences
 from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
 from sparseattn.selectors.tables import freeze, of_layer
@@ -34,6 +35,8 @@ class LandmarkConfig(SelectorConfig):
         floor: Query blocks that see at most this many key blocks keep them all.
         fp8: Score in float8_e4m3fn. On a GPU that needs compute capability 8.9.
         group_shared: One list for the query heads of a KV head, the union of theirs.
+        max_blocks: No list is longer, but for its forced blocks: the most probable stay. None: 2048, or ``density`` of
+            all blocks if that is more.
     """
 
     tau: float | tuple[float, ...] | tuple[tuple[float, ...], ...] = 0.3
@@ -45,8 +48,10 @@ class LandmarkConfig(SelectorConfig):
     floor: int = 4
     fp8: bool = False
     group_shared: bool = False
+    max_blocks: int | None = None
 
     def __post_init__(self) -> None:
+        check_max_blocks(self.max_blocks)
         object.__setattr__(self, "tau", freeze("tau", self.tau, check_tau))
         check_density(self.density)
         self._check_choice("block_size", BLOCK_SIZES)
@@ -131,6 +136,7 @@ def landmark(
         floor=config.floor,
         fp8=config.fp8,
         group_shared=config.group_shared,
+        max_blocks=config.max_blocks,
         scale=scale,
         sequences=sequences,
         features=features,

@@ -12,6 +12,7 @@ from typing_extensions import Self, Unpack
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.scores.minference import BLOCK_SIZES, HeadBudget, minference_blocks
+from sparseattn.ops.scores.problem import check_max_blocks
 from sparseattn.ops.scores.vertical_slash import NUM_QUERIES
 from sparseattn.ops.sequences import Layout, resolve_sequences
 from sparseattn.selectors import minference_patterns
@@ -37,6 +38,8 @@ class MInferenceConfig(SelectorConfig):
         columns: Keep verticals as single columns (``BlockMask.column_indices``); otherwise every block that holds one
             is kept whole.
         group_shared: One list for the query heads of a KV head, the union of theirs.
+        max_blocks: No list of a vertical-slash head is longer, but for its first and nearest keys': the blocks with the
+            most mass stay. None: 2048. Other patterns keep what they say.
     """
 
     patterns: Any = None
@@ -49,8 +52,10 @@ class MInferenceConfig(SelectorConfig):
     block_size: int = 128
     columns: bool = True
     group_shared: bool = False
+    max_blocks: int | None = None
 
     def __post_init__(self) -> None:
+        check_max_blocks(self.max_blocks)
         for name in ("vertical_size", "slash_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -147,6 +152,7 @@ def minference(
         causal=causal,
         columns=config.columns,
         group_shared=config.group_shared,
+        max_blocks=config.max_blocks,
         scale=scale,
         sequences=sequences,
         impl=impl,

@@ -34,7 +34,7 @@ class PooledConfig(SelectorConfig):
         row_softmax: Whether each query's logits become probabilities first. Rule "global" with a threshold needs it.
         density: Share of visible blocks to keep: of each row (rule "topk") or of a whole sequence ("global").
         num_blocks: Blocks of every row, forced ones included (rule "topk").
-        max_blocks: No list is longer, but for its forced blocks. It bounds the memory of the lists, too.
+        max_blocks: No list is longer, but for its forced blocks: the best stay. None: 2048, or what a budget asks for.
         block_size: Tokens of a block, 64 or 128.
         num_sink_tokens: Every query block keeps the blocks of so many first keys. Causal calls only.
         num_local_tokens: And of so many keys before its diagonal. Causal calls only; needs ``keep_recent``.

@@ -37,7 +37,7 @@ class XAttentionConfig(SelectorConfig):
         aggregate: How the rows of a query block agree: "mean" (the method's own) or "max".
         density: Share of visible blocks to keep: of each row (rule "topk") or of a whole sequence ("global").
         num_blocks: Blocks of every row, forced ones included (rule "topk").
-        max_blocks: No list is longer, but for its forced blocks.
+        max_blocks: No list is longer, but for its forced blocks: the best stay. None: 2048, or what a budget asks for.
     """
 
     threshold: Threshold = 0.9
@@ -110,7 +110,7 @@ def xattention(
     check_config(config, XAttentionConfig)
     sequences = resolve_sequences(q, k, **layout)
     thresholds = config.thresholds(q.shape[-2], layer)
-    if config.rule != "cumulative" or config.aggregate != "mean" or config.max_blocks is not None:
+    if config.rule != "cumulative" or config.aggregate != "mean":
         values = thresholds if isinstance(thresholds, tuple) else (thresholds,)
         counts, indices = antidiagonal_blocks(
             q,
@@ -135,6 +135,7 @@ def xattention(
         causal=causal,
         keep_sink=config.keep_sink,
         keep_recent=config.keep_recent,
+        max_blocks=config.max_blocks,
         scale=scale,
         sequences=sequences,
         impl=impl,

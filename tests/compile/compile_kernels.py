@@ -30,6 +30,7 @@ MODULES = (
     "sparseattn.ops.block_sparse.gluon_gradients",
     "sparseattn.ops.block_sparse.gluon_extra",
     "sparseattn.ops.scores.triton",
+    "sparseattn.ops.scores.cut_triton",
     "sparseattn.ops.scores.landmark_triton",
     "sparseattn.ops.scores.pooled_triton",
     "sparseattn.ops.scores.rules_triton",
@@ -38,6 +39,7 @@ MODULES = (
     "sparseattn.ops.merge.triton",
     "sparseattn.ops.paged.triton",
     "sparseattn.ops.paged.gluon",
+    "sparseattn.ops.bsr.triton",
 )
 TARGETS = (80, 90, 100)
 

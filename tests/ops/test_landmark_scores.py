@@ -271,7 +271,7 @@ def test_triton_reads_any_strides_and_given_features(triton_device: str) -> None
 def test_operator_passes_opcheck(device: str) -> None:
     q, k = make(100, 230, 16, torch.float32, device)
     args = (q, k, None, None, None, None, None, None, None, 1, 100, 230, [0.1], None, 64, 4, 32, True, True, 1, False,
-            False, 0.25, "reference")  # fmt: skip
+            False, 0.25, 2, "reference")  # fmt: skip
     torch.library.opcheck(torch.ops.sparseattn.landmark_blocks.default, args)
 
 

@@ -168,7 +168,7 @@ def test_float64_scores_stay_with_the_reference() -> None:
 @pytest.mark.parametrize(("sq", "sk"), [(300, 300), (130, 301), (1, 200), (200, 70)])
 def test_forced_blocks_hold_the_forced_tokens(forced: Forced, sq: int, sk: int) -> None:
     q, k = torch.zeros(1, sq, 1, 16), torch.zeros(1, sk, 1, 16)
-    visible, recent, sinks = list_bounds(resolve_sequences(q, k), 64, True, forced, q.device)
+    visible, recent, sinks, whole = list_bounds(resolve_sequences(q, k), 64, True, forced, q.device)
     widest = 0
     for m in range(-(-sq // 64)):
         diagonals = [i + sk - sq for i in range(m * 64, min(m * 64 + 64, sq))]
@@ -179,6 +179,8 @@ def test_forced_blocks_hold_the_forced_tokens(forced: Forced, sq: int, sk: int) 
         if m * 64 + 64 > sq - forced.last_tokens and forced.last_tokens:
             must = set(range(seen))
         assert visible[0, m] == seen
+        if whole is not None and whole[0, m]:
+            recent[0, m] = 0
         assert {n for n in range(seen) if n < sinks or n >= recent[0, m]} == must
         widest = max(widest, len(must))
     assert widest <= list_width(-(-sk // 64), Rule("topk", num_blocks=1), True, forced, 64)

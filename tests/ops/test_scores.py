@@ -263,7 +263,7 @@ def test_triton_reads_any_strides(triton_device: str) -> None:
 
 def test_operator_passes_opcheck(device: str) -> None:
     q, k = make(100, 130, 16, torch.float32, device)
-    args = (q, k, None, None, None, None, 1, 100, 130, [0.5], 8, 64, 0.25, True, True, True, "reference")
+    args = (q, k, None, None, None, None, 1, 100, 130, [0.5], 8, 64, 0.25, True, True, True, 1, "reference")
     # Entries past the count are undefined for kernels; the reference fills them, so outputs can be compared.
     torch.library.opcheck(torch.ops.sparseattn.xattention_blocks.default, args)
 

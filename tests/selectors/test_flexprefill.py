@@ -219,7 +219,7 @@ def test_triton_matches_the_reference(sq: int, sk: int, options: dict[str, Any],
 def test_operator_passes_opcheck_and_compiles_whole() -> None:
     q, k = (x.float() for x in make(100, 130))
     arguments = (q, k, None, None, None, None, 1, 100, 130, 0.7, 0.2, 32, -1, -1.0, 32, 0.25, True, True, True, False)
-    torch.library.opcheck(torch.ops.sparseattn.flexprefill_blocks.default, (*arguments, "reference"))
+    torch.library.opcheck(torch.ops.sparseattn.flexprefill_blocks.default, (*arguments, 2, "reference"))
     compiled = torch.compile(lambda q, k: flexprefill(q, k, CONFIG).kv_num_blocks, fullgraph=True, backend="eager")
     assert torch.equal(compiled(q, k), flexprefill(q, k, CONFIG).kv_num_blocks)
 

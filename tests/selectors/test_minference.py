@@ -189,7 +189,8 @@ def test_operator_passes_opcheck_and_compiles_whole() -> None:
         9,
         32,
     )
-    torch.library.opcheck(torch.ops.sparseattn.minference_blocks.default, (*arguments, 0.25, True, True, False, "auto"))
+    arguments = (*arguments, 0.25, True, True, False, 2, "auto")
+    torch.library.opcheck(torch.ops.sparseattn.minference_blocks.default, arguments)
 
     def select(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         mask = minference(q, k, TWO)

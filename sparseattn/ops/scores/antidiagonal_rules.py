@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.ops.scores.api import antidiagonal_scores, thresholds_on
-from sparseattn.ops.scores.rules import choose_impl, module, thresholds
+from sparseattn.ops.scores.api import choose, implementation, thresholds_on
+from sparseattn.ops.scores.chunks import ScoreChunks
+from sparseattn.ops.scores.problem import ScoreProblem
+from sparseattn.ops.scores.rules import module, thresholds
 from sparseattn.ops.scores.rules_problem import (
     RULE_SCHEMA,
     Forced,
     Rule,
+    capped,
     check_rule,
     empty_lists,
     flatten_rule,
@@ -42,8 +45,7 @@ def antidiagonal_blocks(
     """Antidiagonal scores, then any rule, in one registered operator (``torch.ops.sparseattn.antidiagonal_blocks``).
 
     The natural-log score of a block is that of the mean, or of the largest, estimated mass that the rows of cells of
-    the query block give it (:func:`sparseattn.ops.scores.antidiagonal_scores`). Unlike ``xattention_blocks`` this keeps
-    all scores until the lists are made: ``4 * B * Hq * MB * NB`` bytes.
+    the query block give it (:func:`sparseattn.ops.scores.antidiagonal_scores`).
 
     Args:
         q: ``[B, Sq, Hq, D]``, or packed ``[total_q, Hq, D]`` with ``sequences``.
@@ -114,16 +116,24 @@ def _antidiagonal_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor,
     c = _Call(*arguments)
     s = unflatten(q, c)
     rule, forced = unflatten_rule(c)
-    scores = antidiagonal_scores(
-        q, k, stride=c.stride, block_size=c.block_size, causal=c.causal, scale=c.scale, sequences=s, impl=c.impl,
-        aggregate="sum" if c.aggregate == "mean" else c.aggregate,
-    )  # fmt: skip
+    aggregate = "sum" if c.aggregate == "mean" else c.aggregate
+    p = ScoreProblem(s, c.stride, c.block_size, c.causal, c.scale, aggregate)
+    rule = capped(rule, p.num_kv_blocks)
     bounds = list_bounds(s, c.block_size, c.causal, forced, q.device)
-    if c.aggregate == "mean":
-        scores /= _cells(s, scores.shape[2], c.stride, c.block_size, q.device).to(scores.dtype)[:, None, :, None]
+    name = choose(c.impl, q, k)
+    chunks = implementation(name).score_chunks(q, k, p, bounds, rule.name == "global" and rule.density is not None)
+    cells = _cells(s, p.num_q_blocks, c.stride, c.block_size, q.device)[:, None, :, None]
+
+    def logs(first: int, rows: int) -> Tensor:
+        scores = chunks.score(first, rows)
+        if c.aggregate == "mean":
+            scores /= cells[:, :, first : first + rows].to(scores.dtype)
+        return scores.log_()
+
     values = thresholds_on(q.device, log_threshold(rule))
-    width = list_width(scores.shape[3], rule, c.causal, forced, c.block_size)
-    return module(choose_impl(c.impl, scores)).choose(scores.log_(), rule, values, bounds, width)
+    width = list_width(p.num_kv_blocks, rule, c.causal, forced, c.block_size)
+    shape = (s.batch, q.shape[-2], p.num_q_blocks, p.num_kv_blocks)
+    return module(name).choose_chunks(ScoreChunks(logs, chunks.rows, chunks.step), shape, rule, values, bounds, width)
 
 
 def _cells(s: Sequences, rows: int, stride: int, block_size: int, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.ops.scores.problem import RowBounds, ScoreProblem, row_bounds
+from sparseattn.ops.scores.problem import RowBounds, ScoreProblem, check_max_blocks, list_cap, row_bounds
 from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_sequences, unflatten
 
 IMPLEMENTATIONS = ("triton", "reference")
@@ -62,7 +62,7 @@ def antidiagonal_scores(
     if aggregate not in ("sum", "max"):
         raise argument_error("aggregate", "'sum' or 'max'", repr(aggregate))
     p = _problem(q, k, stride, block_size, causal, scale, sequences)._replace(aggregate=aggregate)
-    return _module(_choose(impl, q, k)).antidiagonal_scores(q.detach(), k.detach(), p)
+    return implementation(choose(impl, q, k)).antidiagonal_scores(q.detach(), k.detach(), p)
 
 
 def top_p_blocks(
@@ -118,7 +118,7 @@ def top_p_blocks(
         visible = torch.full((1, rows), columns, dtype=torch.int32, device=scores.device)
     if recent is None:
         recent = visible
-    module = _module(_choose(impl, scores))
+    module = implementation(choose(impl, scores))
     shares = torch.tensor(thresholds, dtype=torch.float32, device=scores.device)
     return module.top_p_blocks(scores.detach(), shares, RowBounds(visible, recent), keep_sink)
 
@@ -133,6 +133,7 @@ def xattention_blocks(
     causal: bool = True,
     keep_sink: bool | None = None,
     keep_recent: bool = True,
+    max_blocks: int | None = None,
     scale: float | None = None,
     sequences: Sequences | None = None,
     impl: str = "auto",
@@ -149,13 +150,14 @@ def xattention_blocks(
         causal: Bottom-right aligned causality.
         keep_sink: Every row lists block 0. None: causal problems do.
         keep_recent: Every row lists the blocks its own diagonal touches (causal problems only).
+        max_blocks: No list is longer, but for its forced blocks: the best stay. None: ``MAX_BLOCKS``.
         scale: Factor on q . k.
         sequences: The layout of a ragged batch.
         impl: The implementation.
 
     Returns:
-        counts int32 ``[B, Hq, MB]`` and indices int32 ``[B, Hq, MB, NB]``: ascending, undefined past the count. Rows
-        past the end of a sequence, and rows that see no key, have count 0.
+        counts int32 ``[B, Hq, MB]`` and indices int32 ``[B, Hq, MB, K]``: ascending, undefined past the count; K is the
+        cap where there are more blocks. Rows past the end of a sequence, and rows that see no key, have count 0.
 
     Raises:
         ValueError: A shape, value or implementation that does not fit.
@@ -163,12 +165,13 @@ def xattention_blocks(
     """
     p = _problem(q, k, stride, block_size, causal, scale, sequences)
     thresholds = check_thresholds(threshold, q.shape[-2])
+    check_max_blocks(max_blocks)
     _check_impl(impl)  # the rest of the choice happens inside the operator, where a compiler does not look
     s = p.sequences
     keep_sink = causal if keep_sink is None else keep_sink
     return torch.ops.sparseattn.xattention_blocks(
         q.detach(), k.detach(), *flatten(s), list(thresholds), stride, block_size, p.scale, causal, keep_sink,
-        keep_recent, impl,
+        keep_recent, max_blocks, impl,
     )  # fmt: skip
 
 
@@ -178,7 +181,7 @@ def unsupported_reason(*tensors: Tensor, impl: str) -> str | None:
         raise argument_error("impl", f"one of {IMPLEMENTATIONS}", repr(impl))
     if impl == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    module = _module(impl)
+    module = implementation(impl)
     if len(tensors) == 1:
         return module.unsupported_scores_reason(tensors[0])
     return module.unsupported_reason(*tensors)
@@ -249,7 +252,7 @@ def _check_impl(impl: str) -> None:
         raise argument_error("impl", f"'auto' or one of {IMPLEMENTATIONS}", repr(impl))
 
 
-def _choose(impl: str, *tensors: Tensor) -> str:
+def choose(impl: str, *tensors: Tensor) -> str:
     """The implementation for q and k, or for scores: the one asked for, or the device's; raises if it refuses."""
     _check_impl(impl)
     name = impl if impl != "auto" else "triton" if tensors[0].is_cuda else "reference"
@@ -260,7 +263,8 @@ def _choose(impl: str, *tensors: Tensor) -> str:
     return name
 
 
-def _module(name: str) -> ModuleType:
+def implementation(name: str) -> ModuleType:
+    """The module of an implementation."""
     return importlib.import_module(f"sparseattn.ops.scores.{name}")
 
 
@@ -281,13 +285,21 @@ class _Call(NamedTuple):
     causal: bool
     keep_sink: bool
     keep_recent: bool
+    max_blocks: int | None
     impl: str
+
+    @property
+    def width(self) -> int:
+        """Entries of a list."""
+        columns = (self.max_k + self.block_size - 1) // self.block_size
+        # Forced are block 0 and two of a diagonal.
+        return min(columns, max(list_cap(self.max_blocks), 3))
 
 
 torch.library.define(
     "sparseattn::xattention_blocks",
     f"(Tensor q, Tensor k, {LAYOUT_SCHEMA}, float[] threshold, int stride, int block_size, float scale, bool causal, "
-    "bool keep_sink, bool keep_recent, str impl) -> (Tensor, Tensor)",
+    "bool keep_sink, bool keep_recent, int? max_blocks, str impl) -> (Tensor, Tensor)",
 )
 
 
@@ -298,13 +310,12 @@ def _xattention_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, T
     p = ScoreProblem(s, c.stride, c.block_size, c.causal, c.scale)
     bounds = row_bounds(s, c.block_size, c.causal, c.keep_recent, q.device)
     thresholds = thresholds_on(q.device, tuple(c.threshold))
-    module = _module(_choose(c.impl, q, k))
-    return module.xattention_blocks(q, k, p, thresholds, bounds, c.keep_sink)
+    module = implementation(choose(c.impl, q, k))
+    return module.xattention_blocks(q, k, p, thresholds, bounds, c.keep_sink, list_cap(c.max_blocks), c.width)
 
 
 @torch.library.register_fake("sparseattn::xattention_blocks")
 def _xattention_blocks_fake(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     c = _Call(*arguments)
-    rows, columns = ((n + c.block_size - 1) // c.block_size for n in (c.max_q, c.max_k))
-    shape = (c.batch, q.shape[-2], rows)
-    return q.new_empty(shape, dtype=torch.int32), q.new_empty((*shape, columns), dtype=torch.int32)
+    shape = (c.batch, q.shape[-2], (c.max_q + c.block_size - 1) // c.block_size)
+    return q.new_empty(shape, dtype=torch.int32), q.new_empty((*shape, c.width), dtype=torch.int32)

@@ -6,6 +6,7 @@ also rank the blocks of its rows, by pooled queries and keys or by the mass of v
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,27 @@ from sparseattn.masks.lists import compact, scatter_blocks
 from sparseattn.ops.scores.vertical_slash import sequence_lengths
 from sparseattn.ops.sequences import Sequences
 
+_LIST_BYTES = 256 << 20  # lists of query heads, and what it takes to unite them, at a time
+
 #: How a head ranks blocks: not at all; by the softmax of mean queries against mean keys; by vertical and slash mass.
 NONE, POOLED, MASS = 0, 1, 2
+
+
+class ListCap(NamedTuple):
+    """The longest list of a head, and what stays of a longer one: the blocks of the plan, most mass first, before those
+    that are ranked, most probable first; equal ones by lower index. Blocks of infinite mass all stay.
+
+    Heads that rank by number (``Ranking.top``) must be without a cap.
+
+    Attributes:
+        most: int32 ``[B|1, H]``; heads without a cap have one that their lists do not reach.
+        vertical: float32 ``[B, H, NB]``; a block has the mass ``max(vertical[n], band[m - n + NB - 1])``.
+        band: float32 ``[B, H, MB + NB - 1]``.
+    """
+
+    most: Tensor
+    vertical: Tensor
+    band: Tensor
 
 
 class ListPlan(NamedTuple):
@@ -28,12 +48,14 @@ class ListPlan(NamedTuple):
         band: bool ``[B, H, MB + NB - 1]``; entry ``m - n + NB - 1`` lists key block n in row m.
         visible: int32 ``[B|1, MB]``; row m may list blocks ``[0, visible[m])``.
         dense_from: int32 ``[B, H]``, first row of blocks that lists all visible ones; None: there is none.
+        cap: What lists are cut to where they would be longer; None: nothing.
     """
 
     vertical: Tensor
     band: Tensor
     visible: Tensor
     dense_from: Tensor | None = None
+    cap: ListCap | None = None
 
 
 class Ranking(NamedTuple):
@@ -110,14 +132,65 @@ def crossing_mass(block_mass: Tensor, s: Sequences, block_size: int, num_q_block
     return best
 
 
-def union_of_groups(counts: Tensor, indices: Tensor, heads: int, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Lists ``[B, Hq, MB(, K)]`` -> ``[B, heads, MB(, K')]``: what any query head of a group lists."""
-    group = counts.shape[1] // heads
+def grouped_lists(
+    list_blocks: Callable[[ListPlan, Ranking | None, int], tuple[Tensor, Tensor]],
+    plan: ListPlan,
+    ranking: Ranking | None,
+    width: int,
+    kept: int,
+) -> tuple[Tensor, Tensor]:
+    """Lists of ``kept`` heads: what any of the query heads lists that share one, some heads at a time.
+
+    Args:
+        list_blocks: Of the implementation.
+        plan: For all query heads, like ``ranking``.
+        ranking: What is listed besides.
+        width: Length of a query head's lists.
+        kept: Heads of the result.
+
+    Returns:
+        int32 counts ``[B, kept, MB]`` and indices ``[B, kept, MB, min(NB, width * group)]``.
+    """
+    heads, columns = plan.vertical.shape[1:]
+    group = heads // kept
     if group == 1:
-        return counts, indices
-    blocks = scatter_blocks(counts, indices, num_blocks)
-    blocks = blocks.view(blocks.shape[0], heads, group, *blocks.shape[2:]).any(2)
-    return compact(blocks, min(num_blocks, indices.shape[-1] * group))
+        return list_blocks(plan, ranking, width)
+    shape = (plan.vertical.shape[0], kept, plan.visible.shape[-1])
+    counts = torch.empty(shape, dtype=torch.int32, device=plan.visible.device)
+    indices = torch.empty((*shape, min(columns, width * group)), dtype=torch.int32, device=counts.device)
+    step = max(1, _LIST_BYTES // max(1, 4 * shape[0] * group * shape[2] * width))
+    for first in range(0, kept, step):
+        part = slice(first * group, (first + step) * group)
+        own = None if ranking is None else _heads_of_ranking(ranking, part, slice(first, first + step))
+        lists = list_blocks(_heads_of_plan(plan, part), own, width)
+        _unite(*lists, columns, counts[:, first : first + step], indices[:, first : first + step])
+    return counts, indices
+
+
+def _heads_of_plan(plan: ListPlan, part: slice) -> ListPlan:
+    dense = None if plan.dense_from is None else plan.dense_from[:, part]
+    cap = None if plan.cap is None else ListCap(*(x[:, part] for x in plan.cap))
+    return ListPlan(plan.vertical[:, part], plan.band[:, part], plan.visible, dense, cap)
+
+
+def _heads_of_ranking(r: Ranking, part: slice, key_heads: slice) -> Ranking:
+    q_means, vertical, band = (None if x is None else x[:, part] for x in (r.q_means, r.vertical, r.band))
+    k_means = None if r.k_means is None else r.k_means[:, key_heads]
+    top = r.top if r.top is None or r.top.shape[1] == 1 else r.top[:, part]
+    return r._replace(mode=r.mode[:, part], q_means=q_means, k_means=k_means, vertical=vertical, band=band, top=top)
+
+
+def _unite(counts: Tensor, indices: Tensor, columns: int, out_counts: Tensor, out_indices: Tensor) -> None:
+    """Write the lists ``[B, kept, MB(, K')]`` of what any of a group of heads ``[B, H, MB(, K)]`` lists."""
+    batch, heads, rows, width = indices.shape
+    kept = out_counts.shape[1]
+    row_bytes = batch * (heads * (9 * width + columns) + kept * (9 * columns + 8 * out_indices.shape[-1]))
+    step = max(1, _LIST_BYTES // max(1, row_bytes))
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        blocks = scatter_blocks(counts[:, :, part], indices[:, :, part], columns)
+        blocks = blocks.unflatten(1, (kept, -1)).any(2)
+        out_counts[:, :, part], out_indices[:, :, part] = compact(blocks, out_indices.shape[-1])
 
 
 def last_keys(s: Sequences, block_size: int, causal: bool, num_q_blocks: int, device: torch.device) -> Tensor:

@@ -54,11 +54,28 @@ def list_blocks(plan: ListPlan, ranking: Ranking | None, width: int) -> tuple[Te
     if plan.dense_from is not None:
         keep = keep | (m >= plan.dense_from[:, :, None, None])
     keep = keep & visible
+    planned, scores = keep, None
     if ranking is not None:
         scores = _scores(ranking, visible, difference_index(m, n, columns))
         ranked = _share(scores, visible, ranking.share) if ranking.share is not None else _top(scores, keep, ranking)
         keep = keep | (ranked & visible & (ranking.mode > 0)[..., None, None])
+    if plan.cap is not None:
+        mass = torch.maximum(plan.cap.vertical[:, :, None, :], plan.cap.band[:, :, difference_index(m, n, columns)])
+        keep = _within_cap(keep, planned, mass.double(), scores, plan.cap.most[..., None, None])
     return compact(keep, width)
+
+
+def _within_cap(keep: Tensor, planned: Tensor, mass: Tensor, scores: Tensor | None, most: Tensor) -> Tensor:
+    """The first ``most [B|1, H, 1, 1]`` of the kept blocks: planned ones by mass, then others by their log-probability.
+
+    All of infinite mass stay.
+    """
+    order = torch.where(planned, 2 + mass, torch.zeros_like(mass) if scores is None else scores.double().exp())
+    order = order.masked_fill(~keep, -torch.inf)
+    forced = (order == torch.inf).sum(-1, keepdim=True)
+    best = order.sort(dim=-1, descending=True, stable=True).indices
+    first = torch.arange(keep.shape[-1], device=keep.device) < torch.maximum(most, forced)
+    return keep & torch.zeros_like(keep).scatter(-1, best, first.expand_as(keep))
 
 
 def _scores(r: Ranking, visible: Tensor, index: Tensor) -> Tensor:

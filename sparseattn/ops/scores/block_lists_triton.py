@@ -22,7 +22,7 @@ from sparseattn.ops.scores.vertical_slash_triton import offline, precision
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
 _LENGTHS = [
     "num_rows", "num_cols", "visible_stride", "step", "shift", "width", "num_blocks", "steps", "last_stride",
-    "tokens_width",
+    "tokens_width", "most_stride",
 ]  # fmt: skip
 # Views into larger tensors: aligned or not as the number of blocks has it.
 _VIEWS = ["start_ptr", "end_ptr", "vertical_ptr", "band_ptr", "mass_ptr", "mass_band_ptr"]
@@ -249,14 +249,104 @@ def _row_top_kernel(
     tl.store(ties_ptr + at, top - above, mask=inside)
 
 
+@triton.jit
+def _cap_key(plan, key, mass_ptr, mass_band_ptr, head, rows, cols, num_rows, num_cols):
+    """Integers that order the listed blocks: those of the plan by mass, above the others by ``key``."""
+    vertical = tl.load(mass_ptr + head.to(tl.int64) * num_cols + cols, mask=cols < num_cols, other=0.0)
+    band = _band_entries(mass_band_ptr, head, rows, cols, num_rows, num_cols, plan)
+    mass = tl.maximum(band, vertical[None, :]).to(tl.int32, bitcast=True)
+    # Masses are below 2, whose bits are 2^30, or infinite, which makes the highest of all integers.
+    return tl.where(plan, (1 << 30) + tl.minimum(mass, (1 << 30) - 1), key >> 1)
+
+
+@triton.jit
+def _listed_above(
+    least, mode, share, head, q_means_ptr, k_means_ptr, lse, mass_ptr, mass_band_ptr, vertical_ptr, band_ptr, dense_ptr,
+    rows, visible, num_rows, num_cols, scale,
+    HAS_POOLED: tl.constexpr, HAS_DENSE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """How many listed blocks of each row have a ``_cap_key`` above ``least``."""
+    count = tl.full([BLOCK_M], 0, tl.int32)
+    for n in range(0, tl.max(visible, 0), BLOCK_N):
+        cols = n + tl.arange(0, BLOCK_N)
+        plan = _planned(vertical_ptr, band_ptr, dense_ptr, head, rows, cols, visible, num_rows, num_cols, HAS_DENSE)
+        key = tl.full([BLOCK_M, BLOCK_N], -1, tl.int32)
+        if HAS_POOLED:  # noqa: SIM102
+            if mode == _POOLED:
+                s = _pooled_scores(
+                    q_means_ptr, k_means_ptr, rows, cols, visible, num_rows, num_cols, scale, GROUP, D, BLOCK_D,
+                    PRECISION,
+                )  # fmt: skip
+                key = _pooled_key(s, lse)
+                key = tl.where((key >= share[:, None]) & (cols[None, :] < visible[:, None]), key, -1)
+        key = _cap_key(plan, key, mass_ptr, mass_band_ptr, head, rows, cols, num_rows, num_cols)
+        count += tl.sum((key > least[:, None]).to(tl.int32), 1)
+    return count
+
+
+@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
+def _cap_kernel(
+    mode_ptr, q_means_ptr, k_means_ptr, lse_ptr, mass_ptr, mass_band_ptr, vertical_ptr, band_ptr, dense_ptr,
+    visible_ptr, most_ptr, cut_ptr, cap_ptr, cap_ties_ptr, num_rows, num_cols, visible_stride, most_stride, scale,
+    HAS_POOLED: tl.constexpr, HAS_MASS: tl.constexpr, HAS_DENSE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Per row the key of the last block that its head's cap admits, and how many equal to it. Grid (row tiles, H, B).
+
+    As ``_row_top_kernel``, over the blocks that are listed. A tile of rows that list no more than the cap admits all.
+    """
+    b = tl.program_id(2)
+    head = b * tl.num_programs(1) + tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < num_rows
+    visible = _visible_rows(visible_ptr, rows, num_rows, visible_stride)
+    most = tl.load(most_ptr + b * most_stride + tl.program_id(1))
+    at = head.to(tl.int64) * num_rows + rows
+    mode = tl.full((), 0, tl.int32)
+    lse = tl.zeros([BLOCK_M], tl.float32)
+    share = tl.full([BLOCK_M], 0, tl.int32)
+    if HAS_POOLED:
+        mode = tl.load(mode_ptr + head)
+        lse = tl.load(lse_ptr + at, mask=inside, other=0.0)
+        share = tl.load(cut_ptr + at, mask=inside, other=0)
+    cut = tl.full([BLOCK_M], 0, tl.int32)
+    above = tl.full([BLOCK_M], 0, tl.int32)
+    rounds = 0
+    if tl.max(visible, 0) > most:
+        listed = _listed_above(
+            cut - 1, mode, share, head, q_means_ptr, k_means_ptr, lse, mass_ptr, mass_band_ptr, vertical_ptr, band_ptr,
+            dense_ptr, rows, visible, num_rows, num_cols, scale, HAS_POOLED, HAS_DENSE, GROUP, D, BLOCK_D, PRECISION,
+            BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        rounds = tl.where(tl.max(listed, 0) > most, 32, 0)
+    for i in range(0, rounds):
+        # The last round counts what lies strictly above the cut-off.
+        candidate = tl.where(i < 31, cut | (1 << tl.maximum(30 - i, 0)), cut)
+        count = _listed_above(
+            tl.where(i < 31, candidate - 1, cut), mode, share, head, q_means_ptr, k_means_ptr, lse, mass_ptr,
+            mass_band_ptr, vertical_ptr, band_ptr, dense_ptr, rows, visible, num_rows, num_cols, scale, HAS_POOLED,
+            HAS_DENSE, GROUP, D, BLOCK_D, PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        cut = tl.where((i < 31) & (count >= most), candidate, cut)
+        above = count
+    # Blocks of infinite mass have the highest key, and stay however many they are.
+    ties = tl.where((rounds == 0) | (cut == _ALL), 1 << 30, most - above)
+    tl.store(cap_ptr + at, cut, mask=inside)
+    tl.store(cap_ties_ptr + at, ties, mask=inside)
+
+
 @triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
 def _lists_kernel(
     mode_ptr, q_means_ptr, k_means_ptr, lse_ptr, mass_ptr, mass_band_ptr, vertical_ptr, band_ptr, dense_ptr,
-    visible_ptr, cut_ptr, ties_ptr, counts_ptr, indices_ptr, num_rows, num_cols, visible_stride, width, scale,
+    visible_ptr, cut_ptr, ties_ptr, cap_ptr, cap_ties_ptr, counts_ptr, indices_ptr, num_rows, num_cols, visible_stride,
+    width, scale,
     HAS_POOLED: tl.constexpr, HAS_MASS: tl.constexpr, HAS_DENSE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The lists of BLOCK_M rows: planned blocks, and ranked ones above (or, the first few, at) the row's cut-off.
+
+    With ``cap``, of these the ones above, or the first few at, the row's cap.
 
     Grid (row tiles, H, B).
     """
@@ -277,21 +367,35 @@ def _lists_kernel(
         lse = tl.load(lse_ptr + at, mask=inside, other=0.0)
     count = tl.full([BLOCK_M], 0, tl.int32)
     tied = tl.full([BLOCK_M], 0, tl.int32)
+    cap = tl.full([BLOCK_M], 0, tl.int32)
+    cap_ties = tl.full([BLOCK_M], 0, tl.int32)
+    cap_tied = tl.full([BLOCK_M], 0, tl.int32)
+    if cap_ptr is not None:
+        cap = tl.load(cap_ptr + at, mask=inside, other=0)
+        cap_ties = tl.load(cap_ties_ptr + at, mask=inside, other=0)
     for n in range(0, tl.max(visible, 0), BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
-        keep = _planned(vertical_ptr, band_ptr, dense_ptr, head, rows, cols, visible, num_rows, num_cols, HAS_DENSE)
+        plan = _planned(vertical_ptr, band_ptr, dense_ptr, head, rows, cols, visible, num_rows, num_cols, HAS_DENSE)
+        keep = plan
+        key = tl.full([BLOCK_M, BLOCK_N], 0, tl.int32)
         if HAS_POOLED or HAS_MASS:  # noqa: SIM102
             if mode != 0:
                 key = _keys(
                     mode, head, q_means_ptr, k_means_ptr, lse, mass_ptr, mass_band_ptr, rows, cols, visible, num_rows,
                     num_cols, scale, HAS_POOLED, HAS_MASS, GROUP, D, BLOCK_D, PRECISION, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
-                key = tl.where(keep, _ALL, key)
+                key = tl.where(plan, _ALL, key)
                 tie = (key == cut[:, None]).to(tl.int32)
                 rank = tied[:, None] + tl.cumsum(tie, 1) - tie
                 ranked = (key > cut[:, None]) | ((tie > 0) & (rank < ties[:, None]))
                 keep = keep | (ranked & (cols[None, :] < visible[:, None]))
                 tied += tl.sum(tie, 1)
+        if cap_ptr is not None:
+            cap_key = _cap_key(plan, key, mass_ptr, mass_band_ptr, head, rows, cols, num_rows, num_cols)
+            tie = (keep & (cap_key == cap[:, None])).to(tl.int32)
+            rank = cap_tied[:, None] + tl.cumsum(tie, 1) - tie
+            keep = keep & ((cap_key > cap[:, None]) | ((tie > 0) & (rank < cap_ties[:, None])))
+            cap_tied += tl.sum(tie, 1)
         kept = keep.to(tl.int32)
         slot = count[:, None] + tl.cumsum(kept, 1) - kept
         out = indices_ptr + at[:, None] * width + slot
@@ -365,7 +469,8 @@ def list_blocks(plan: ListPlan, ranking: Ranking | None, width: int) -> tuple[Te
         return counts, indices
     launch = _Launch(plan, ranking, (batch, heads, rows, columns))
     cut, ties = launch.cuts() if ranking is not None else (None, None)
-    launch.run(_lists_kernel, (cut, ties, counts, indices), (width,))
+    cap, cap_ties = (None, None) if plan.cap is None else launch.cap(plan.cap.most, cut)
+    launch.run(_lists_kernel, (cut, ties, cap, cap_ties, counts, indices), (width,))
     return counts, indices
 
 
@@ -380,7 +485,8 @@ class _Launch:
         self.mode = None if ranking is None else r.mode.int().contiguous()
         dense = None if plan.dense_from is None else plan.dense_from.expand(shape[:2]).int().contiguous()
         self.means = tuple(None if x is None else x.float().contiguous() for x in (r.q_means, r.k_means))
-        mass = tuple(None if x is None else x.float().contiguous() for x in (r.vertical, r.band))
+        masses = (r.vertical, r.band) if plan.cap is None else (plan.cap.vertical, plan.cap.band)
+        mass = tuple(None if x is None else x.float().contiguous() for x in masses)
         self.lse: Tensor | None = None
         head_dim = 16 if r.q_means is None else r.q_means.shape[-1]
         self.tile = {
@@ -415,6 +521,14 @@ class _Launch:
         cut, ties = torch.empty_like(top), torch.empty_like(top)
         self.run(_row_top_kernel, (top, cut, ties), ())
         return cut, ties
+
+    def cap(self, most: Tensor, cut: Tensor | None) -> tuple[Tensor, Tensor]:
+        """int32 ``[B, H, MB]``: the keys above which lists stay, and how many blocks equal to each do."""
+        most = most.int().contiguous()
+        keys = torch.empty(self.shape[:3], dtype=torch.int32, device=most.device)
+        ties = torch.empty_like(keys)
+        self.run(_cap_kernel, (most, cut, keys, ties), (0 if most.shape[0] == 1 else most.stride(0),))
+        return keys, ties
 
     def _pooled_lse(self) -> Tensor:
         batch, heads, rows, columns = self.shape
@@ -475,5 +589,6 @@ def compile_cases() -> list[tuple[str, object, dict, dict, dict, int, int]]:
     walk = {**shape, "BLOCK_M": 16, "HAS_POOLED": True, "HAS_MASS": True, "HAS_DENSE": True}
     cases.append(("row-top-128", *offline(_row_top_kernel, walk, types), 4, 1))
     cases.append(("block-lists-precise", *offline(_lists_kernel, {**walk, "PRECISION": "tf32x3"}, types), 8, 1))
+    cases.append(("block-lists-cap", *offline(_cap_kernel, {**walk, "HAS_MASS": False}, types), 4, 1))
     cases.append(("columns", *offline(_columns_kernel, {"BLOCK_KV": 128, "BLOCK": 128}, types), 4, 1))
     return cases

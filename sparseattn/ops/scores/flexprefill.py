@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,17 +11,19 @@ from sparseattn.errors import argument_error
 from sparseattn.ops.scores.block_lists import (
     MASS,
     POOLED,
+    ListCap,
     ListPlan,
     Ranking,
     block_sums,
     crossing_mass,
-    union_of_groups,
+    grouped_lists,
 )
-from sparseattn.ops.scores.problem import row_bounds
+from sparseattn.ops.scores.problem import check_max_blocks, list_cap, row_bounds, share_of
 from sparseattn.ops.scores.vertical_slash import (
     LastQueries,
     check_impl,
     check_inputs,
+    constants_on,
     implementation,
     sequence_lengths,
     slash_bands,
@@ -46,6 +47,7 @@ def flexprefill_blocks(
     keep_sink: bool = True,
     keep_recent: bool = True,
     group_shared: bool = False,
+    max_blocks: int | None = None,
     scale: float | None = None,
     sequences: Sequences | None = None,
     impl: str = "auto",
@@ -65,6 +67,9 @@ def flexprefill_blocks(
         keep_sink: Every row lists block 0.
         keep_recent: Every row lists the blocks its own diagonal touches.
         group_shared: One list per key head: what any query head of the group lists.
+        max_blocks: No list of a query head is longer, but for block 0 and the diagonal's: verticals and slashes stay
+            before blocks of query-aware heads, and the best of either. None: ``MAX_BLOCKS``, but all that a density
+            asks for.
         scale: Factor on q . k; default ``1 / sqrt(D)``.
         sequences: The layout of a ragged batch.
         impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
@@ -80,12 +85,13 @@ def flexprefill_blocks(
     s = resolve_sequences(q, k) if sequences is None else sequences
     scale = check_inputs(q, k, scale)
     check_impl(impl)
+    check_max_blocks(max_blocks)
     if block_size not in BLOCK_SIZES:
         raise argument_error("block_size", f"one of {BLOCK_SIZES}", block_size)
     return torch.ops.sparseattn.flexprefill_blocks(
         q.detach(), k.detach(), *flatten(s), gamma, tau,
         min_budget, -1 if max_budget is None else max_budget, -1.0 if density is None else density, block_size, scale,
-        causal, keep_sink, keep_recent, group_shared, impl,
+        causal, keep_sink, keep_recent, group_shared, max_blocks, impl,
     )  # fmt: skip
 
 
@@ -100,18 +106,24 @@ class _Options(NamedTuple):
     block_size: int
     keep_sink: bool
     keep_recent: bool
+    max_blocks: int | None
 
-    def width(self, max_k: int) -> int:
-        """The longest list that a head can have, as far as the options tell."""
+    def needed(self, max_k: int) -> int:
+        """The longest list that a head can have without a cap, as far as the options tell."""
         columns = (max_k + self.block_size - 1) // self.block_size
         if self.density >= 0:
-            # Block 0 and two of a diagonal, or the share and what its rounding may add. Whole numbers, for lengths that
-            # are symbols.
-            return min(columns, 3 + columns * math.ceil(self.density * 2**20) // 2**20)
+            # Block 0 and two of a diagonal, or the share and what its rounding may add.
+            return min(columns, 3 + share_of(columns, self.density))
         if self.tau == 0 and self.max_budget >= 0:
             # A run of slashes, 2B - 1 keys with the rows it is seen from, crosses three blocks at most.
             return min(columns, 4 * max(1, -(-self.max_budget // self.block_size)))
         return columns
+
+    def width(self, max_k: int) -> int:
+        """Entries of a head's list: a cap gives way to block 0 and the three that the diagonal may cross."""
+        if self.density >= 0 and self.max_blocks is None:
+            return self.needed(max_k)
+        return min(self.needed(max_k), max(list_cap(self.max_blocks), 4))
 
 
 def _selected(mass: Tensor, block_mass: Tensor, query_aware: Tensor, o: _Options, impl: str) -> Tensor:
@@ -186,6 +198,7 @@ class _Call(NamedTuple):
     keep_sink: bool
     keep_recent: bool
     group_shared: bool
+    max_blocks: int | None
     impl: str
 
     @property
@@ -196,8 +209,8 @@ class _Call(NamedTuple):
 torch.library.define(
     "sparseattn::flexprefill_blocks",
     f"(Tensor q, Tensor k, {LAYOUT_SCHEMA}, float gamma, float tau, int min_budget, int max_budget, float density, "
-    "int block_size, float scale, bool causal, bool keep_sink, bool keep_recent, bool group_shared, str impl) "
-    "-> (Tensor, Tensor, Tensor)",
+    "int block_size, float scale, bool causal, bool keep_sink, bool keep_recent, bool group_shared, int? max_blocks, "
+    "str impl) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -209,12 +222,11 @@ def _flexprefill_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, 
         counts, indices, query_aware = (x.zero_() for x in _flexprefill_blocks_fake(q, k, *arguments))
         return counts, indices, query_aware
     last = LastQueries(unflatten(q, c), c.block_size, c.causal, c.scale)
-    counts, indices, query_aware = _lists(q, k, last, c.options, c.impl)
-    return *union_of_groups(counts, indices, kept, -(-c.max_k // c.block_size)), query_aware
+    return _lists(q, k, last, c.options, kept, c.impl)
 
 
-def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    """counts, indices and query_aware of every query head."""
+def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, kept: int, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """counts and indices of ``kept`` heads, and query_aware of every query head."""
     s, size = p.sequences, o.block_size
     shape, rows, columns = (s.batch, q.shape[-2]), -(-s.max_q // size), -(-s.max_k // size)
     (q_len, k_len), module = sequence_lengths(s, q.device), implementation("block_lists", impl, q, k)
@@ -236,7 +248,11 @@ def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, impl: str) -> tupl
     bounds = row_bounds(s, size, p.causal, False, q.device)
     if o.density < 0:
         first, second = _selected(mass, block_mass, query_aware, o, impl)
-        plan = ListPlan(first, slash_bands(second, size, s, size, rows, columns), bounds.visible)
+        cap = None
+        if list_cap(o.max_blocks) < o.needed(s.max_k):
+            most = constants_on(q.device, ((list_cap(o.max_blocks),) * shape[1],))
+            cap = ListCap(most, block_mass[0], crossing_mass(block_mass[1], s, size, rows))
+        plan = ListPlan(first, slash_bands(second, size, s, size, rows, columns), bounds.visible, cap=cap)
         ranked = ranking._replace(share=o.gamma) if o.tau > 0 and o.gamma > 0 else None
     else:
         first = torch.zeros((*shape, columns), dtype=torch.bool, device=q.device)
@@ -247,9 +263,9 @@ def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, impl: str) -> tupl
             mode=torch.where(query_aware, POOLED, MASS).int(),
             vertical=block_mass[0],
             band=crossing_mass(block_mass[1], s, size, rows),
-            top=(bounds.visible * o.density).ceil().int().clamp(min=1)[:, None],
+            top=(bounds.visible * o.density).ceil().int().clamp(1, o.max_blocks)[:, None],
         )
-    return *module.list_blocks(plan, ranked, o.width(s.max_k)), query_aware
+    return *grouped_lists(module.list_blocks, plan, ranked, o.width(s.max_k), kept), query_aware
 
 
 @torch.library.register_fake("sparseattn::flexprefill_blocks")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.ops.scores.landmark_problem import LandmarkFeatures, LandmarkProblem, landmark_bounds
+from sparseattn.ops.scores.problem import check_max_blocks
 from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_sequences, unflatten
 
 IMPLEMENTATIONS = ("triton", "reference")
@@ -135,6 +136,7 @@ def landmark_blocks(
     floor: int = 4,
     fp8: bool = False,
     group_shared: bool = False,
+    max_blocks: int | None = None,
     scale: float | None = None,
     sequences: Sequences | None = None,
     features: LandmarkFeatures | None = None,
@@ -159,14 +161,17 @@ def landmark_blocks(
         fp8: Products of centroids and queries in float8_e4m3fn.
         group_shared: One list for the query heads of a KV head: a block is kept if any of them keeps it (density: by
             the largest score).
+        max_blocks: No list is longer, but for its forced blocks: the blocks stay whose probability is most over ``tau``
+            (which counts as e^-128 where it is 0), the lower ones among equals. None: ``MAX_BLOCKS``, or
+            ``density`` of all blocks if that is more.
         scale: Factor on q . k.
         sequences: The layout of a ragged batch.
         features: Those of ``k``, if known.
         impl: The implementation.
 
     Returns:
-        counts int32 ``[B, H, MB]`` and indices int32 ``[B, H, MB, NB]``: ascending, undefined past the count. Rows past
-        the end of a sequence, and rows that see no key, have count 0.
+        counts int32 ``[B, H, MB]`` and indices int32 ``[B, H, MB, K]``: ascending, undefined past the count; K is the
+        cap where there are more blocks. Rows past the end of a sequence, and rows that see no key, have count 0.
 
     Raises:
         ValueError: A shape, value or implementation that does not fit.
@@ -176,13 +181,14 @@ def landmark_blocks(
     _check_features(features, k, p)
     taus = check_taus(tau, q.shape[-2])
     check_density(density)
+    check_max_blocks(max_blocks)
     _check_impl(impl)  # the rest of the choice happens inside the operator, where a compiler does not look
     s = p.sequences
     centroids, spreads, sizes = (None, None, None) if features is None else features
     return torch.ops.sparseattn.landmark_blocks(
         q.detach(), k.detach(), centroids, spreads, sizes, *flatten(s), list(taus), density,
         p.block_size, p.clusters, p.rows, p.causal, p.keep_sink, p.floor, p.fp8,
-        p.group_shared, p.scale, impl,
+        p.group_shared, p.scale, max_blocks, impl,
     )  # fmt: skip
 
 
@@ -348,14 +354,19 @@ class _Call(NamedTuple):
     fp8: bool
     group_shared: bool
     scale: float
+    max_blocks: int | None
     impl: str
+
+    def problem(self, s: Sequences) -> LandmarkProblem:
+        """The problem of a layout."""
+        return LandmarkProblem(s, *(getattr(self, name) for name in LandmarkProblem._fields[1:]))
 
 
 torch.library.define(
     "sparseattn::landmark_blocks",
     f"(Tensor q, Tensor k, Tensor? centroids, Tensor? spreads, Tensor? sizes, {LAYOUT_SCHEMA}, float[] tau, "
     "float? density, int block_size, int clusters, int rows, bool causal, bool keep_sink, int floor, bool fp8, "
-    "bool group_shared, float scale, str impl) -> (Tensor, Tensor)",
+    "bool group_shared, float scale, int? max_blocks, str impl) -> (Tensor, Tensor)",
 )
 
 
@@ -363,9 +374,7 @@ torch.library.define(
 def _landmark_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     c = _Call(*arguments)
     s = unflatten(q, c)
-    p = LandmarkProblem(
-        s, c.block_size, c.clusters, c.rows, c.causal, c.keep_sink, c.floor, c.fp8, c.group_shared, c.scale
-    )
+    p = c.problem(s)
     module = _module(_choose(c.impl, q, k, c.fp8))
     if c.centroids is None or c.spreads is None or c.sizes is None:
         features = module.features(k, s, c.block_size, c.clusters)
@@ -378,6 +387,6 @@ def _landmark_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Ten
 @torch.library.register_fake("sparseattn::landmark_blocks")
 def _landmark_blocks_fake(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     c = _Call(*arguments)
-    rows, columns = ((n + c.block_size - 1) // c.block_size for n in (c.max_q, c.max_k))
-    shape = (c.batch, (k if c.group_shared else q).shape[-2], rows)
-    return q.new_empty(shape, dtype=torch.int32), q.new_empty((*shape, columns), dtype=torch.int32)
+    p = c.problem(unflatten(q, c))
+    shape = (c.batch, p.mask_heads(q, k), p.num_q_blocks)
+    return q.new_empty(shape, dtype=torch.int32), q.new_empty((*shape, p.width(c.density)), dtype=torch.int32)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.ops.scores.problem import RowBounds, row_bounds
+from sparseattn.ops.scores.problem import RowBounds, list_cap, row_bounds, share_of
 from sparseattn.ops.sequences import Sequences
 
 FP8 = torch.float8_e4m3fn
@@ -42,19 +42,30 @@ class LandmarkProblem(NamedTuple):
     fp8: bool
     group_shared: bool
     scale: float
+    max_blocks: int | None = None
 
     @property
     def num_q_blocks(self) -> int:
-        return -(-self.sequences.max_q // self.block_size)
+        return (self.sequences.max_q + self.block_size - 1) // self.block_size
 
     @property
     def num_kv_blocks(self) -> int:
-        return -(-self.sequences.max_k // self.block_size)
+        return (self.sequences.max_k + self.block_size - 1) // self.block_size
 
     @property
     def first_free(self) -> int:
         """The first block that is not forced as the sink."""
         return 1 if self.keep_sink else 0
+
+    def cap(self, density: float | None) -> int:
+        """No list is longer, but for its forced blocks. What is not asked for does not cut into a density."""
+        if self.max_blocks is not None or density is None:
+            return list_cap(self.max_blocks)
+        return max(list_cap(None), share_of(self.num_kv_blocks, density))
+
+    def width(self, density: float | None) -> int:
+        """Entries of a list: forced are a floor row's blocks, or block 0 and two of the diagonal."""
+        return min(self.num_kv_blocks, max(self.cap(density), self.floor, 3))
 
     def mask_heads(self, q: Tensor, k: Tensor) -> int:
         return (k if self.group_shared else q).shape[-2]

@@ -193,14 +193,26 @@ def blocks(
     visible = n < bounds.visible[:, None, :, None]
     free = visible & (n >= p.first_free) & (n < bounds.recent[:, None, :, None])
     if density is None:
-        keep = score >= log_tau.to(score.dtype)[:, None, None]
+        cut = log_tau.to(score.dtype)[:, None, None]
+        # A threshold of nothing keeps all, but what is capped needs an order.
+        score = torch.where(cut == -torch.inf, (score + 128).clamp(min=0), score - cut)
         if p.group_shared:
-            keep = keep.unflatten(1, (k.shape[-2], -1)).any(2)
+            score = score.unflatten(1, (k.shape[-2], -1)).amax(2)
+        keep = score >= 0
     elif score.numel():
         keep = score >= _cut(score, free, free_budget(p, bounds, score.shape[1], density))[:, None, None, None]
     else:
         keep = torch.zeros_like(score, dtype=torch.bool)
-    return compact((keep & free) | (visible & ~free))
+    forced = visible & ~free
+    keep = _best(score, keep & free, p.cap(density) - forced.sum(-1, keepdim=True))
+    return compact(keep | forced, p.width(density))
+
+
+def _best(score: Tensor, keep: Tensor, allowed: Tensor) -> Tensor:
+    """The best ``allowed [B, 1, MB, 1]`` of the kept blocks; the lower ones among equals."""
+    order = torch.where(keep, score, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    first = torch.arange(score.shape[-1], device=score.device) < allowed
+    return keep & torch.zeros_like(keep).scatter(-1, order, first.expand_as(keep))
 
 
 def _cut(score: Tensor, free: Tensor, budget: Tensor) -> Tensor:

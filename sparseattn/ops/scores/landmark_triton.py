@@ -2,8 +2,9 @@
 
 With a threshold, nothing as large as the scores ever exists. A fixed number of programs take one query block of one
 head after another; each has a private strip of memory, small enough for the L2 cache, that holds the logits of its rows
-until their denominator is known. So every product is computed once. With a density the scores are kept (``4 * B * H *
-MB * NB`` bytes), four counting passes over their bits find the threshold, and a last kernel makes the lists.
+until their denominator is known. So every product is computed once. With a density four counting passes over the bits
+of all scores find the threshold and a last kernel makes the lists; the scores are kept in between where they fit into
+1 GiB, and computed anew, some rows at a time, where they do not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import triton
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
+from sparseattn.ops.scores.chunks import ScoreChunks, chunk_rows
+from sparseattn.ops.scores.cut_triton import batch_stride, find_cut
 from sparseattn.ops.scores.landmark_problem import (
     FP8,
     FP8_MAX,
@@ -24,10 +27,11 @@ from sparseattn.ops.scores.landmark_problem import (
     free_budget,
     num_snapshots,
 )
-from sparseattn.ops.scores.landmark_triton_choice import choose_kernel, histogram_kernel
+from sparseattn.ops.scores.landmark_triton_choice import choose_kernel
 from sparseattn.ops.scores.landmark_triton_features import covariance_kernel, features_kernel, rows_kernel
 from sparseattn.ops.scores.landmark_triton_scores import score_kernel
 from sparseattn.ops.scores.problem import RowBounds
+from sparseattn.ops.scores.rules_triton import empty_lists
 from sparseattn.ops.sequences import Sequences
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -119,7 +123,7 @@ def _chosen_rows(q: Tensor, f: LandmarkFeatures, p: LandmarkProblem, bounds: Row
     recent = bounds.recent.contiguous()
     rows_kernel[(p.num_q_blocks, heads, batch)](
         q, covariances, rows, recent, s.q_start, s.q_end, _strides(q, s.packed), s.max_q, snapshots,
-        _batch_stride(recent), GROUP=heads // kv_heads, D=dim, BLOCK=p.block_size, ROWS=p.rows,
+        batch_stride(recent), GROUP=heads // kv_heads, D=dim, BLOCK=p.block_size, ROWS=p.rows,
         FIRST=p.first_free, BLOCK_D=block_d, COLUMNS=columns, RAGGED=s.q_start is not None,
         PRECISION=_precision(q.dtype), num_warps=8, num_stages=1, **LAUNCH,
     )  # fmt: skip
@@ -127,38 +131,58 @@ def _chosen_rows(q: Tensor, f: LandmarkFeatures, p: LandmarkProblem, bounds: Row
 
 
 class _Scoring:
-    """One launch of ``score_kernel``, writing scores or lists."""
+    """Launches of ``score_kernel``, writing scores or lists."""
 
     def __init__(self, q: Tensor, k: Tensor, f: LandmarkFeatures, p: LandmarkProblem, bounds: RowBounds) -> None:
         self.q, self.k, self.p = q, k, p
-        self.f = LandmarkFeatures(*(t.contiguous() for t in f))
         self.tiles = _tiles(q, p)
         self.visible, self.recent = bounds.visible.contiguous(), bounds.recent.contiguous()
         self.heads = p.mask_heads(q, k)
-        self.items = p.sequences.batch * self.heads * p.num_q_blocks
+        f = LandmarkFeatures(*(t.contiguous() for t in f))
         whole = p.rows == p.block_size
-        self.rows = None if whole else _chosen_rows(q, self.f, p, bounds, self.tiles)
-        self.programs = min(self.items, _programs(q.device, self.tiles.programs))
+        self.rows = None if whole else _chosen_rows(q, f, p, bounds, self.tiles)
+        self.scales: Tensor | None = None
+        centroids = f.centroids
+        if p.fp8:
+            centroids, self.scales = _to_fp8(f.centroids)
+        self.f = f._replace(centroids=centroids)
+        self.programs = min(p.sequences.batch * self.heads * p.num_q_blocks, _programs(q.device, self.tiles.programs))
+        self.chunk = self.tiles.landmarks // p.clusters
+        strip = (self.programs, triton.cdiv(p.num_kv_blocks, self.chunk), p.rows, self.chunk)
+        self.strip = torch.empty(strip, dtype=torch.float32, device=q.device)
 
-    def launch(
-        self, scores: Tensor, log_tau: Tensor | None, counts: Tensor | None = None, indices: Tensor | None = None
+    def scores(self, out: Tensor, first: int) -> None:
+        """Fill ``out [B, H, rows, NB]`` (contiguous, where free) with the scores of the query blocks from ``first``."""
+        self._launch(out, None, None, None, first, out.shape[2])
+
+    def lists(self, log_tau: Tensor, counts: Tensor, indices: Tensor) -> None:
+        """Fill the lists of all query blocks."""
+        scratch = torch.empty((self.programs, self.p.num_kv_blocks), dtype=torch.float32, device=self.q.device)
+        self._launch(scratch, log_tau, counts, indices, 0, self.p.num_q_blocks)
+
+    def _launch(
+        self,
+        scores: Tensor,
+        log_tau: Tensor | None,
+        counts: Tensor | None,
+        indices: Tensor | None,
+        first: int,
+        rows: int,
     ) -> None:
-        """Fill ``scores [B, H, MB, NB]`` (float32, -inf), or with ``log_tau`` the lists, with a strip as ``scores``."""
         p, s, f, tiles, q, k = self.p, self.p.sequences, self.f, self.tiles, self.q, self.k
-        chunk = tiles.landmarks // p.clusters
-        chunks = triton.cdiv(p.num_kv_blocks, chunk)
-        strip = torch.empty((self.programs, chunks, p.rows, chunk), dtype=torch.float32, device=q.device)
-        centroids, scales = _to_fp8(f.centroids) if p.fp8 else (f.centroids, None)
-        score_kernel[(self.programs,)](
-            q, k, centroids, scales, f.spreads, f.sizes, self.rows, self.visible, self.recent, log_tau, strip, scores,
-            counts, indices, s.q_start, s.q_end, s.k_start, s.k_end, _strides(q, s.packed), _strides(k, s.packed),
-            s.max_q, s.max_k, p.num_q_blocks, p.num_kv_blocks, f.centroids.shape[2], _batch_stride(self.visible),
-            self.items, p.scale, HEADS=self.heads, SHARED=q.shape[-2] // self.heads, GROUP=q.shape[-2] // k.shape[-2],
+        items = s.batch * self.heads * rows
+        score_kernel[(min(items, self.programs),)](
+            q, k, f.centroids, self.scales, f.spreads, f.sizes, self.rows, self.visible, self.recent, log_tau,
+            self.strip, scores, counts, indices, s.q_start, s.q_end, s.k_start, s.k_end, _strides(q, s.packed),
+            _strides(k, s.packed), s.max_q, s.max_k, p.num_q_blocks, p.num_kv_blocks, f.centroids.shape[2],
+            batch_stride(self.visible), first, rows, 0 if indices is None else indices.shape[3], p.cap(None), items,
+            p.scale, HEADS=self.heads, SHARED=q.shape[-2] // self.heads, GROUP=q.shape[-2] // k.shape[-2],
             D=q.shape[-1], BLOCK=p.block_size, CLUSTERS=p.clusters, ROWS=p.rows, FIRST=p.first_free, CAUSAL=p.causal,
             RAGGED_Q=s.q_start is not None, RAGGED_K=s.k_start is not None, FP8=p.fp8, LISTS=log_tau is not None,
             HEAD_TAUS=log_tau is not None and log_tau.numel() > 1, PRECISION=_precision(q.dtype),
-            BLOCK_D=_padded(q.shape[-1]), KEYS=tiles.keys, CHUNK=chunk, BLOCK_S=1024 if q.is_cuda else 16,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages, **LAUNCH,
+            BLOCK_D=_padded(q.shape[-1]), KEYS=tiles.keys, CHUNK=self.chunk, BLOCK_S=1024 if q.is_cuda else 16,
+            CAPPED=log_tau is not None and p.cap(None) < p.num_kv_blocks, num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages, **LAUNCH,
         )  # fmt: skip
 
 
@@ -167,7 +191,7 @@ def scores(q: Tensor, k: Tensor, f: LandmarkFeatures, p: LandmarkProblem, bounds
     shape = (p.sequences.batch, p.mask_heads(q, k), p.num_q_blocks, p.num_kv_blocks)
     out = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
     if out.numel():
-        _Scoring(q, k, f, p, bounds).launch(out, None)
+        _Scoring(q, k, f, p, bounds).scores(out, 0)
     return out
 
 
@@ -182,53 +206,41 @@ def blocks(
 ) -> tuple[Tensor, Tensor]:
     """Lists by threshold or density. See ``landmark.landmark_blocks``."""
     shape = (p.sequences.batch, p.mask_heads(q, k), p.num_q_blocks, p.num_kv_blocks)
-    make = torch.zeros if 0 in shape else torch.empty
-    counts = make(shape[:3], dtype=torch.int32, device=q.device)
-    indices = torch.empty(shape, dtype=torch.int32, device=q.device)
-    if 0 in shape:
-        return counts, indices
-    if density is None:
+    counts, indices = empty_lists(shape, p.width(density), q.device)
+    if 0 not in shape:
         scoring = _Scoring(q, k, f, p, bounds)
-        strip = torch.empty((scoring.programs, shape[3]), dtype=torch.float32, device=q.device)
-        scoring.launch(strip, log_tau, counts, indices)
-    else:
-        score = scores(q, k, f, p, bounds)
-        budget = free_budget(p, bounds, shape[1], density).expand(shape[0])
-        _choose(score, budget, p, bounds, counts, indices)
+        if density is None:
+            scoring.lists(log_tau, counts, indices)
+        else:
+            _choose(scoring, shape, density, bounds, counts, indices)
     return counts, indices
 
 
 def _choose(
-    score: Tensor, budget: Tensor, p: LandmarkProblem, bounds: RowBounds, counts: Tensor, indices: Tensor
+    scoring: _Scoring, shape: tuple[int, ...], density: float, bounds: RowBounds, counts: Tensor, indices: Tensor
 ) -> None:
-    """Write the lists of the forced blocks and the ``budget [B]`` best free ones of each sequence."""
-    batch, heads, rows, columns = score.shape
-    visible, recent = bounds.visible.contiguous(), bounds.recent.contiguous()
-    block = 1024 if score.is_cuda else 32
-    # The bits of a float, its sign rectified, order like the float. Eight of them are settled in each pass: of the
-    # blocks whose higher bits are those of the threshold, how many have each value of the next eight?
-    prefix = torch.zeros(batch, dtype=torch.int64, device=score.device)
-    need = budget
-    counted = torch.zeros((batch, 256), dtype=torch.int32, device=score.device)
-    for shift in (24, 16, 8, 0):
-        counted.zero_()
-        histogram_kernel[(min(rows * heads, 2048), batch)](
-            score, counted, prefix, visible, recent, heads * rows, rows, columns, _batch_stride(visible), shift,
-            FIRST=p.first_free, BLOCK=block, num_warps=4, **LAUNCH,
-        )  # fmt: skip
-        falling = counted.flip(-1).cumsum(-1)
-        above = (falling < need[:, None]).sum(-1, keepdim=True).clamp(max=255)
-        bucket = 255 - above[:, 0]
-        ties = counted.gather(1, bucket[:, None])[:, 0]
-        need = need - (falling.gather(1, above)[:, 0] - ties)
-        prefix = (prefix << 8) | bucket
+    """Write the lists of the forced blocks and the best free ones of each sequence, ``density`` of all."""
+    p, (batch, heads, rows, columns) = scoring.p, shape
+    budget = free_budget(p, bounds, heads, density).expand(batch)
+    step = chunk_rows(rows, 4 * batch * heads * columns, True)
+    buffer = torch.empty(batch * heads * step * columns, dtype=torch.float32, device=counts.device)
+
+    def score(first: int, count: int) -> Tensor:
+        out = buffer[: batch * heads * count * columns].view(batch, heads, count, columns)
+        scoring.scores(out, first)
+        return out
+
+    chunks = ScoreChunks(score, rows, step)
+    key, ties, fit = find_cut(chunks, scoring.visible, scoring.recent, p.first_free, budget)
     # What ties at the threshold is in if all of it fits; without a budget nothing is.
-    cut = torch.where(need >= ties, prefix, prefix + 1)
-    cut = torch.where(budget > 0, cut, 1 << 32)
-    choose_kernel[(rows, heads, batch)](
-        score, cut, counts, indices, visible, recent, columns, _batch_stride(visible),
-        FIRST=p.first_free, BLOCK=block, num_warps=4, **LAUNCH,
-    )  # fmt: skip
+    cut = torch.where(fit >= ties, key, key + 1)
+    least = torch.where(budget > 0, cut - 2**31, 2**31 - 1).clamp(max=2**31 - 1).int()
+    for first, scores in chunks:
+        choose_kernel[(scores.shape[2], heads, batch)](
+            scores, least, counts, indices, scoring.visible, scoring.recent, rows, first, scores.shape[2], columns,
+            indices.shape[3], p.cap(density), batch_stride(scoring.visible), FIRST=p.first_free,
+            CAPPED=p.cap(density) < columns, BLOCK=1024 if scores.is_cuda else 32, num_warps=4, **LAUNCH,
+        )  # fmt: skip
 
 
 def _to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,10 +260,6 @@ def _programs(device: torch.device, per_processor: int) -> int:
 def _strides(x: Tensor, packed: bool) -> tuple[int, ...]:
     """(batch, row, head, dim) strides; packed rows are counted from the start of the tensor."""
     return (0, *x.stride()) if packed else x.stride()
-
-
-def _batch_stride(bound: Tensor) -> int:
-    return 0 if bound.shape[0] == 1 else bound.stride(0)
 
 
 def _padded(head_dim: int) -> int:
@@ -277,8 +285,7 @@ def compile_cases() -> list[tuple[str, object, dict, dict, dict, int, int]]:
             8,
             1,
         ),
-        ("landmark_histogram", *_offline(histogram_kernel, {"FIRST": 1, "BLOCK": 1024}), 4, 1),
-        ("landmark_choose", *_offline(choose_kernel, {"FIRST": 1, "BLOCK": 1024}), 4, 1),
+        ("landmark_choose", *_offline(choose_kernel, {"FIRST": 1, "CAPPED": True, "BLOCK": 1024}), 4, 1),
     ]
     common = {"FIRST": 1, "CAUSAL": True, "HEAD_TAUS": False, "FP8": False, "BLOCK_S": 1024, "HEADS": 32, "SHARED": 1}
     for name, major, constants in (
@@ -290,7 +297,16 @@ def compile_cases() -> list[tuple[str, object, dict, dict, dict, int, int]]:
     ):
         tiles = config_for(bf16, 128, int(constants["ROWS"]), (major, 0))  # type: ignore[call-overload]
         ragged = "ragged" in name
-        constants = common | constants | {"RAGGED_Q": ragged, "RAGGED_K": ragged, "KEYS": tiles.keys}
+        constants = (
+            common
+            | constants
+            | {
+                "CAPPED": name in ("fp8", "shared-96-ragged"),
+                "RAGGED_Q": ragged,
+                "RAGGED_K": ragged,
+                "KEYS": tiles.keys,
+            }
+        )
         constants["CHUNK"] = tiles.landmarks // int(constants["CLUSTERS"])  # type: ignore[call-overload]
         case = _offline(score_kernel, constants)
         cases.append((f"landmark_score-{name}-sm{major}0", *case, tiles.num_warps, tiles.num_stages))
@@ -301,7 +317,7 @@ def _offline(function: object, constants: dict) -> tuple[object, dict, dict, dic
     """Signature, constexprs and attributes of a bfloat16 call with contiguous tensors."""
     types = {
         "q_ptr": "*bf16", "k_ptr": "*bf16", "centroids_ptr": "*fp8e4nv" if constants.get("FP8") else "*bf16",
-        "prefix_ptr": "*i64", "cut_ptr": "*i64", "scale": "fp32",
+        "scale": "fp32",
     }  # fmt: skip
     floats = ("spreads_ptr", "covariances_ptr", "scales_ptr", "log_tau_ptr", "strip_ptr", "scores_ptr")
     whole = {"scales_ptr": not constants.get("FP8"), "rows_ptr": constants.get("ROWS") == constants.get("BLOCK")}

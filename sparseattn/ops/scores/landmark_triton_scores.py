@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 
 from sparseattn.kernels.attention import LOG2E, sequence_span
-from sparseattn.ops.scores.landmark_triton_choice import append_kept
+from sparseattn.ops.scores.lists_triton import within_cap, write_list
 
-_LENGTHS = ["max_q", "max_k", "num_rows", "num_columns", "feature_blocks", "bounds_stride_b", "items"]
+_LENGTHS = ["max_q", "max_k", "num_rows", "num_columns", "feature_blocks", "bounds_stride_b", "first_row",
+            "rows_here", "width", "max_blocks", "items"]  # fmt: skip
 _VIEWS = ["q_start_ptr", "q_end_ptr", "k_start_ptr", "k_end_ptr"]
 
 
@@ -51,18 +52,20 @@ def _forced_blocks(
 def score_kernel(
     q_ptr, k_ptr, centroids_ptr, scales_ptr, spreads_ptr, sizes_ptr, rows_ptr, visible_ptr, recent_ptr, log_tau_ptr,
     strip_ptr, scores_ptr, counts_ptr, indices_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr, stride_q, stride_k,
-    max_q, max_k, num_rows, num_columns, feature_blocks, bounds_stride_b, items, scale,
+    max_q, max_k, num_rows, num_columns, feature_blocks, bounds_stride_b, first_row, rows_here, width, max_blocks,
+    items, scale,
     HEADS: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     CLUSTERS: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, CAUSAL: tl.constexpr, RAGGED_Q: tl.constexpr,
     RAGGED_K: tl.constexpr, FP8: tl.constexpr, LISTS: tl.constexpr, HEAD_TAUS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Scores (LISTS: lists) of query blocks, one after another, the longest first. Grid (programs).
 
     An item is a query block of a mask head, which is one query head or SHARED of them. For each head, one sweep over
     the landmarks stores the rows' block logits in this program's strip of ``strip [programs, chunks, ROWS, CHUNK]`` and
-    sums up their denominators; one over the strip takes the maxima over the rows. ``scores`` is ``[B, H, MB, NB]`` and
-    receives natural logs, or ``[programs, NB]`` scratch for logs over the threshold.
+    sums up their denominators; one over the strip takes the maxima over the rows. ``scores`` is ``[B, H, rows_here,
+    NB]`` and receives natural logs of the query blocks from ``first_row`` on, or ``[programs, NB]`` scratch for logs
+    over the threshold, of which a CAPPED list takes the best.
     """
     COLUMNS: tl.constexpr = CHUNK * CLUSTERS
     pid = tl.program_id(0)
@@ -72,14 +75,14 @@ def score_kernel(
     offs_b = tl.arange(0, CHUNK)
     offs_l = tl.arange(0, COLUMNS)
     strip_ptrs = strip_ptr + offs_r[:, None] * CHUNK + offs_b[None, :]
-    per_row = items // num_rows  # items of one row of blocks: batch * HEADS
+    per_row = items // rows_here  # items of one row of blocks: batch * HEADS
     for item in range(pid, items, tl.num_programs(0)):
-        m = num_rows - 1 - item // per_row
+        m = first_row + rows_here - 1 - item // per_row
         b = (item % per_row) // HEADS
         mask_head = item % HEADS
         visible = tl.load(visible_ptr + b * bounds_stride_b + m)
         recent = tl.load(recent_ptr + b * bounds_stride_b + m)
-        row = (b.to(tl.int64) * HEADS + mask_head) * num_rows + m
+        row = (b.to(tl.int64) * HEADS + mask_head) * rows_here + m - first_row
         score_row = scores_ptr + (pid.to(tl.int64) if LISTS else row) * num_columns
         if recent > FIRST:
             q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
@@ -157,7 +160,9 @@ def score_kernel(
                     w = tl.load(strip_ptrs + n * ROWS)
                     score = tl.max(w - norm[:, None], 0) / LOG2E  # a natural log from here on
                     if LISTS:
-                        score = tl.where(shift == float("-inf"), 0.0, score - shift)
+                        # A threshold of nothing keeps all, but what is capped needs an order.
+                        all_in = tl.maximum(score + 128.0, 0.0)
+                        score = tl.where(shift == float("-inf"), all_in, score - shift)
                     if SHARED > 1:
                         before = tl.load(score_row + offs_n, mask=free & (g > 0), other=float("-inf"))
                         score = tl.maximum(score, before)
@@ -165,12 +170,13 @@ def score_kernel(
                 tl.debug_barrier()
 
         if LISTS:
-            count = 0
-            for n in tl.range(0, visible, BLOCK_S, num_stages=1):
-                offs_n = n + tl.arange(0, BLOCK_S)
-                free = (offs_n >= FIRST) & (offs_n < recent)
-                x = tl.load(score_row + offs_n, mask=free, other=0.0)
-                keep = (offs_n < visible) & ((~free) | (x >= 0))
-                count = append_kept(indices_ptr + row * num_columns, count, keep, offs_n)
-            tl.store(counts_ptr + row, count)
+            least = tl.full((), 0, tl.int32)
+            ties = tl.full((), 0, tl.int32)
+            if CAPPED:
+                num_free = tl.maximum(recent - FIRST, 0)
+                allowed = max_blocks - (visible - num_free)
+                if num_free > allowed:
+                    least, ties = within_cap(score_row, FIRST, recent, least, ties, tl.maximum(allowed, 0), BLOCK_S)
+            list_ptr = indices_ptr + row * width
+            tl.store(counts_ptr + row, write_list(score_row, list_ptr, FIRST, recent, visible, least, ties, BLOCK_S))
             tl.debug_barrier()  # the next item's scores take the place of these

@@ -13,13 +13,16 @@ from sparseattn.errors import argument_error
 from sparseattn.masks.lists import compact
 from sparseattn.ops.scores.block_lists import (
     POOLED,
+    ListCap,
     ListPlan,
     Ranking,
     block_any,
+    block_sums,
+    crossing_mass,
+    grouped_lists,
     last_keys,
-    union_of_groups,
 )
-from sparseattn.ops.scores.problem import row_bounds
+from sparseattn.ops.scores.problem import check_max_blocks, list_cap, row_bounds
 from sparseattn.ops.scores.vertical_slash import (
     NUM_QUERIES,
     LastQueries,
@@ -70,6 +73,7 @@ def minference_blocks(
     causal: bool = True,
     columns: bool = True,
     group_shared: bool = False,
+    max_blocks: int | None = None,
     scale: float | None = None,
     sequences: Sequences | None = None,
     impl: str = "auto",
@@ -89,6 +93,9 @@ def minference_blocks(
         causal: Bottom-right aligned causality.
         columns: Return verticals as single columns; otherwise the blocks that hold one are listed.
         group_shared: One list per key head: what any query head of the group keeps.
+        max_blocks: No list of a head with verticals is longer, but for its first and nearest keys': the blocks with the
+            most mass stay. None: ``MAX_BLOCKS``. Heads that ask for anything else besides
+            are not capped.
         scale: Factor on q . k; default ``1 / sqrt(D)``.
         sequences: The layout of a ragged batch.
         impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
@@ -105,6 +112,7 @@ def minference_blocks(
     s = resolve_sequences(q, k) if sequences is None else sequences
     scale = check_inputs(q, k, scale)
     check_impl(impl)
+    check_max_blocks(max_blocks)
     if block_size not in BLOCK_SIZES:
         raise argument_error("block_size", f"one of {BLOCK_SIZES}", block_size)
     if num_queries not in NUM_QUERIES:
@@ -114,7 +122,8 @@ def minference_blocks(
     return torch.ops.sparseattn.minference_blocks(
         q.detach(), k.detach(), *flatten(s),
         [number for budget in budgets for number in budget], -1.0 if adaptive_budget is None else adaptive_budget,
-        num_queries, num_sink_tokens, num_local_tokens, block_size, scale, causal, columns, group_shared, impl,
+        num_queries, num_sink_tokens, num_local_tokens, block_size, scale, causal, columns, group_shared,
+        max_blocks, impl,
     )  # fmt: skip
 
 
@@ -128,6 +137,7 @@ class _Options(NamedTuple):
     block_size: int
     columns: bool
     group_shared: bool
+    max_blocks: int | None
 
     @property
     def slashed(self) -> bool:
@@ -145,25 +155,43 @@ class _Options(NamedTuple):
             vertical, slash = budget // 5, budget * 4 // 5
         return min(max_k, max(vertical, self.num_sink, 1)), min(max_k, max(slash, self.num_local, 1))
 
+    def needed(self, b: HeadBudget, max_k: int) -> int:
+        """The longest list that a head can have without a cap."""
+        size = self.block_size
+        if b.last:
+            return (max_k + size - 1) // size
+        vertical, slash = self.most(b, max_k)
+        held = b.init if self.columns else b.init + vertical * size
+        sink = self.num_sink if b.vertical else 0
+        local = (b.local + 2 * size - 2) // size + 1 if b.local else 0
+        # A slash is a run of as many keys as a block holds, anywhere: it crosses two blocks.
+        return -(-held // size) + -(-sink // size) + local + 2 * slash + b.blocks
+
+    def cap(self, b: HeadBudget, max_k: int) -> int:
+        """The longest list of a head."""
+        needed = self.needed(b, max_k)
+        if b.vertical == 0 or b.last or b.blocks or b.init or b.local:
+            return needed
+        return min(needed, list_cap(self.max_blocks))
+
+    def width(self, b: HeadBudget, max_k: int) -> int:
+        """Entries that a head's lists need: what has infinite mass stays above a cap."""
+        near = (self.num_local + 2 * self.block_size - 2) // self.block_size + 1
+        return min(self.needed(b, max_k), max(self.cap(b, max_k), -(-self.num_sink // self.block_size) + near))
+
     def widths(self, heads: int, max_k: int) -> tuple[int, int]:
         """K and C: the longest block list and the most lone columns that a row can have."""
-        size, blocks, widest = self.block_size, -(-max_k // self.block_size), 0
+        blocks = -(-max_k // self.block_size)
         group = len(self.budgets) // heads if self.group_shared else 1
-        lone = 0
-        for b in self.budgets:
-            vertical, slash = self.most(b, max_k)
-            held = b.init if self.columns else b.init + vertical * size
-            sink = self.num_sink if b.vertical else 0
-            local = (b.local + 2 * size - 2) // size + 1 if b.local else 0
-            # A slash is a run of as many keys as a block holds, anywhere: it crosses two blocks.
-            own = -(-held // size) + -(-sink // size) + local + 2 * slash + b.blocks
-            widest = max(widest, blocks if b.last else own)
-            lone = max(lone, vertical if self.columns else 0)
+        widest = max([self.width(b, max_k) for b in self.budgets])
+        lone = max([self.most(b, max_k)[0] if self.columns else 0 for b in self.budgets])
         return min(blocks, widest * group), min(max_k, lone * group)
 
 
-def _selected(q: Tensor, k: Tensor, p: LastQueries, o: _Options, table: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    """bool ``[B, H, Sk]`` twice: the verticals and the slashes of vertical-slash heads."""
+def _selected(
+    q: Tensor, k: Tensor, p: LastQueries, o: _Options, table: Tensor, impl: str
+) -> tuple[Tensor, Tensor, ListCap | None]:
+    """bool ``[B, H, Sk]`` twice, the verticals and the slashes of vertical-slash heads, and the cap on their lists."""
     module = implementation("vertical_slash", impl, q, k)
     mass = torch.stack(module.last_query_mass(q, k, p))  # [2, B, H, Sk]
     mass[0, ..., : o.num_sink] = torch.inf
@@ -177,7 +205,13 @@ def _selected(q: Tensor, k: Tensor, p: LastQueries, o: _Options, table: Tensor, 
     counts = torch.minimum(torch.maximum(wanted, floor[:, None, None]), k_len[:, None])
     counts = torch.where(table[:, 0] > 0, counts, 0).expand(mass.shape[:-1])
     vertical, slash = module.largest(mass, counts)
-    return vertical, slash
+    max_k, size, cap = p.sequences.max_k, o.block_size, None
+    rows, columns = -(-p.sequences.max_q // size), -(-max_k // size)
+    if any(o.cap(b, max_k) < min(o.needed(b, max_k), columns) for b in o.budgets):
+        block_mass = block_sums(mass, size, columns)
+        most = constants_on(q.device, (tuple(o.cap(b, max_k) for b in o.budgets),))
+        cap = ListCap(most, block_mass[0], crossing_mass(block_mass[1], p.sequences, size, rows))
+    return vertical, slash, cap
 
 
 def _ranking(q: Tensor, k: Tensor, p: LastQueries, o: _Options, table: Tensor, impl: str) -> Ranking | None:
@@ -209,8 +243,9 @@ def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, impl: str) -> tupl
     init, local, last = table[:, 2, None], table[:, 3, None], table[:, 4]
     shape = (s.batch, heads, s.max_k)
     vertical = slash = torch.zeros(shape, dtype=torch.bool, device=q.device)
+    cap = None
     if o.slashed:
-        vertical, slash = _selected(q, k, p, o, table, impl)
+        vertical, slash, cap = _selected(q, k, p, o, table, impl)
     slash = slash | (torch.arange(s.max_k, device=q.device) < local)
     if o.columns:
         # The first keys are kept as a block: that is a tile less to gather than as columns.
@@ -223,10 +258,9 @@ def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, impl: str) -> tupl
         dense_from = torch.where(last > 0, dense_from, rows).int()
     bounds = row_bounds(s, size, p.causal, False, q.device)
     module = implementation("block_lists", impl, q, k)
-    plan = ListPlan(blocks, slash_bands(slash, 1, s, size, rows, columns), bounds.visible, dense_from)
+    plan = ListPlan(blocks, slash_bands(slash, 1, s, size, rows, columns), bounds.visible, dense_from, cap)
     per_head, _ = o._replace(group_shared=False).widths(heads, s.max_k)
-    counts, indices = module.list_blocks(plan, _ranking(q, k, p, o, table, impl), per_head)
-    counts, indices = union_of_groups(counts, indices, kept, columns)
+    counts, indices = grouped_lists(module.list_blocks, plan, _ranking(q, k, p, o, table, impl), per_head, kept)
     if lone == 0:
         return counts, indices, indices.new_empty((*counts.shape, 0))
     token_counts, tokens = compact(vertical.unflatten(1, (kept, -1)).any(2), lone)
@@ -254,6 +288,7 @@ class _Call(NamedTuple):
     causal: bool
     columns: bool
     group_shared: bool
+    max_blocks: int | None
     impl: str
 
     @property
@@ -261,7 +296,7 @@ class _Call(NamedTuple):
         heads = tuple(HeadBudget(*self.budgets[i : i + 6]) for i in range(0, len(self.budgets), 6))
         return _Options(
             heads, self.adaptive_budget, self.num_sink_tokens, self.num_local_tokens, self.block_size, self.columns,
-            self.group_shared,
+            self.group_shared, self.max_blocks,
         )  # fmt: skip
 
 
@@ -269,7 +304,7 @@ torch.library.define(
     "sparseattn::minference_blocks",
     f"(Tensor q, Tensor k, {LAYOUT_SCHEMA}, int[] budgets, float adaptive_budget, int num_queries, "
     "int num_sink_tokens, int num_local_tokens, int block_size, float scale, bool causal, bool columns, "
-    "bool group_shared, str impl) -> (Tensor, Tensor, Tensor)",
+    "bool group_shared, int? max_blocks, str impl) -> (Tensor, Tensor, Tensor)",
 )
 
 

@@ -24,6 +24,7 @@ from sparseattn.ops.scores.rules_problem import (
     RULE_SCHEMA,
     Forced,
     Rule,
+    capped,
     check_rule,
     empty_lists,
     flatten_rule,
@@ -154,8 +155,8 @@ def pooled_blocks(
 
     Returns:
         counts int32 ``[B, H, MB]`` and indices int32 ``[B, H, MB, K]``: ascending, undefined past the count; H is Hkv
-        with ``group_shared``, else Hq. K is NB unless the rule limits it. Rows past the end of a sequence, and rows
-        that see no key, have count 0.
+        with ``group_shared``, else Hq. K is NB or what the rule limits it to, ``MAX_BLOCKS`` if it does not. Rows past
+        the end of a sequence, and rows that see no key, have count 0.
 
     Raises:
         ValueError: A shape, value or implementation that does not fit.
@@ -246,6 +247,7 @@ def _pooled_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tenso
     s = unflatten(q, c)
     p = PooledProblem(s, c.feature, c.page_size, c.block_size, c.causal, c.scale, c.row_softmax, c.aggregate)
     rule, forced = unflatten_rule(c)
+    rule = capped(rule, p.num_kv_blocks)
     bounds = list_bounds(s, c.block_size, c.causal, forced, q.device)
     values = thresholds_on(q.device, log_threshold(rule))
     group = q.shape[-2] // k.shape[-2] if c.group_shared else 1

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.attention import LOG2E, sequence_span
+from sparseattn.ops.scores.chunks import ScoreChunks, chunk_rows
 from sparseattn.ops.scores.pooled_problem import PooledProblem
 from sparseattn.ops.scores.problem import row_bounds
 from sparseattn.ops.scores.rules_problem import ListBounds, Rule
-from sparseattn.ops.scores.rules_triton import choose_rows, density_cut, empty_lists
+from sparseattn.ops.scores.rules_triton import choose_chunks, empty_lists
 
-WORKSPACE_BYTES = 512 << 20
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _POOL_KEYS = 128  # keys one program of the pooling kernel reads
@@ -400,33 +400,27 @@ def block_scores(q: Tensor, k: Tensor, p: PooledProblem) -> Tensor:
 def pooled_blocks(
     q: Tensor, k: Tensor, p: PooledProblem, rule: Rule, thresholds: Tensor, bounds: ListBounds, group: int, width: int
 ) -> tuple[Tensor, Tensor]:
-    """Score and select chunk by chunk; only one chunk's scores exist at a time. See ``pooled.pooled_blocks``.
-
-    A share of a whole sequence ("global" with a density) needs all scores at once.
-    """
+    """Score and select chunk by chunk; only one chunk's scores exist at a time. See ``pooled.pooled_blocks``."""
     batch, heads, rows, columns = p.sequences.batch, q.shape[-2], p.num_q_blocks, p.num_kv_blocks
-    counts, indices = empty_lists((batch, heads // group, rows, columns), width, q.device)
-    if 0 in (batch, rows, columns):
-        return counts, indices
-    whole = rule.name == "global" and rule.density is not None
-    fit = max(1, WORKSPACE_BYTES // (4 * batch * heads * columns))
-    step = rows if whole else -(-rows // -(-rows // fit))  # chunks of one size: a short last one would idle the GPU
+    shape = (batch, heads // group, rows, columns)
+    if 0 in shape:
+        return empty_lists(shape, width, q.device)
+    step = chunk_rows(rows, 4 * batch * heads * columns, rule.name == "global" and rule.density is not None)
     buffer = torch.empty((batch, heads, step, columns), dtype=torch.float32, device=q.device)
     visible = bounds.visible.contiguous()
     features = _pool(k, p)
-    for first in range(0, rows, step):
-        scores = buffer[:, :, : min(step, rows - first)]
+
+    def score(first: int, count: int) -> Tensor:
+        scores = buffer[:, :, :count]
         _score(q, features, p, visible, first, scores, k.shape[-2])
         if group > 1:
-            _group_kernel[(scores.shape[2], heads // group, batch)](
+            _group_kernel[(count, heads // group, batch)](
                 scores, visible, 0 if visible.shape[0] == 1 else visible.stride(0), first, *scores.stride()[:3],
                 GROUP=group, MAX=p.aggregate == "max", BLOCK=256, num_warps=4, **LAUNCH,
             )  # fmt: skip
-        scores = scores[:, ::group]
-        if whole:
-            thresholds = density_cut(scores, bounds, rule.density or 1.0)
-        choose_rows(scores, rule, thresholds, bounds, first, counts, indices)
-    return counts, indices
+        return scores[:, ::group]
+
+    return choose_chunks(ScoreChunks(score, rows, step), shape, rule, thresholds, bounds, width)
 
 
 def _strides(x: Tensor, packed: bool) -> tuple[int, ...]:

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparseattn.errors import argument_error
 from sparseattn.ops.sequences import Sequences
+
+#: No list is longer unless the caller says so: a quarter of a million keys of blocks of 128. At a million tokens, 32
+#: heads' lists then take 2 GiB instead of 8. It is a constant: were it to follow from the length of the prompt, a chunk
+#: of queries would not select what it does inside the whole.
+MAX_BLOCKS = 2048
+
+
+def list_cap(max_blocks: int | None) -> int:
+    """How many blocks a list holds at most, besides forced ones."""
+    return MAX_BLOCKS if max_blocks is None else max_blocks
+
+
+def check_max_blocks(value: object) -> None:
+    """Raise unless ``value`` is None or a positive int."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        expected = f"an int of at least 1, or None for {MAX_BLOCKS}"
+        raise argument_error("max_blocks", expected, repr(value), "Budgets must select something.")
+
+
+def share_of(columns: int, density: float) -> int:
+    """At least ``density * columns``, rounded either way; in whole numbers, since lengths may be symbols."""
+    return columns * math.ceil(density * 2**20) // 2**20 + 1
 
 
 class ScoreProblem(NamedTuple):

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparseattn.ops.scores.chunks import ScoreChunks
 from sparseattn.ops.scores.problem import RowBounds, ScoreProblem
+from sparseattn.ops.scores.rules_problem import ListBounds
 
 _CHUNK_ELEMENTS = 1 << 23  # logits (or scores) held at once; 32 MB in float32
 
@@ -25,10 +27,15 @@ def unsupported_scores_reason(scores: Tensor) -> str | None:
 
 
 def xattention_blocks(
-    q: Tensor, k: Tensor, p: ScoreProblem, threshold: Tensor, bounds: RowBounds, keep_sink: bool
+    q: Tensor, k: Tensor, p: ScoreProblem, threshold: Tensor, bounds: RowBounds, keep_sink: bool, cap: int, width: int
 ) -> tuple[Tensor, Tensor]:
     """Score, then select. See ``api.xattention_blocks``."""
-    return top_p_blocks(antidiagonal_scores(q, k, p), threshold, bounds, keep_sink)
+    return top_p_blocks(antidiagonal_scores(q, k, p), threshold, bounds, keep_sink, cap, width)
+
+
+def score_chunks(q: Tensor, k: Tensor, p: ScoreProblem, bounds: ListBounds, whole: bool) -> ScoreChunks:
+    """The scores of all rows as one chunk."""
+    return ScoreChunks(lambda first, rows: antidiagonal_scores(q, k, p), p.num_q_blocks, p.num_q_blocks)
 
 
 def antidiagonal_scores(q: Tensor, k: Tensor, p: ScoreProblem, chunk_blocks: int | None = None) -> Tensor:
@@ -95,7 +102,14 @@ def _cells(x: Tensor, stride: int, dtype: torch.dtype) -> Tensor:
     return x.view(-1, stride, *x.shape[1:]).permute(2, 0, 1, 3)
 
 
-def top_p_blocks(scores: Tensor, threshold: Tensor, bounds: RowBounds, keep_sink: bool) -> tuple[Tensor, Tensor]:
+def top_p_blocks(
+    scores: Tensor,
+    threshold: Tensor,
+    bounds: RowBounds,
+    keep_sink: bool,
+    cap: int | None = None,
+    width: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Smallest set of blocks that reaches a share of each row's score. See ``api.top_p_blocks``.
 
     Args:
@@ -103,25 +117,30 @@ def top_p_blocks(scores: Tensor, threshold: Tensor, bounds: RowBounds, keep_sink
         threshold: ``[H]`` or ``[1]``.
         bounds: What each row may and must list.
         keep_sink: Block 0 must be listed where it is visible.
+        cap: No list is longer, but for its forced blocks.
+        width: Length of the lists; default NB.
 
     Returns:
-        int32 counts ``[B, H, MB]`` and indices ``[B, H, MB, NB]``, ascending.
+        int32 counts ``[B, H, MB]`` and indices ``[B, H, MB, width]``, ascending.
     """
     batch, heads, rows, columns = scores.shape
+    width = columns if width is None else width
     counts = torch.empty((batch, heads, rows), dtype=torch.int32, device=scores.device)
-    indices = torch.empty((batch, heads, rows, columns), dtype=torch.int32, device=scores.device)
+    indices = torch.empty((batch, heads, rows, width), dtype=torch.int32, device=scores.device)
     step = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * columns))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
-        keep = _top_p_rows(scores[:, :, part], threshold, bounds.visible[:, part], bounds.recent[:, part], keep_sink)
+        own = RowBounds(bounds.visible[:, part], bounds.recent[:, part])
+        keep = _top_p_rows(scores[:, :, part], threshold, own, keep_sink, cap)
         counts[:, :, part] = keep.sum(-1, dtype=torch.int32)
         # A stable sort by "not kept" puts the kept blocks first, ascending.
-        indices[:, :, part] = torch.argsort((~keep).byte(), dim=-1, stable=True).int()
+        indices[:, :, part] = torch.argsort((~keep).byte(), dim=-1, stable=True)[..., :width].int()
     return counts, indices
 
 
-def _top_p_rows(scores: Tensor, threshold: Tensor, visible: Tensor, recent: Tensor, keep_sink: bool) -> Tensor:
+def _top_p_rows(scores: Tensor, threshold: Tensor, bounds: RowBounds, keep_sink: bool, cap: int | None) -> Tensor:
     """Bool ``[B, H, rows, NB]`` of the kept blocks."""
+    visible, recent = bounds
     n = torch.arange(scores.shape[-1], device=scores.device)
     is_visible = n < visible[:, None, :, None]
     forced = is_visible & (n >= recent[:, None, :, None])
@@ -137,5 +156,7 @@ def _top_p_rows(scores: Tensor, threshold: Tensor, visible: Tensor, recent: Tens
     # No row that can see a block goes without one.
     alone = (visible > 0)[:, None, :] & ~forced.any(-1)
     take[..., :1] |= alone[..., None]
-    keep = forced | torch.zeros_like(take).scatter(-1, order, take)
-    return keep | (is_visible & (threshold >= 1))
+    take |= (value >= 0) & (threshold >= 1)
+    if cap is not None:
+        take &= torch.arange(take.shape[-1], device=take.device) < cap - forced.sum(-1, keepdim=True)
+    return forced | torch.zeros_like(take).scatter(-1, order, take)

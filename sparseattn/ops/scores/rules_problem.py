@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.ops.scores.problem import RowBounds, diagonal_blocks, row_bounds
+from sparseattn.ops.scores.problem import diagonal_blocks, list_cap, row_bounds, share_of
 from sparseattn.ops.sequences import Sequences
 
 RULES = ("relative", "relative_free", "cumulative", "topk", "global")
@@ -27,7 +27,8 @@ class Rule(NamedTuple):
         threshold: One number in [0, 1], or one per head of the scores. Not read where ``density`` or ``num_blocks`` is.
         density: A share in (0, 1]; rules "topk" and "global".
         num_blocks: Blocks of a row's list, forced ones included; rule "topk".
-        max_blocks: No list is longer, but for its forced blocks: the best stay. None: no cap.
+        max_blocks: No list is longer, but for its forced blocks: the best stay. None: no cap here; operators put
+            ``MAX_BLOCKS`` for it (``capped``).
     """
 
     name: str = "relative"
@@ -43,7 +44,8 @@ class Forced(NamedTuple):
     Attributes:
         sink_tokens: Blocks that hold one of the first keys.
         local_tokens: Blocks that hold one of so many keys before a row's diagonal, or the diagonal itself; None: none.
-        last_tokens: Query blocks that hold one of the last so many queries of a sequence list all they see.
+        last_tokens: Query blocks that hold one of the last so many queries of a sequence list all they see, up to the
+            cap on lists.
     """
 
     sink_tokens: int = 0
@@ -58,11 +60,18 @@ class ListBounds(NamedTuple):
         visible: int32 [B|1, MB]; blocks ``[0, visible)`` may be listed.
         recent: int32 [B|1, MB]; blocks ``[recent, visible)`` must be listed.
         sinks: Blocks ``[0, sinks)`` must be listed, where visible.
+        whole: bool [B|1, MB]; such rows choose all they see, whatever the rule, and only a cap takes of it. None: none.
     """
 
     visible: Tensor
     recent: Tensor
     sinks: int = 0
+    whole: Tensor | None = None
+
+    @property
+    def chosen_from(self) -> Tensor:
+        """int32 [B|1, MB]; blocks ``[sinks, chosen_from)`` are what a rule chooses from."""
+        return self.recent if self.whole is None else torch.where(self.whole, 0, self.recent).int()
 
 
 def check_rule(rule: Rule, heads: int) -> None:
@@ -102,28 +111,40 @@ def list_bounds(s: Sequences, block_size: int, causal: bool, forced: Forced, dev
         return ListBounds(visible, recent)
     if forced.local_tokens:
         recent, _ = diagonal_blocks(s, block_size, forced.local_tokens, 0, device)
+    whole = None
     if forced.last_tokens:
         rows = torch.arange(visible.shape[-1], device=device) * block_size + block_size
         used = s.lengths_q()
-        length = s.max_q if used is None else used[:, None]
-        recent = torch.where(rows > length - forced.last_tokens, 0, recent)
-    return ListBounds(visible, recent.int(), -(-forced.sink_tokens // block_size))
+        length = torch.full((1, 1), s.max_q, device=device) if used is None else used[:, None]
+        whole = rows > length - forced.last_tokens
+    return ListBounds(visible, recent.int(), -(-forced.sink_tokens // block_size), whole)
+
+
+def capped(rule: Rule, columns: int) -> Rule:
+    """The rule with the cap that an operator puts on lists for which none is asked: ``MAX_BLOCKS``.
+
+    It never cuts into a number of blocks or a density that is asked for, and with so few columns there is none.
+    """
+    if rule.max_blocks is not None:
+        return rule
+    most = max(list_cap(None), rule.num_blocks or 0)
+    if rule.density is not None:
+        most = max(most, share_of(columns, rule.density))
+    return rule._replace(max_blocks=most) if most < columns else rule
 
 
 def list_width(columns: int, rule: Rule, causal: bool, forced: Forced, block_size: int) -> int:
-    """Entries that the longest list can need; known without the device."""
-    cap = rule.max_blocks if rule.num_blocks is None else rule.num_blocks
-    if cap is None:
-        return columns
-    cap = cap if rule.max_blocks is None else min(cap, rule.max_blocks)
+    """Entries that the longest list can need under a rule that is ``capped``; known without the device."""
+    most = columns if rule.max_blocks is None else rule.max_blocks
+    if rule.name == "topk" and not (causal and forced.last_tokens):
+        budget = share_of(columns, rule.density) if rule.num_blocks is None else rule.num_blocks  # type: ignore[arg-type]
+        most = min(most, budget)
     if causal:
-        if forced.last_tokens:
-            return columns
         must = -(-forced.sink_tokens // block_size)
         if forced.local_tokens is not None:
             must += (forced.local_tokens + 2 * block_size - 2) // block_size + 1
-        cap = max(cap, must)
-    return min(columns, cap)
+        most = max(most, must)
+    return min(columns, most)
 
 
 def row_budget(rule: Rule, visible: Tensor) -> Tensor:
@@ -145,14 +166,9 @@ def log_threshold(rule: Rule) -> tuple[float, ...]:
 def free_budget(bounds: ListBounds, density: float, heads: int) -> Tensor:
     """How many blocks besides the forced ones a sequence may keep at ``density``: int64 [B|1], possibly negative."""
     visible = bounds.visible.long()
-    forced = visible - (torch.minimum(bounds.recent, bounds.visible) - bounds.sinks).clamp(min=0)
+    forced = visible - (torch.minimum(bounds.chosen_from, bounds.visible) - bounds.sinks).clamp(min=0)
     total = visible.sum(-1).double() * (heads * density)
     return (total + 0.5).floor().long() - forced.sum(-1) * heads
-
-
-def as_row_bounds(bounds: ListBounds) -> RowBounds:
-    """The bounds without the leading blocks."""
-    return RowBounds(bounds.visible, bounds.recent)
 
 
 # A rule and what is forced, as registered operators take them.
@@ -178,6 +194,7 @@ def empty_lists(q: Tensor, heads: int, c: Any) -> tuple[Tensor, Tensor]:
     """Lists of the right shape for tracing: int32 counts ``[B, heads, MB]`` and indices ``[B, heads, MB, K]``."""
     rows, columns = ((n + c.block_size - 1) // c.block_size for n in (c.max_q, c.max_k))
     rule, forced = unflatten_rule(c)
+    rule = capped(rule, columns)
     shape = (c.batch, heads, rows)
     width = list_width(columns, rule, c.causal, forced, c.block_size)
     return q.new_empty(shape, dtype=torch.int32), q.new_empty((*shape, width), dtype=torch.int32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparseattn.ops.scores.chunks import ScoreChunks
 from sparseattn.ops.scores.rules_problem import ListBounds, Rule, free_budget, row_budget
 
 _CHUNK_ELEMENTS = 1 << 22  # scores ranked at once
@@ -39,12 +40,22 @@ def choose(scores: Tensor, rule: Rule, thresholds: Tensor, bounds: ListBounds, w
     step = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * columns))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
-        own = ListBounds(bounds.visible[:, part], bounds.recent[:, part], bounds.sinks)
+        whole = None if bounds.whole is None else bounds.whole[:, part]
+        own = ListBounds(bounds.visible[:, part], bounds.recent[:, part], bounds.sinks, whole)
         keep = _keep(scores[:, :, part], rule, cuts, own)
         counts[:, :, part] = keep.sum(-1, dtype=torch.int32)
         # A stable sort by "not kept" puts the kept blocks first, ascending.
         indices[:, :, part] = torch.argsort((~keep).byte(), dim=-1, stable=True)[..., :width].int()
     return counts, indices
+
+
+def choose_chunks(
+    chunks: ScoreChunks, shape: tuple[int, ...], rule: Rule, thresholds: Tensor, bounds: ListBounds, width: int
+) -> tuple[Tensor, Tensor]:
+    """As :func:`choose`, of scores ``[B, H, MB, NB]`` (``shape``) that come in chunks."""
+    parts = [scores.clone() for _, scores in chunks] if 0 not in shape else []
+    scores = torch.cat(parts, 2) if parts else thresholds.new_empty(shape)
+    return choose(scores, rule, thresholds, bounds, width)
 
 
 def _keep(scores: Tensor, rule: Rule, cuts: Tensor, bounds: ListBounds) -> Tensor:
@@ -71,6 +82,8 @@ def _keep(scores: Tensor, rule: Rule, cuts: Tensor, bounds: ListBounds) -> Tenso
         chosen = free & (x >= cuts + best) & ((x > -torch.inf) | (cuts == -torch.inf))
     # No row that sees a block goes without one.
     chosen |= free & (rank == 0) & (num_forced == 0) & ~chosen.any(-1, keepdim=True)
+    if bounds.whole is not None:
+        chosen = torch.where(bounds.whole[:, None, :, None], free, chosen)
     if rule.max_blocks is not None:
         chosen &= rank < (rule.max_blocks - num_forced)
     return forced | chosen
@@ -90,7 +103,7 @@ def _density_cut(scores: Tensor, bounds: ListBounds, density: float) -> Tensor:
     """The score ``[B]`` at and above which free blocks are kept, so that a sequence keeps ``density`` of its blocks."""
     batch, heads, _, columns = scores.shape
     n = torch.arange(columns, device=scores.device)
-    free = (n < torch.minimum(bounds.recent, bounds.visible)[:, None, :, None]) & (n >= bounds.sinks)
+    free = (n < torch.minimum(bounds.chosen_from, bounds.visible)[:, None, :, None]) & (n >= bounds.sinks)
     # What is not free must not count: NaN sorts first in descending order, so it goes to -inf, below every finite one.
     values = scores.masked_fill(~free, -torch.inf).flatten(1).sort(-1, descending=True).values
     budget = free_budget(bounds, density, heads).expand(batch)

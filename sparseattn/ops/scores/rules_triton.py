@@ -1,7 +1,7 @@
 """Selection rules as one Triton kernel: a cut-off per row without a sort, then an ascending list.
 
-Scores become integers that order alike (``_keys``). A rule yields the lowest integer that is in whatever its index, and
-how many blocks just below it are in as well (ties); thresholds give it at once, budgets by bisection over its 32 bits.
+A rule yields a lowest key and a number of ties (``lists_triton``); thresholds give them at once, budgets by bisection
+over the 32 bits of keys.
 """
 
 from __future__ import annotations
@@ -13,35 +13,18 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.attention import LOG2E
+from sparseattn.ops.scores.chunks import ScoreChunks
+from sparseattn.ops.scores.cut_triton import batch_stride, find_cut
+from sparseattn.ops.scores.lists_triton import best_keys, count_from, ordered_keys, within_cap, write_list
 from sparseattn.ops.scores.rules_problem import ListBounds, Rule, free_budget, row_budget
 
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
 _LENGTHS = [
-    "bounds_stride_b", "budget_stride_b", "first_block", "scores_stride_b", "scores_stride_h", "scores_pitch",
-    "lists_rows", "lists_pitch", "sinks", "max_blocks", "threshold_stride_b", "threshold_stride_h",
+    "bounds_stride_b", "recent_stride_b", "whole_stride_b", "budget_stride_b", "first_block", "scores_stride_b",
+    "scores_stride_h", "scores_pitch", "lists_rows", "lists_pitch", "sinks", "max_blocks", "threshold_stride_b",
+    "threshold_stride_h",
 ]  # fmt: skip
 _VIEWS = ["scores_ptr", "threshold_ptr"]
-_LOWEST = -(1 << 31)
-
-
-@triton.jit
-def _keys(row_ptr, offs, mask):
-    """Scores, and int32 that order as they do; -inf where masked out."""
-    x = tl.load(row_ptr + offs, mask=mask, other=float("-inf")) + 0.0  # turns -0.0, which orders below 0.0, into it
-    bits = x.to(tl.int32, bitcast=True)
-    return x, bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _count(row_ptr, first, stop, least, BLOCK: tl.constexpr):
-    """Blocks in ``[first, stop)`` whose key is at least ``least``."""
-    count = 0
-    for n in range(first, stop, BLOCK):
-        offs_n = n + tl.arange(0, BLOCK)
-        inside = offs_n < stop
-        _, key = _keys(row_ptr, offs_n, inside)
-        count += tl.sum(((key >= least) & inside).to(tl.int32))
-    return count
 
 
 @triton.jit
@@ -50,35 +33,22 @@ def _mass(row_ptr, first, stop, least, best, BLOCK: tl.constexpr):
     mass = 0.0
     for n in range(first, stop, BLOCK):
         offs_n = n + tl.arange(0, BLOCK)
-        x, key = _keys(row_ptr, offs_n, offs_n < stop)
+        x, key = ordered_keys(row_ptr, offs_n, offs_n < stop)
         mass += tl.sum(tl.where(key >= least, tl.exp2((x - best) * LOG2E), 0.0))
     return mass
 
 
-@triton.jit
-def _best_keys(row_ptr, first, stop, need, BLOCK: tl.constexpr):
-    """(least, ties) of the ``need`` best blocks in ``[first, stop)``, which holds at least one and as many."""
-    cut = tl.full((), -2147483648, tl.int32)
-    if _count(row_ptr, first, stop, 0, BLOCK) >= need:
-        cut = tl.full((), 0, tl.int32)
-    for i in range(0, 31):
-        candidate = cut | (1 << (30 - i))
-        if _count(row_ptr, first, stop, candidate, BLOCK) >= need:
-            cut = candidate
-    least = cut + 1
-    return least, need - _count(row_ptr, first, stop, least, BLOCK)
-
-
 @triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
 def _choose_kernel(
-    scores_ptr, threshold_ptr, visible_ptr, recent_ptr, budget_ptr, counts_ptr, indices_ptr, bounds_stride_b,
-    recent_stride_b, budget_stride_b, threshold_stride_b, threshold_stride_h, first_block, scores_stride_b,
-    scores_stride_h, scores_pitch, lists_rows, lists_pitch, sinks, max_blocks,
+    scores_ptr, threshold_ptr, visible_ptr, recent_ptr, whole_ptr, budget_ptr, counts_ptr, indices_ptr,
+    bounds_stride_b, recent_stride_b, whole_stride_b, budget_stride_b, threshold_stride_b, threshold_stride_h,
+    first_block, scores_stride_b, scores_stride_h, scores_pitch, lists_rows, lists_pitch, sinks, max_blocks,
     RULE: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The block list of one row. Grid (rows, H, B).
 
-    Forced blocks are ``[0, sinks)`` and ``[recent, visible)``; the free ones between them are chosen by the rule.
+    Forced blocks are ``[0, sinks)`` and ``[recent, visible)``; the free ones between them are chosen by the rule, in
+    whole rows all of them.
     """
     m_block = tl.program_id(0)
     h = tl.program_id(1)
@@ -98,11 +68,16 @@ def _choose_kernel(
     ties = tl.full((), 0, tl.int32)  # how many blocks one key below are in as well
     LOWEST: tl.constexpr = -2147483648
     NOTHING: tl.constexpr = -2139095041  # the key of -inf
-    if num_free > 0:
+    whole = False
+    if whole_ptr is not None:
+        whole = tl.load(whole_ptr + b * whole_stride_b + row) != 0
+    if whole:
+        least = tl.full((), -2147483648, tl.int32)
+    elif num_free > 0:
         if RULE == "topk":
             need = tl.minimum(tl.load(budget_ptr + b * budget_stride_b + row) - num_forced, num_free)
             if need > 0:
-                least, ties = _best_keys(row_ptr, first, recent, need, BLOCK)
+                least, ties = best_keys(row_ptr, first, recent, need, BLOCK)
         else:
             best = tl.full((), float("-inf"), tl.float32)
             if RULE == "relative_free":
@@ -113,7 +88,7 @@ def _choose_kernel(
                 stop = visible
             for n in range(begin, stop, BLOCK):
                 offs_n = n + tl.arange(0, BLOCK)
-                x, _ = _keys(row_ptr, offs_n, offs_n < stop)
+                x, _ = ordered_keys(row_ptr, offs_n, offs_n < stop)
                 best = tl.maximum(best, tl.max(x))
             if RULE == "cumulative":
                 safe = tl.where(best == float("-inf"), 0.0, best)
@@ -148,36 +123,16 @@ def _choose_kernel(
                     least = tl.maximum(least, NOTHING + 1)
         # No row that sees a block goes without one.
         if (num_forced == 0) & (ties == 0):  # noqa: SIM102 (operands of a tensor's `and` are always computed)
-            if _count(row_ptr, first, recent, least, BLOCK) == 0:
-                least, ties = _best_keys(row_ptr, first, recent, 1, BLOCK)
-        if CAPPED:
+            if count_from(row_ptr, first, recent, least, BLOCK) == 0:
+                least, ties = best_keys(row_ptr, first, recent, 1, BLOCK)
+    if CAPPED:  # noqa: SIM102 (operands of a tensor's `and` are always computed)
+        if num_free > max_blocks - num_forced:
             allowed = tl.maximum(max_blocks - num_forced, 0)
-            chosen = _count(row_ptr, first, recent, least, BLOCK) + ties
-            if (chosen > allowed) & (allowed < num_free):
-                if allowed > 0:
-                    least, ties = _best_keys(row_ptr, first, recent, allowed, BLOCK)
-                else:
-                    least = tl.full((), 0x7FFFFFFF, tl.int32)
-                    ties = tl.full((), 0, tl.int32)
+            least, ties = within_cap(row_ptr, first, recent, least, ties, allowed, BLOCK)
 
     list_row = (b.to(tl.int64) * tl.num_programs(1) + h) * lists_rows + row
     list_ptr = indices_ptr + list_row * lists_pitch
-    count = 0
-    tied = 0
-    for n in range(0, visible, BLOCK):
-        offs_n = n + tl.arange(0, BLOCK)
-        seen = offs_n < visible
-        _, key = _keys(row_ptr, offs_n, seen)
-        is_free = (offs_n >= first) & (offs_n < recent)
-        tie = (is_free & (key == least - 1) & (ties > 0)).to(tl.int32)
-        tie_rank = tied + tl.cumsum(tie, 0) - tie
-        keep = (offs_n < first) | (offs_n >= recent) | (key >= least) | ((tie > 0) & (tie_rank < ties))
-        keep = (keep & seen).to(tl.int32)
-        slot = count + tl.cumsum(keep, 0) - keep
-        tl.store(list_ptr + slot, offs_n, mask=keep > 0)
-        count += tl.sum(keep)
-        tied += tl.sum(tie)
-    tl.store(counts_ptr + list_row, count)
+    tl.store(counts_ptr + list_row, write_list(row_ptr, list_ptr, first, recent, visible, least, ties, BLOCK))
 
 
 def unsupported_reason(scores: Tensor) -> str | None:
@@ -191,11 +146,23 @@ def unsupported_reason(scores: Tensor) -> str | None:
 
 def choose(scores: Tensor, rule: Rule, thresholds: Tensor, bounds: ListBounds, width: int) -> tuple[Tensor, Tensor]:
     """int32 counts ``[B, H, MB]`` and indices ``[B, H, MB, width]``. See ``rules.choose_blocks``."""
-    counts, indices = empty_lists(scores.shape, width, scores.device)
-    if 0 not in scores.shape:
+    chunks = ScoreChunks(lambda first, rows: scores, scores.shape[2], scores.shape[2])
+    return choose_chunks(chunks, scores.shape, rule, thresholds, bounds, width)
+
+
+def choose_chunks(
+    chunks: ScoreChunks, shape: tuple[int, ...], rule: Rule, thresholds: Tensor, bounds: ListBounds, width: int
+) -> tuple[Tensor, Tensor]:
+    """As :func:`choose`, of scores ``[B, H, MB, NB]`` (``shape``) that exist a chunk at a time.
+
+    A share of a whole sequence (rule "global" with a density) goes through them five times.
+    """
+    counts, indices = empty_lists(shape, width, thresholds.device)
+    if 0 not in shape:
         if rule.name == "global" and rule.density is not None:
-            thresholds = density_cut(scores, bounds, rule.density)
-        choose_rows(scores, rule, thresholds, bounds, 0, counts, indices)
+            thresholds = density_cut(chunks, bounds, free_budget(bounds, rule.density, shape[1]).expand(shape[0]))
+        for first, scores in chunks:
+            choose_rows(scores, rule, thresholds, bounds, first, counts, indices)
     return counts, indices
 
 
@@ -223,45 +190,26 @@ def choose_rows(
     batch, heads, rows, _ = scores.shape
     scores = scores if scores.stride(-1) == 1 else scores.contiguous()
     visible, recent = bounds.visible.contiguous(), bounds.recent.contiguous()
+    whole = None if bounds.whole is None else bounds.whole.byte().contiguous()
     budget = row_budget(rule, visible) if rule.name == "topk" else visible
     per_batch = thresholds.dim() == 2
     _choose_kernel[(rows, heads, batch)](
-        scores, thresholds, visible, recent, budget, counts, indices, _batch_stride(visible), _batch_stride(recent),
-        _batch_stride(budget), int(per_batch), int(not per_batch and thresholds.numel() > 1), first,
+        scores, thresholds, visible, recent, whole, budget, counts, indices, batch_stride(visible),
+        batch_stride(recent), 0 if whole is None else batch_stride(whole), batch_stride(budget), int(per_batch),
+        int(not per_batch and thresholds.numel() > 1), first,
         *scores.stride()[:3], counts.shape[2], indices.shape[3], bounds.sinks, rule.max_blocks or 0,
         RULE=rule.name, CAPPED=rule.max_blocks is not None, BLOCK=1024, num_warps=4, **LAUNCH,
     )  # fmt: skip
 
 
-def density_cut(scores: Tensor, bounds: ListBounds, density: float) -> Tensor:
-    """The score float32 ``[B, 1]`` at and above which free blocks make up ``density`` with the forced ones.
-
-    Bisection over the bits of all scores of a sequence: 32 passes, no sort.
-    """
-    batch, heads, _, columns = scores.shape
-    n = torch.arange(columns, device=scores.device, dtype=torch.int32)
-    free = (n < torch.minimum(bounds.recent, bounds.visible)[:, None, :, None]) & (n >= bounds.sinks)
-    bits = (scores + 0.0).view(torch.int32)
-    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = torch.where(free, keys, _LOWEST)
-    budget = free_budget(bounds, density, heads).expand(batch)
-
-    def enough(candidate: Tensor) -> Tensor:
-        return (keys >= candidate[:, None, None, None]).sum((1, 2, 3)) >= budget
-
-    zero = torch.zeros(batch, dtype=torch.int32, device=scores.device)
-    cut = torch.where(enough(zero), zero, _LOWEST).int()
-    for bit in range(30, -1, -1):
-        candidate = cut | (1 << bit)
-        cut = torch.where(enough(candidate), candidate, cut)
-    # A budget above what has a score: the lowest keys belong to blocks that are not free.
-    cut = cut.clamp(min=-2139095041)
-    value = (cut ^ ((cut >> 31) & 0x7FFFFFFF)).view(torch.float32)
+def density_cut(chunks: ScoreChunks, bounds: ListBounds, budget: Tensor) -> Tensor:
+    """The score float32 ``[B, 1]`` at and above which free blocks make up the ``budget [B]`` of a sequence."""
+    key, _, _ = find_cut(chunks, bounds.visible, bounds.chosen_from, bounds.sinks, budget.clamp(min=1))
+    bits = torch.where(key >= 1 << 31, key - (1 << 31), (1 << 32) - 1 - key)
+    value = (bits - ((bits >> 31) << 32)).int().view(torch.float32)  # two's complement of what is above 2^31
+    # A budget above what has a score leaves a key below every number.
+    value = torch.where(value.isnan(), -torch.inf, value)
     return torch.where(budget > 0, value, torch.inf)[:, None]
-
-
-def _batch_stride(bound: Tensor) -> int:
-    return 0 if bound.shape[0] == 1 else bound.stride(0)
 
 
 def compile_cases() -> list[
@@ -281,6 +229,8 @@ def compile_cases() -> list[
                 constexprs[(i,)] = constants[param.name]
             elif param.name.endswith("_ptr"):
                 signature[param.name] = "*i32" if param.name in integers else "*fp32"
+                if param.name == "whole_ptr":
+                    signature[param.name] = "*u8"
                 if param.name not in _VIEWS:
                     attributes[(i,)] = [["tt.divisibility", 16]]
             else:

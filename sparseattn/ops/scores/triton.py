@@ -11,6 +11,7 @@ Three launches per chunk of query cells, no host sync and nothing compiled per l
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,13 +21,18 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.attention import LOG2E, sequence_span
+from sparseattn.ops.scores.chunks import WHOLE_BYTES, WORKSPACE_BYTES, ScoreChunks
+from sparseattn.ops.scores.cut_triton import batch_stride
+from sparseattn.ops.scores.lists_triton import within_cap, write_list
 from sparseattn.ops.scores.problem import RowBounds, ScoreProblem, row_bounds
+from sparseattn.ops.scores.rules_problem import ListBounds
+from sparseattn.ops.scores.rules_triton import empty_lists
 
-WORKSPACE_BYTES = 512 << 20
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
 _LENGTHS = ["max_q", "max_k", "first_cell", "first_block", "num_cells", "k_tiles", "num_blocks", "bounds_stride_b"]
-_PITCHES = ["pitch", "scores_pitch", "scores_stride_b", "scores_stride_h", "lists_rows", "lists_pitch"]
+_PITCHES = ["pitch", "scores_pitch", "scores_stride_b", "scores_stride_h", "lists_rows", "lists_pitch",
+            "max_blocks"]  # fmt: skip
 # Views into larger tensors: aligned or not as the batch size or chunk has it.
 _VIEWS = ["q_start_ptr", "q_end_ptr", "k_start_ptr", "k_end_ptr", "scores_ptr"]
 
@@ -214,8 +220,8 @@ def _free_mass(row_ptr, first_free, recent, least, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=_LENGTHS + _PITCHES, do_not_specialize_on_alignment=_VIEWS)
 def _top_p_kernel(
     scores_ptr, threshold_ptr, visible_ptr, recent_ptr, counts_ptr, indices_ptr, bounds_stride_b, first_block,
-    scores_stride_b, scores_stride_h, scores_pitch, lists_rows, lists_pitch,
-    HEAD_THRESHOLDS: tl.constexpr, KEEP_SINK: tl.constexpr, BLOCK: tl.constexpr,
+    scores_stride_b, scores_stride_h, scores_pitch, lists_rows, lists_pitch, max_blocks,
+    HEAD_THRESHOLDS: tl.constexpr, KEEP_SINK: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The block list of one row: forced blocks, then the fewest others that reach the share. Grid (rows, H, B).
 
@@ -251,10 +257,10 @@ def _top_p_kernel(
         if total == 0.0:
             first_free = 1
 
-    least = 0x7FFFFFFF  # the lowest bit pattern that is in whatever its index
-    ties = 0  # how many blocks one pattern below are in as well
+    least = tl.full((), 0x7FFFFFFF, tl.int32)  # the lowest bit pattern that is in whatever its index
+    ties = tl.full((), 0, tl.int32)  # how many blocks one pattern below are in as well
     if threshold >= 1.0:
-        least = 0
+        least = tl.full((), 0, tl.int32)
     elif need > 0.0:
         cut = tl.full((), 0, tl.int32)
         for i in range(0, 31):
@@ -268,24 +274,15 @@ def _top_p_kernel(
             value = cut.to(tl.float32, bitcast=True)
             ties = tl.maximum(tl.minimum(tl.ceil((need - above) / value), 1.0e9), 1.0).to(tl.int32)
 
+    if CAPPED:
+        num_free = tl.maximum(recent - first_free, 0)
+        allowed = max_blocks - (visible - num_free)
+        if num_free > allowed:
+            least, ties = within_cap(row_ptr, first_free, recent, least, ties, tl.maximum(allowed, 0), BLOCK)
+
     list_row = (b.to(tl.int64) * tl.num_programs(1) + h) * lists_rows + first_block + m_block
     list_ptr = indices_ptr + list_row * lists_pitch
-    count = 0
-    tied = 0
-    for n in range(0, visible, BLOCK):
-        offs_n = n + tl.arange(0, BLOCK)
-        x = tl.load(row_ptr + offs_n, mask=offs_n < visible, other=0.0)
-        bits = x.to(tl.int32, bitcast=True)
-        free = (offs_n >= first_free) & (offs_n < recent)
-        tie = (free & (bits == least - 1) & (ties > 0)).to(tl.int32)
-        tie_rank = tied + tl.cumsum(tie, 0) - tie
-        keep = (offs_n >= recent) | (offs_n < first_free) | (bits >= least) | ((tie > 0) & (tie_rank < ties))
-        keep = (keep & (offs_n < visible)).to(tl.int32)
-        slot = count + tl.cumsum(keep, 0) - keep
-        tl.store(list_ptr + slot, offs_n, mask=keep > 0)
-        count += tl.sum(keep)
-        tied += tl.sum(tie)
-    tl.store(counts_ptr + list_row, count)
+    tl.store(counts_ptr + list_row, write_list(row_ptr, list_ptr, first_free, recent, visible, least, ties, BLOCK))
 
 
 def config_for(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> Tiles:
@@ -345,51 +342,65 @@ def antidiagonal_scores(q: Tensor, k: Tensor, p: ScoreProblem) -> Tensor:
 
 def top_p_blocks(scores: Tensor, threshold: Tensor, bounds: RowBounds, keep_sink: bool) -> tuple[Tensor, Tensor]:
     """int32 counts ``[B, H, MB]`` and indices ``[B, H, MB, NB]``. See ``api.top_p_blocks``."""
-    counts, indices = _empty_lists(scores.shape, scores.device)
+    counts, indices = empty_lists(scores.shape, scores.shape[3], scores.device)
     if 0 not in scores.shape:
         scores = scores if scores.stride(-1) == 1 else scores.contiguous()
-        _select(scores, threshold, bounds, keep_sink, 0, counts, indices)
+        _select(scores, threshold, bounds, keep_sink, scores.shape[3], 0, counts, indices)
     return counts, indices
 
 
 def xattention_blocks(
-    q: Tensor, k: Tensor, p: ScoreProblem, threshold: Tensor, bounds: RowBounds, keep_sink: bool
+    q: Tensor, k: Tensor, p: ScoreProblem, threshold: Tensor, bounds: RowBounds, keep_sink: bool, cap: int, width: int
 ) -> tuple[Tensor, Tensor]:
     """Score and select chunk by chunk; only one chunk's scores exist at a time. See ``api.xattention_blocks``."""
     shape = (p.sequences.batch, q.shape[-2], p.num_q_blocks, p.num_kv_blocks)
-    counts, indices = _empty_lists(shape, q.device)
-    if 0 in shape:
-        return counts, indices
-    plan = _Plan(q, p)
-    buffer = torch.empty((shape[0], shape[1], plan.chunk_blocks, shape[3]), dtype=torch.float32, device=q.device)
-    for first, blocks in plan.chunks():
-        scores = buffer[:, :, :blocks]
-        plan.score(q, k, bounds, first, blocks, scores)
-        _select(scores, threshold, bounds, keep_sink, first, counts, indices)
+    counts, indices = empty_lists(shape, width, q.device)
+    if 0 not in shape:
+        for first, scores in score_chunks(q, k, p, bounds, False):
+            _select(scores, threshold, bounds, keep_sink, cap, first, counts, indices)
     return counts, indices
 
 
-def _empty_lists(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    # Rows the kernel never reaches (no blocks at all) need their zero; everything else is written.
-    make = torch.zeros if 0 in shape else torch.empty
-    return make(shape[:3], dtype=torch.int32, device=device), torch.empty(shape, dtype=torch.int32, device=device)
+def score_chunks(q: Tensor, k: Tensor, p: ScoreProblem, bounds: RowBounds | ListBounds, whole: bool) -> ScoreChunks:
+    """Scores, a chunk of rows at a time; undefined where not visible.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        p: The problem.
+        bounds: Which blocks are visible.
+        whole: All scores are needed several times: one chunk if that fits.
+    """
+    shape = (p.sequences.batch, q.shape[-2], p.num_q_blocks, p.num_kv_blocks)
+    if 0 in shape:
+        return ScoreChunks(lambda first, rows: q.new_empty(shape, dtype=torch.float32), shape[2], shape[2])
+    plan = _Plan(q, p)
+    fits = whole and 4 * math.prod(shape) <= WHOLE_BYTES
+    step = shape[2] if fits else plan.chunk_blocks
+    buffer = torch.empty((*shape[:2], step, shape[3]), dtype=torch.float32, device=q.device)
+
+    def score(first: int, rows: int) -> Tensor:
+        for at in range(0, rows, plan.chunk_blocks):
+            blocks = min(plan.chunk_blocks, rows - at)
+            plan.score(q, k, bounds, first + at, blocks, buffer[:, :, at : at + blocks])
+        return buffer[:, :, :rows]
+
+    return ScoreChunks(score, shape[2], step)
 
 
 def _select(
-    scores: Tensor, threshold: Tensor, bounds: RowBounds, keep_sink: bool, first: int, counts: Tensor, indices: Tensor
-) -> None:
+    scores: Tensor, threshold: Tensor, bounds: RowBounds, keep_sink: bool, cap: int, first: int, counts: Tensor,
+    indices: Tensor,
+) -> None:  # fmt: skip
     """Write the lists of the rows ``[first, first + scores.shape[2])`` from ``scores [B, H, rows, NB]``."""
     batch, heads, rows, columns = scores.shape
     visible, recent = bounds.visible.contiguous(), bounds.recent.contiguous()
     _top_p_kernel[(rows, heads, batch)](
-        scores, threshold, visible, recent, counts, indices, _batch_stride(visible), first,
-        *scores.stride()[:3], counts.shape[2], columns,
-        HEAD_THRESHOLDS=threshold.numel() > 1, KEEP_SINK=keep_sink, BLOCK=1024, num_warps=4, **LAUNCH,
+        scores, threshold, visible, recent, counts, indices, batch_stride(visible), first,
+        *scores.stride()[:3], counts.shape[2], indices.shape[3], cap,
+        HEAD_THRESHOLDS=threshold.numel() > 1, KEEP_SINK=keep_sink, CAPPED=cap < columns, BLOCK=1024,
+        num_warps=4, **LAUNCH,
     )  # fmt: skip
-
-
-def _batch_stride(bound: Tensor) -> int:
-    return 0 if bound.shape[0] == 1 else bound.stride(0)
 
 
 class _Plan:
@@ -420,7 +431,9 @@ class _Plan:
         total, step = self.p.num_q_blocks, self.chunk_blocks
         return [(first, min(step, total - first)) for first in range(0, total, step)]
 
-    def score(self, q: Tensor, k: Tensor, bounds: RowBounds, first: int, blocks: int, scores: Tensor) -> None:
+    def score(
+        self, q: Tensor, k: Tensor, bounds: RowBounds | ListBounds, first: int, blocks: int, scores: Tensor
+    ) -> None:
         """Write ``scores [B, Hq, blocks, NB]`` of the query blocks ``[first, first + blocks)``, where visible."""
         p, s, tiles = self.p, self.p.sequences, self.tiles
         heads, head_dim = q.shape[-2:]
@@ -443,7 +456,7 @@ class _Plan:
         )  # fmt: skip
         visible = bounds.visible.contiguous()
         _scores_kernel[(blocks, heads, s.batch)](
-            self.sums, self.tile_max, self.tile_sum, visible, scores, _batch_stride(visible), first, cells, k_tiles,
+            self.sums, self.tile_max, self.tile_sum, visible, scores, batch_stride(visible), first, cells, k_tiles,
             *scores.stride()[:3], PER_BLOCK=self.per_block, TILE_BLOCKS=self.tile_blocks, BLOCK_T=32, BLOCK_NB=128,
             MAX=p.aggregate == "max", num_warps=4, **LAUNCH,
         )  # fmt: skip
@@ -479,7 +492,7 @@ def compile_cases() -> list[
         constants["MAX"] = per_block == 32
         cases.append((f"scores-{per_block}", *_offline(_scores_kernel, constants), 4, 1))
     for sink in (False, True):
-        constants = {"HEAD_THRESHOLDS": not sink, "KEEP_SINK": sink, "BLOCK": 1024}
+        constants = {"HEAD_THRESHOLDS": not sink, "KEEP_SINK": sink, "CAPPED": sink, "BLOCK": 1024}
         cases.append((f"top_p-sink{int(sink)}", *_offline(_top_p_kernel, constants), 4, 1))
     return cases
 
