@@ -149,6 +149,19 @@ def test_neither_planning_nor_running_waits() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+def test_sizes_on_a_gpu_are_checked_on_request() -> None:
+    wrong = (blocks().cuda(), ROWS.cuda(), (COLS + 1).cuda())
+    q, k, v = tensors("cuda")
+    w = wrapper("cuda")
+    w.plan(*wrong, 4, 2, 16, validate=True)
+    with pytest.raises(ValueError, match=r"q and k: expected \(Lq, Lk\) = \(40, 52\)"):
+        w.run(q, k, v)
+    w.plan(*wrong, 4, 2, 16)
+    cut = seen(blocks(), cols=COLS + 1)[:, :, :LK]  # what lies past the end is cut off
+    check_heads_first(w.run(q, k, v), q, k, v, cut)
+
+
 # ---- positions among the selected keys, as FlashInfer counts ----
 
 
