@@ -69,22 +69,17 @@ def of_batch(b: Batch, **more: Any) -> Names:
     }  # fmt: skip
 
 
-def decode(device: str, **options: Any) -> Scene:
+def decode(device: str, layout: str = "NHD") -> Scene:
     """Three requests of one query, in pages of 16."""
-    b = make_batch([37, 5, 48], device=device)
+    b = make_batch([37, 5, 48], layout=layout, device=device)
     buffers = {"indptr_buf": torch.zeros_like(b.indptr), "last_buf": torch.zeros_like(b.last_page_len)}
     buffers["indices_buf"] = torch.zeros(32, dtype=torch.int32, device=device)
-    return Scene(of_batch(b, **buffers), held_against(lambda dtype: b.attention(dtype, **options)))
+    return Scene(of_batch(b, **buffers), held_against(b.attention))
 
 
 def decode_hnd(device: str) -> Scene:
     """The same with heads before tokens in a page."""
-    b = make_batch([37, 5, 48], layout="HND", device=device)
-    return Scene(of_batch(b), held_against(b.attention))
-
-
-def decode_rope(device: str) -> Scene:
-    return decode(device, positions="ROPE_LLAMA")
+    return decode(device, "HND")
 
 
 def decode_twice(device: str) -> Scene:
@@ -94,15 +89,14 @@ def decode_twice(device: str) -> Scene:
     return Scene({**names, "k_cache": names["cache"], "v_cache": names["cache"].clone()}, held_against(b.attention))
 
 
-def append(device: str, **options: Any) -> Scene:
+def append(device: str, layout: str = "NHD") -> Scene:
     """Three requests of several queries, causal."""
-    b = make_batch([37, 5, 48], [20, 5, 1], device=device)
-    return Scene(of_batch(b), held_against(lambda dtype: b.attention(dtype, **{"causal": True, **options})))
+    b = make_batch([37, 5, 48], [20, 5, 1], layout=layout, device=device)
+    return Scene(of_batch(b), held_against(lambda dtype: b.attention(dtype, causal=True)))
 
 
 def append_hnd(device: str) -> Scene:
-    b = make_batch([37, 5, 48], [20, 5, 1], layout="HND", device=device)
-    return Scene(of_batch(b), held_against(lambda dtype: b.attention(dtype, causal=True)))
+    return append(device, "HND")
 
 
 def sinks(device: str) -> Scene:
