@@ -292,11 +292,16 @@ def index_tensor(name: str, t: Tensor, device: torch.device, rank: int = 1, non_
     return t if t.device == device else t.to(device, non_blocking=non_blocking)
 
 
+def readable(*tensors: Tensor) -> bool:
+    """Whether contents can be looked at without waiting for a device, and are there at all."""
+    return all(t.device.type == "cpu" for t in tensors) and not torch.compiler.is_compiling()
+
+
 def check_indptr(name: str, indptr: Tensor, end: int | None = None) -> None:
     """Raise unless an ``indptr`` on the CPU ascends from 0, to at most ``end`` if that is given."""
     if indptr.dim() != 1 or indptr.shape[0] < 1:
         raise argument_error(name, "[batch + 1]", f"shape {tuple(indptr.shape)}")
-    if indptr.device.type != "cpu":
+    if not readable(indptr):
         return
     bounds = indptr.tolist()
     if bounds[0] != 0 or any(a > b for a, b in itertools.pairwise(bounds)):
@@ -310,7 +315,7 @@ def _check_last_pages(indptr: Tensor, last_page_len: Tensor, page_size: int) -> 
     if last_page_len.shape[0] != indptr.shape[0] - 1:
         expected = f"shape ({indptr.shape[0] - 1},), one less than indptr"
         raise argument_error("last_page_len", expected, f"shape {tuple(last_page_len.shape)}")
-    if indptr.device.type != "cpu" or last_page_len.device.type != "cpu":
+    if not readable(indptr, last_page_len):
         return
     bounds = indptr.tolist()
     for b, length in enumerate(last_page_len.tolist()):
@@ -359,7 +364,7 @@ def dense_table(block_tables: Tensor, seq_lens: Tensor, page_size: int, device: 
     if pages.shape[0] != lengths.shape[0]:
         expected = f"{lengths.shape[0]} rows like seq_lens"
         raise argument_error("block_tables", expected, f"shape {tuple(block_tables.shape)}")
-    if seq_lens.device.type == "cpu" and lengths.numel():
+    if readable(seq_lens) and lengths.numel():
         longest = int(seq_lens.max())
         if longest > pages.shape[1] * page_size:
             expected = f"pages for {longest} tokens, the longest of seq_lens"

@@ -81,10 +81,11 @@ class RepeatedAttention:
 
     def __call__(
         self,
-        q: Tensor | tuple[Tensor, Tensor],
+        q: Tensor,
         k: Tensor,
         v: Tensor,
         *,
+        q_rope: Tensor | None = None,
         k_rope: Tensor | None = None,
         scale: float | None = None,
         k_scale: float | Tensor | None = None,
@@ -92,55 +93,69 @@ class RepeatedAttention:
         sinks: Tensor | None = None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attention of ``q`` over pages of ``k``, ``k_rope`` and ``v``: arguments, results and errors of the operator.
+        """Attention of ``q`` over pages of ``k`` and ``v``: arguments, results and errors of ``paged_attention``.
+
+        Further columns of queries and keys, as latent caches have them, are ``q_rope`` and ``k_rope``.
 
         Returns:
             The output (``out``, if given), and the natural-log LSE ``[Hq, total_q]``.
         """
-        main, rest = q if isinstance(q, tuple) else (q, None)
-        if rest is None and k_rope is not None:
-            main, rest = main[..., : k.shape[-1]], main[..., k.shape[-1] :]
-        if self._unusual(main, k, v, k_scale, v_scale):
-            cache = PagedCache(k, v, *self._table, k_rope, self._layout)
-            scales: dict[str, Any] = {"scale": scale, "k_scale": k_scale, "v_scale": v_scale}
-            both = paged_attention(q, cache, **self._options, **scales, sinks=sinks, out=out, return_lse=True)
-            assert isinstance(both, tuple)
-            return both
-        key = (*_form(main), *_form(k), *_form(v), k.data_ptr() == v.data_ptr(), scale, k_scale, v_scale)
-        key += tuple(None if t is None else _form(t) for t in (rest, k_rope, sinks, out))
+        if isinstance(k_scale, Tensor) or isinstance(v_scale, Tensor) or self._unusual(q, k, v):
+            return self._ordinary(q, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, out)
+        key = (*_form(q), *_form(k), *_form(v), k.data_ptr() == v.data_ptr(), scale, k_scale, v_scale)
+        key += tuple(None if t is None else _form(t) for t in (q_rope, k_rope, sinks, out))
         known = self._known.get(key)
         if known is None:
-            return self._first(key, main, rest, k, v, k_rope, (scale, k_scale, v_scale), sinks, out)
+            return self._first(key, q, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, out)
         if out is None:
-            out = torch.empty((*main.shape[:2], known.dim), dtype=main.dtype, device=main.device)
-        lse = _sums(main)
+            out = torch.empty((*q.shape[:2], known.dim), dtype=q.dtype, device=q.device)
+        lse = _sums(q)
         if known.launches is None:
-            k, v, k_rope = (t if t is None or self._layout == "NHD" else t.transpose(1, 2) for t in (k, v, k_rope))
+            if self._layout == "HND":
+                k, v, k_rope = k.transpose(1, 2), v.transpose(1, 2), None if k_rope is None else k_rope.transpose(1, 2)
+            problem = known.problem._replace(k=k, v=v, k_rope=k_rope, sinks=sinks)
             with torch.no_grad():
-                known.module.attend(main, rest, out, lse, known.problem._replace(k=k, v=v, k_rope=k_rope, sinks=sinks))
+                known.module.attend(q, q_rope, out, lse, problem)
             return out, lse
         known.module.clear(out, lse, known.problem)
-        moving = _moving(main, rest, k, v, k_rope, sinks, out, lse)
-        known.launches.repeat(main.device, {name: t.data_ptr() for name, t in moving.items()})
+        moving = _moving(q, q_rope, k, v, k_rope, sinks, out, lse)
+        known.launches.repeat(q.device, {name: t.data_ptr() for name, t in moving.items()})
         return out, lse
 
-    def _unusual(self, q: Tensor, k: Tensor, v: Tensor, k_scale: object, v_scale: object) -> bool:
+    def _unusual(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether a call must be an ordinary one."""
         return (
             torch.compiler.is_compiling()
             or not type(q) is type(k) is type(v) is Tensor
-            or isinstance(k_scale, Tensor)
-            or isinstance(v_scale, Tensor)
             or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         )
+
+    def _ordinary(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_rope: Tensor | None,
+        k_rope: Tensor | None,
+        scales: tuple[float | None, float | Tensor | None, float | Tensor | None],
+        sinks: Tensor | None,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        both = paged_attention(
+            q if q_rope is None else (q, q_rope), PagedCache(k, v, *self._table, k_rope, self._layout),
+            **self._options, scale=scales[0], k_scale=scales[1], v_scale=scales[2], sinks=sinks, out=out,
+            return_lse=True,
+        )  # fmt: skip
+        assert isinstance(both, tuple)
+        return both
 
     def _first(
         self,
         key: tuple[Any, ...],
         q: Tensor,
-        rest: Tensor | None,
         k: Tensor,
         v: Tensor,
+        q_rope: Tensor | None,
         k_rope: Tensor | None,
         scales: tuple[float | None, float | None, float | None],
         sinks: Tensor | None,
@@ -150,7 +165,7 @@ class RepeatedAttention:
         cache, o = PagedCache(k, v, *self._table, k_rope, self._layout), self._options
         scale, k_scale, v_scale = scales
         p, main, rest = make_problem(
-            q if rest is None else (q, rest), cache, o["cu_seqlens_q"], o["max_seqlen_q"], o["causal"], scale,
+            q if q_rope is None else (q, q_rope), cache, o["cu_seqlens_q"], o["max_seqlen_q"], o["causal"], scale,
             o["window"], o["softcap"], sinks, o["positions"], o["custom_mask"], k_scale, v_scale, o["mask"], o["impl"],
         )  # fmt: skip
         out = output_for(out, main, v.shape[-1])
