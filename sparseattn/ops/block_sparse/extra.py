@@ -248,7 +248,7 @@ class Extra(NamedTuple):
     taken_stride_b: int
 
 
-def prepare_extra(k: Tensor, v: Tensor, g: Geometry, stride_k: object, stride_v: object, stand_in: Tensor) -> Extra:
+def prepare_extra(k: Tensor, v: Tensor, g: Geometry, stand_in: Tensor) -> Extra:
     """Means and tables that a call with extra keys needs; nothing but stand-ins without any."""
     num_blocks = triton.cdiv(g.max_k, g.block_kv)
     columns = g.column_counts is not None and g.column_indices is not None
@@ -259,10 +259,10 @@ def prepare_extra(k: Tensor, v: Tensor, g: Geometry, stride_k: object, stride_v:
         return extra
     shape = (g.batch, k.shape[-2], num_blocks)
     mean_k, mean_v = k.new_empty((*shape, k.shape[-1])), v.new_empty((*shape, v.shape[-1]))
-    spans = (stand_in, stand_in) if g.k_start is None else (g.k_start, g.k_end)
+    spans = g.spans(stand_in)[2:]
     block_d, block_dv = (max(16, triton.next_power_of_2(t.shape[-1])) for t in (k, v))
     mean_kernel[(num_blocks, k.shape[-2], g.batch)](
-        k, v, mean_k, mean_v, *spans, stride_k, stride_v, g.max_k, num_blocks,
+        k, v, mean_k, mean_v, *spans, g.strides(k), g.strides(v), g.max_k, num_blocks,
         D=k.shape[-1], DV=v.shape[-1], BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_KV=g.block_kv,
         ROWS=min(32, g.block_kv & -g.block_kv), RAGGED_K=g.k_start is not None, num_warps=4, **LAUNCH,
     )  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -17,13 +15,14 @@ from sparseattn.masks.lists import compact
 from sparseattn.ops.block_sparse.extra import (
     EXTRA,
     Extra,
+    call_facts,
     column_tile,
     extra_scores,
     gather_rows,
     mean_range,
     mean_tile,
 )
-from sparseattn.ops.block_sparse.geometry import Geometry
+from sparseattn.ops.block_sparse.geometry import Geometry, list_arguments
 
 # Keys of a program: more would spill, and for wgmma's 64 ptxas warns that it serializes the products in branches.
 COLUMN_KEYS = 32
@@ -332,35 +331,30 @@ def add_extra_gradients(
     dv: Tensor,
     extra: Extra,
     g: Geometry,
-    spans: tuple[Tensor, ...],
-    strides: dict[str, Any],
-    facts: dict[str, Any],
 ) -> None:
     """Add to the float32 sums ``dk`` and ``dv`` what keys and values receive as columns and through means.
 
     Args:
-        do: Gradient of the output; the other tensors are those of ``triton.backward``.
+        do: Gradient of the output.
         q: Queries.
         k: Keys.
         v: Values.
-        norm: Log of each row's full denominator.
-        delta: Each row's ``sum(o * do)``, less the gradient of its LSE.
+        norm: Log of each row's full denominator, float32, shaped like the LSE.
+        delta: Each row's ``sum(o * do)``, less the gradient of its LSE; likewise.
         dk: float32 sums, changed.
         dv: float32 sums, changed.
         extra: As ``prepare_extra`` returned it.
         g: The call.
-        spans: q_start, q_end, k_start, k_end.
-        strides: Of q, k, v, do, dk, dv by name, and "lse" and "mask" (batch, head) strides.
-        facts: Compile-time facts and launch options of the kernels.
     """
     heads_k = k.shape[-2]
     block_m = min(64, g.block_q & -g.block_q) if q.element_size() == 2 else min(32, g.block_q & -g.block_q)
-    numbers = (g.max_q, g.max_k, g.scale, g.softcap, g.window_left, g.window_right)
-    names = (
-        "D", "DV", "BLOCK_D", "BLOCK_DV", "GROUP", "MASK_GROUP", "CAUSAL", "WINDOW", "SOFTCAP", "RAGGED_Q", "RAGGED_K",
-        "WIDE", "PRECISION",
+    list_strides = list_arguments(g.kv_num_blocks, g.kv_indices, q)[2:4]
+    numbers = (
+        *g.lse_strides(q), *list_strides, g.max_q, g.max_k, g.scale, g.softcap, g.window_left, g.window_right,
     )  # fmt: skip
-    common = {name: facts[name] for name in names} | {"BLOCK_M": block_m, "BLOCK_Q": g.block_q, **LAUNCH}
+    spans = g.spans(norm)
+    facts = call_facts(q, k, v, g, do)
+    common = facts | {"BLOCK_M": block_m, "BLOCK_Q": g.block_q, **LAUNCH}
     common |= {"num_warps": 8 if q.element_size() == 4 or block_m == 64 else 4, "num_stages": 1}
     if g.column_indices is not None:
         key_counts, keys, key_b, key_h = _column_keys(g, heads_k)
@@ -368,8 +362,7 @@ def add_extra_gradients(
         column_dkdv_kernel[(triton.cdiv(width, COLUMN_KEYS), heads_k, g.batch)](
             q, k, v, do, norm, delta, dk, dv, *spans, extra.column_counts, extra.columns, key_counts, keys,
             extra.column_width, g.column_indices.shape[2], width, key_b, key_h, extra.column_width.bit_length(),
-            strides["q"], strides["k"], strides["v"], strides["do"], strides["dk"], strides["dv"], *strides["lse"],
-            *strides["mask"], *numbers, BLOCK_N=COLUMN_KEYS, ROWS=64, **common,
+            *(g.strides(t) for t in (q, k, v, do, dk, dv)), *numbers, BLOCK_N=COLUMN_KEYS, ROWS=64, **common,
         )  # fmt: skip
     if g.mean_correction:
         shape = (g.batch, heads_k, extra.num_blocks)
@@ -377,13 +370,13 @@ def add_extra_gradients(
         block_n = 16 if extra.num_blocks <= 2048 else 32
         mean_dkdv_kernel[(triton.cdiv(extra.num_blocks, block_n), heads_k, g.batch)](
             q, extra.mean_k, extra.mean_v, do, norm, delta, mean_dk, mean_dv, *spans, extra.bits, extra.taken,
-            extra.num_blocks, extra.taken_stride_b, strides["q"], strides["do"], *strides["lse"], *strides["mask"],
-            *numbers, BLOCK_N=block_n, BLOCK_KV=g.block_kv, COLUMNS=facts["COLUMNS"], **common,
+            extra.num_blocks, extra.taken_stride_b, g.strides(q), g.strides(do), *numbers, BLOCK_N=block_n,
+            BLOCK_KV=g.block_kv, COLUMNS=g.column_indices is not None, **common,
         )  # fmt: skip
         rows = min(32, g.block_kv & -g.block_kv)
-        for sums, grad, name, padded in ((dk, mean_dk, "dk", "BLOCK_D"), (dv, mean_dv, "dv", "BLOCK_DV")):
+        for sums, grad, padded in ((dk, mean_dk, "BLOCK_D"), (dv, mean_dv, "BLOCK_DV")):
             spread_kernel[(triton.cdiv(g.max_k, rows), heads_k, g.batch)](
-                sums, grad, *spans[2:], strides[name], g.max_k, extra.num_blocks,
+                sums, grad, *spans[2:], g.strides(sums), g.max_k, extra.num_blocks,
                 D=grad.shape[-1], BLOCK_D=facts[padded], BLOCK_KV=g.block_kv, ROWS=rows, RAGGED_K=facts["RAGGED_K"],
                 num_warps=4, **LAUNCH,
             )  # fmt: skip

@@ -64,3 +64,34 @@ class Geometry(NamedTuple):
     mean_correction: bool = False
     row_pieces: Tensor | None = None
     key_pieces: Tensor | None = None
+
+    @property
+    def extra_keys(self) -> bool:
+        """Whether rows attend more than listed blocks: columns, or means of skipped blocks."""
+        return self.column_indices is not None or self.mean_correction
+
+    def strides(self, t: Tensor) -> tuple[int, int, int, int]:
+        """(batch, seq, head, dim) strides of a tensor like q; packed sequences differ only by their start row."""
+        return (0, *t.stride()) if self.packed else t.stride()  # type: ignore[return-value]
+
+    def lse_strides(self, q: Tensor) -> tuple[int, int]:
+        """(batch, head) strides of the LSE."""
+        rows = q.shape[-3]
+        return 0 if self.packed else q.shape[-2] * rows, rows
+
+    def spans(self, stand_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q_start, q_end, k_start and k_end as kernel arguments: ``stand_in`` for what is None."""
+        starts_ends = (self.q_start, self.q_end, self.k_start, self.k_end)
+        return tuple(stand_in if t is None else t for t in starts_ends)  # type: ignore[return-value]
+
+
+def list_arguments(
+    counts: Tensor | None, indices: Tensor | None, stand_in: Tensor
+) -> tuple[Tensor, Tensor, int, int, int]:
+    """Block lists as kernel arguments: pointers, list rows per batch entry and per head, width of a list."""
+    if counts is None or indices is None:
+        return stand_in, stand_in, 0, 0, 0
+    batch, heads, rows = counts.shape[:3]
+    if indices.shape[3] == 0:  # no list has an entry; kernels still look at the first
+        indices = counts[..., None]
+    return counts.contiguous(), indices.contiguous(), 0 if batch == 1 else heads * rows, rows, indices.shape[3]

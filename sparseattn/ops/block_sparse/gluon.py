@@ -30,8 +30,8 @@ from sparseattn.kernels.hopper_tiles import (
 )
 from sparseattn.kernels.schedule import schedule_kernel, tile_schedule
 from sparseattn.ops.block_sparse.extra import prepare_extra
-from sparseattn.ops.block_sparse.geometry import Geometry
-from sparseattn.ops.block_sparse.gluon_extra import finish, has_extra_keys
+from sparseattn.ops.block_sparse.geometry import Geometry, list_arguments
+from sparseattn.ops.block_sparse.gluon_extra import finish
 from sparseattn.ops.block_sparse.gluon_gradients import backward as backward
 from sparseattn.ops.block_sparse.gluon_gradients import unsupported_backward_reason
 
@@ -108,17 +108,6 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, g: Geometry) -> str | None:
     return None
 
 
-def _lists(g: Geometry, stand_in: Tensor) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
-    """Block lists as kernel arguments: counts, indices, and (list rows per batch entry, per head, list width)."""
-    if g.kv_num_blocks is None or g.kv_indices is None:
-        return stand_in, stand_in, (0, 0, 0)
-    batch, heads, rows = g.kv_num_blocks.shape
-    counts, indices = g.kv_num_blocks, g.kv_indices
-    if indices.shape[-1] == 0:  # no list has an entry; kernels still look at the first
-        indices = counts[..., None]
-    return counts.contiguous(), indices.contiguous(), (0 if batch == 1 else heads * rows, rows, indices.shape[-1])
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) -> tuple[Tensor, Tensor]:
     """Outputs and LSE; see ``reference.forward``, which this matches."""
     heads, dim_v = q.shape[-2], v.shape[-1]
@@ -132,17 +121,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) 
     if q.numel() == 0 or g.max_q == 0:
         return o, lse
     cut = plan(q, k, v, g, processors_of(q.device))
-    if cut.splits == 1 and not has_extra_keys(g):
+    if cut.splits == 1 and not g.extra_keys:
         _attend_blocks(q, k, v, o, o, lse, lse, sinks, g, cut)
         return o, lse
     # Zero sums are what a row outside every sequence contributes to ``combine_kernel``; ``finish`` never asks for it.
-    make = torch.empty if has_extra_keys(g) else torch.zeros
+    make = torch.empty if g.extra_keys else torch.zeros
     o_part = make((cut.splits, *o.shape), dtype=torch.float32, device=q.device)
     lse_part = make((cut.splits, 2, *lse.shape), dtype=torch.float32, device=q.device)
     _attend_blocks(q, k, v, o, o_part, lse, lse_part, None, g, cut)
-    if has_extra_keys(g):
-        k_strides, v_strides = ((0, *t.stride()) if g.packed else t.stride() for t in (k, v))
-        finish(q, k, v, o_part, lse_part, o, lse, sinks, prepare_extra(k, v, g, k_strides, v_strides, lse), g)
+    if g.extra_keys:
+        finish(q, k, v, o_part, lse_part, o, lse, sinks, prepare_extra(k, v, g, lse), g)
     else:
         count = lse.numel()
         combine_kernel[(count,)](
@@ -158,16 +146,14 @@ def _attend_blocks(
 ) -> None:  # fmt: skip
     """Run the Hopper kernel; results go to ``o_out`` and ``lse_out``: ``o`` and ``lse``, or the sums of each share."""
     heads, heads_k, dim_v = q.shape[-2], k.shape[-2], v.shape[-1]
-    rows = q.shape[0] if g.packed else q.shape[1]
     tiles, pack, tokens, splits, programs = cut
     partial = o_out is not o
     ragged = (g.q_start is not None, g.k_start is not None)
     masked = g.kv_num_blocks is not None
     mask_group = heads // g.kv_num_blocks.shape[1] if g.kv_num_blocks is not None else heads
     block = (g.block_q, g.block_kv) if masked else (tokens, tiles.tile_n)
-    counts, indices, strides = _lists(g, lse)
-    starts_ends = (g.q_start, g.q_end, g.k_start, g.k_end)
-    spans: Any = tuple(lse if t is None else t for t in starts_ends)
+    counts, indices, mask_b, mask_h, width = list_arguments(g.kv_num_blocks, g.kv_indices, lse)
+    strides, spans = (mask_b, mask_h, width), g.spans(lse)
     window = (g.window_left, g.window_right)
     records, counter = tile_schedule(
         counts if masked else None, indices, strides, spans, (g.max_q, g.max_k), window,
@@ -185,7 +171,7 @@ def _attend_blocks(
     forward_kernel[(programs,)](
         *descriptors, o_out, lse_out, lse if sinks is None else sinks, records, counter,
         counts, indices, *spans, *strides, g.max_q, g.max_k, records.shape[0],
-        batch_rows(q), batch_rows(k), batch_rows(v), batch_rows(o), 0 if g.packed else heads * rows, rows,
+        batch_rows(q), batch_rows(k), batch_rows(v), batch_rows(o), *g.lse_strides(q),
         lse.numel(), o.numel(), *window, g.scale * math.log2(math.e), g.softcap,
         facts, REGISTERS=240,
         num_warps=4, maxnreg=128 if tiles.programs == 2 else None, **LAUNCH,

@@ -35,13 +35,8 @@ from sparseattn.ops.block_sparse.extra import (
     extra_facts,
     extra_tile,
 )
-from sparseattn.ops.block_sparse.extra_backward import add_extra_gradients, dq_columns, dq_means
-from sparseattn.ops.block_sparse.geometry import Geometry
-
-
-def has_extra_keys(g: Geometry) -> bool:
-    """Whether a call attends more than its listed blocks."""
-    return g.column_indices is not None or g.mean_correction
+from sparseattn.ops.block_sparse.extra_backward import dq_columns, dq_means
+from sparseattn.ops.block_sparse.geometry import Geometry, list_arguments
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, *EXTRA, "num_splits", "split_stride_o", "split_stride_lse"])
@@ -179,21 +174,6 @@ def start_dq_kernel(
     tl.store(sums_ptr + at * (64 * BLOCK_D) + tl.arange(0, 64 * BLOCK_D), to_wgmma_order(dq, BLOCK_D))
 
 
-def _strides(t: Tensor, packed: bool) -> tuple[int, ...]:
-    return (0, *t.stride()) if packed else t.stride()
-
-
-def _mask_strides(g: Geometry) -> tuple[int, int]:
-    """Rows of blocks per batch entry and per head of the lists."""
-    assert g.kv_num_blocks is not None
-    batch, heads, rows = g.kv_num_blocks.shape
-    return 0 if batch == 1 else heads * rows, rows
-
-
-def _spans(g: Geometry, stand_in: Tensor) -> tuple[Tensor, ...]:
-    return tuple(stand_in if t is None else t for t in (g.q_start, g.q_end, g.k_start, g.k_end))
-
-
 def _numbers(g: Geometry) -> tuple[float, ...]:
     return g.scale, g.softcap, g.window_left, g.window_right
 
@@ -222,12 +202,12 @@ def finish(
         g: The call.
     """
     heads, heads_k = q.shape[-2], k.shape[-2]
-    rows = q.shape[0] if g.packed else q.shape[1]
     block_m, num_warps, num_stages = finish_config(max(q.shape[-1], v.shape[-1]), g.block_q)
     group = heads // heads_k
+    list_strides = list_arguments(g.kv_num_blocks, g.kv_indices, q)[2:4]
     finish_kernel[(triton.cdiv(g.max_q, block_m) * group, heads_k, g.batch)](
-        q, k, v, o_part, lse_part, o, lse, lse if sinks is None else sinks, *_spans(g, lse), *extra,
-        *(_strides(t, g.packed) for t in (q, k, v, o)), 0 if g.packed else heads * rows, rows, *_mask_strides(g),
+        q, k, v, o_part, lse_part, o, lse, lse if sinks is None else sinks, *g.spans(lse), *extra,
+        *(g.strides(t) for t in (q, k, v, o)), *g.lse_strides(q), *list_strides,
         g.max_q, g.max_k, o_part.shape[0], o.numel(), lse.numel(), *_numbers(g),
         **call_facts(q, k, v, g), **extra_facts("forward", q, v, g), BLOCK_M=block_m, BLOCK_Q=g.block_q,
         BLOCK_KV=g.block_kv, SINKS=sinks is not None, num_warps=num_warps, num_stages=num_stages, **LAUNCH,
@@ -251,28 +231,15 @@ def start_dq(
         g: The call.
     """
     heads, heads_k = q.shape[-2], k.shape[-2]
-    rows = q.shape[0] if g.packed else q.shape[1]
     group = heads // heads_k
+    list_strides = list_arguments(g.kv_num_blocks, g.kv_indices, q)[2:4]
     facts = call_facts(q, k, v, g, do) | extra_facts("dq", q, v, g) | {"BLOCK_D": block_d}
     start_dq_kernel[(triton.cdiv(g.max_q, 64) * group, heads_k, g.batch)](
-        q, k, v, do, norm, delta, sums, *_spans(g, norm), *extra,
-        *(_strides(t, g.packed) for t in (q, k, v, do)), 0 if g.packed else heads * rows, rows, *_mask_strides(g),
+        q, k, v, do, norm, delta, sums, *g.spans(norm), *extra,
+        *(g.strides(t) for t in (q, k, v, do)), *g.lse_strides(q), *list_strides,
         g.max_q, g.max_k, row_tiles, *_numbers(g),
         **facts, BLOCK_Q=g.block_q, BLOCK_KV=g.block_kv, PACKED=g.packed, num_warps=4, num_stages=1, **LAUNCH,
     )  # fmt: skip
-
-
-def add_gradients(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, norm: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, extra: Extra,
-    g: Geometry,
-) -> None:  # fmt: skip
-    """Add to the float32 sums ``dk`` and ``dv`` what keys and values receive as columns and through means."""
-    rows = q.shape[0] if g.packed else q.shape[1]
-    tensors = {"q": q, "k": k, "v": v, "do": do, "dk": dk, "dv": dv}
-    strides: dict[str, tuple[int, ...]] = {name: _strides(t, g.packed) for name, t in tensors.items()}
-    strides |= {"lse": (0 if g.packed else q.shape[-2] * rows, rows), "mask": _mask_strides(g)}
-    facts = call_facts(q, k, v, g, do) | {"COLUMNS": g.column_indices is not None}
-    add_extra_gradients(do, q, k, v, norm, delta, dk, dv, extra, g, _spans(g, norm), strides, facts)
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[Any, Any], int, int]]:

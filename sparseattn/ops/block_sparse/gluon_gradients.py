@@ -15,10 +15,11 @@ from sparseattn.kernels.gradients import dq_from_sums_kernel, sum_parts_kernel, 
 from sparseattn.kernels.hopper import row_tiles, tile_layout
 from sparseattn.kernels.walks import UNBOUNDED, walk_kernel, walks
 from sparseattn.ops.block_sparse.extra import prepare_extra
-from sparseattn.ops.block_sparse.geometry import Geometry
+from sparseattn.ops.block_sparse.extra_backward import add_extra_gradients
+from sparseattn.ops.block_sparse.geometry import Geometry, list_arguments
 from sparseattn.ops.block_sparse.gluon_backward import gradients_kernel
 from sparseattn.ops.block_sparse.gluon_backward_dq import dq_kernel
-from sparseattn.ops.block_sparse.gluon_extra import add_gradients, has_extra_keys, start_dq
+from sparseattn.ops.block_sparse.gluon_extra import start_dq
 
 LOG2E = 1.4426950408889634
 
@@ -62,20 +63,6 @@ def _copyable(t: Tensor, packed: bool) -> bool:
 def _batch_rows(t: Tensor, packed: bool) -> int:
     """Rows between the sequences of a batch."""
     return 0 if packed or t.shape[0] == 1 else t.stride(0) // t.stride(1)
-
-
-def _strides(t: Tensor, packed: bool) -> tuple[int, ...]:
-    return (0, *t.stride()) if packed else t.stride()
-
-
-def _lists(counts: Tensor | None, indices: Tensor | None) -> tuple[Tensor, Tensor, int, int, int] | None:
-    """Block lists as kernel arguments: pointers, list rows per batch entry and per head, width of a list."""
-    if counts is None or indices is None:
-        return None
-    batch, heads, rows = counts.shape
-    if indices.shape[-1] == 0:  # no list has an entry; nothing is read
-        indices = counts[..., None]
-    return counts.contiguous(), indices.contiguous(), 0 if batch == 1 else heads * rows, rows, indices.shape[-1]
 
 
 def heads_per_program(group: int, tiles: int, processors: int, dense: bool) -> int:
@@ -127,13 +114,12 @@ def backward(
         heads: Query heads of a group that one program walks, instead of ``heads_per_program``'s choice.
     """
     ragged_q, ragged_k = g.q_start is not None, g.k_start is not None
-    extra_keys = has_extra_keys(g)
     # Contiguous whatever the inputs' strides: that is what a traced graph was told. Rows outside a sequence stay zero.
     dq = (torch.zeros if ragged_q else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
     # Extra keys add to what listed blocks gave: in float32, so that sums are rounded once.
     dk, dv = (
         (torch.zeros if ragged_k else torch.empty)(
-            t.shape, dtype=torch.float32 if extra_keys else t.dtype, device=t.device
+            t.shape, dtype=torch.float32 if g.extra_keys else t.dtype, device=t.device
         )
         for t in (k, v)
     )
@@ -144,20 +130,20 @@ def backward(
         do = do.contiguous()
     rows = _row_numbers(do, dlse, q, v, o, lse, sinks, g, not deterministic)
     extra = None
-    if extra_keys:
+    if g.extra_keys:
         assert rows.sums is not None
-        extra = prepare_extra(k, v, g, _strides(k, g.packed), _strides(v, g.packed), lse)
+        extra = prepare_extra(k, v, g, lse)
         start_dq(do, q, k, v, rows.norm, rows.delta, rows.sums, _row_tiles(q, g), _padded(q, v), extra, g)
     _keys_pass(do, q, k, v, dk, dv, rows.numbers, None if deterministic else rows.sums, g, heads)
     if deterministic:
         _queries_pass(do, q, k, v, dq, rows.numbers, rows.sums, g)
     else:
         dq_from_sums_kernel[(q.shape[-2], triton.cdiv(g.max_q, 64), g.batch)](
-            rows.sums, dq, *_spans(g, lse)[:2], _strides(dq, g.packed), g.max_q, _row_tiles(q, g), g.scale,
+            rows.sums, dq, *g.spans(lse)[:2], g.strides(dq), g.max_q, _row_tiles(q, g), g.scale,
             D=q.shape[-1], BLOCK_D=_padded(q, v), RAGGED_Q=ragged_q, PACKED=g.packed, num_warps=8, **LAUNCH,
         )  # fmt: skip
     if extra is not None:
-        add_gradients(do, q, k, v, rows.norm, rows.delta, dk, dv, extra, g)
+        add_extra_gradients(do, q, k, v, rows.norm, rows.delta, dk, dv, extra, g)
         dk, dv = dk.to(k.dtype), dv.to(v.dtype)
     if sinks is None:
         return dq, dk, dv, None
@@ -176,12 +162,6 @@ def _processors(q: Tensor) -> int:
 def _row_tiles(q: Tensor, g: Geometry) -> int:
     """Tiles of 64 query rows of one head, whole ones for every sequence; ``first_query_tile`` numbers them."""
     return q.shape[0] // 64 + g.batch if g.packed else g.batch * triton.cdiv(g.max_q, 64)
-
-
-def _spans(g: Geometry, stand_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q_start, q_end = (stand_in, stand_in) if g.q_start is None else (g.q_start, g.q_end)
-    k_start, k_end = (stand_in, stand_in) if g.k_start is None else (g.k_start, g.k_end)
-    return q_start, q_end, k_start, k_end  # type: ignore[return-value]
 
 
 class RowNumbers(NamedTuple):
@@ -210,16 +190,15 @@ def _row_numbers(
     heads = q.shape[-2]
     tiles = _row_tiles(q, g)
     block_d = _padded(q, v)
-    plain = has_extra_keys(g)
+    plain = g.extra_keys
     numbers = torch.empty(heads * tiles * 128, dtype=torch.float32, device=q.device)
     sums = torch.empty(heads * tiles * 64 * block_d, dtype=torch.float32, device=q.device) if added or plain else None
     norm, delta = (torch.empty_like(lse), torch.empty_like(lse)) if plain else (lse, lse)
     dsink = lse if sinks is None else torch.zeros_like(lse)
-    rows = q.shape[0] if g.packed else q.shape[1]
     tile_numbers_kernel[(heads, triton.cdiv(g.max_q, 64), g.batch)](
         o, do, lse, lse if dlse is None else dlse.contiguous(), lse if sinks is None else sinks,
-        numbers, norm, delta, numbers if sums is None else sums, dsink, *_spans(g, lse)[:2],
-        _strides(o, g.packed), _strides(do, g.packed), 0 if g.packed else heads * rows, rows, g.max_q, tiles,
+        numbers, norm, delta, numbers if sums is None else sums, dsink, *g.spans(lse)[:2],
+        g.strides(o), g.strides(do), *g.lse_strides(q), g.max_q, tiles,
         DV=v.shape[-1], BLOCK_DV=max(16, triton.next_power_of_2(v.shape[-1])), BLOCK_D=block_d,
         SINKS=sinks is not None, DLSE=dlse is not None, ZERO=added and not plain, PLAIN=plain,
         RAGGED_Q=g.q_start is not None, PACKED=g.packed, num_warps=4, **LAUNCH,
@@ -262,10 +241,10 @@ def _keys_pass(
             make((*t.shape[:-2], heads_k * parts, t.shape[-1]), dtype=t.dtype, device=t.device) for t in (k, v)
         )
     masked = g.kv_num_blocks is not None
-    lists = _lists(g.q_num_blocks, g.q_indices) if masked else None
+    lists = list_arguments(g.q_num_blocks, g.q_indices, q) if masked else None
     mask_group = heads_q // g.kv_num_blocks.shape[1] if g.kv_num_blocks is not None else 1
     records, ranges, counter, total = walks(
-        lists, _spans(g, numbers), keys=True, batch=g.batch, lengths=(g.max_q, g.max_k), window=_reach(g),
+        lists, g.spans(numbers), keys=True, batch=g.batch, lengths=(g.max_q, g.max_k), window=_reach(g),
         heads=heads_k * parts, per_head=heads, section_heads=parts, mask_group=mask_group,
         blocks=(g.block_kv, g.block_q) if masked else (128, 64), step=64,
         out_rows=0 if g.packed else k.shape[1], packed=g.packed,
@@ -302,10 +281,10 @@ def _queries_pass(
     block_d = _padded(q, v)
     processors = _processors(q)
     masked = g.kv_num_blocks is not None
-    lists = _lists(g.kv_num_blocks, g.kv_indices)
+    lists = list_arguments(g.kv_num_blocks, g.kv_indices, q) if masked else None
     mask_group = heads_q // g.kv_num_blocks.shape[1] if g.kv_num_blocks is not None else 1
     records, ranges, counter, total = walks(
-        lists, _spans(g, numbers), keys=False, batch=g.batch, lengths=(g.max_q, g.max_k), window=_reach(g),
+        lists, g.spans(numbers), keys=False, batch=g.batch, lengths=(g.max_q, g.max_k), window=_reach(g),
         heads=heads_q, per_head=1, section_heads=group, mask_group=mask_group,
         blocks=(g.block_q, g.block_kv) if masked else (128, 128), step=128,
         out_rows=0 if g.packed else q.shape[1], packed=g.packed,

@@ -34,7 +34,7 @@ from sparseattn.ops.block_sparse.extra_backward import (
     mean_dkdv_kernel,
     spread_kernel,
 )
-from sparseattn.ops.block_sparse.geometry import Geometry
+from sparseattn.ops.block_sparse.geometry import Geometry, list_arguments
 from sparseattn.ops.block_sparse.triton_backward import dkdv_kernel, dq_kernel, preprocess_kernel
 from sparseattn.ops.block_sparse.triton_forward import forward_kernel
 
@@ -90,11 +90,6 @@ def _tiles(kernel: str, q: Tensor, v: Tensor, g: Geometry, override: Tiles | Non
     return Tiles(block_m, block_n, min(tiles.num_warps, warps), tiles.num_stages)
 
 
-def _strides(t: Tensor, packed: bool) -> tuple[int, int, int, int]:
-    """(batch, seq, head, dim) strides; a packed tensor's sequences differ only by their start row."""
-    return (0, *t.stride()) if packed else t.stride()  # type: ignore[return-value]
-
-
 def _common(q: Tensor, k: Tensor, v: Tensor, g: Geometry, tiles: Tiles, *others: Tensor) -> dict[str, object]:
     """Compile-time facts and launch options shared by the kernels that walk tiles."""
     masked = g.kv_num_blocks is not None
@@ -110,18 +105,6 @@ def _common(q: Tensor, k: Tensor, v: Tensor, g: Geometry, tiles: Tiles, *others:
     }
 
 
-def _list_arguments(
-    counts: Tensor | None, indices: Tensor | None, stand_in: Tensor
-) -> tuple[Tensor, Tensor, int, int, int]:
-    """Block lists as kernel arguments: pointers, list rows per batch entry and per head, width of a list."""
-    if counts is None or indices is None:
-        return stand_in, stand_in, 0, 0, 0
-    batch, heads, rows = counts.shape[:3]
-    if indices.shape[3] == 0:  # no list has an entry; kernels still look at the first
-        indices = counts[..., None]
-    return counts.contiguous(), indices.contiguous(), 0 if batch == 1 else heads * rows, rows, indices.shape[3]
-
-
 def _pieces(pieces: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
     """The pieces of rows of variable blocks as kernel arguments: pointer, and how many a head has."""
     return (stand_in, 0) if pieces is None else (pieces, pieces.shape[1])
@@ -135,12 +118,6 @@ def _row_tiles(pieces: Tensor | None, rows: int, block: int, tile: int) -> int:
 def _variable_facts(g: Geometry, walked: int) -> dict[str, object]:
     """Compile-time facts about variable blocks; short tiles are read at most 64 of the ``walked`` rows at a time."""
     return {"VARIABLE": g.row_pieces is not None, "BLOCK_S": min(walked, 64)}
-
-
-def _spans(g: Geometry, stand_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q_start, q_end = (stand_in, stand_in) if g.q_start is None else (g.q_start, g.q_end)
-    k_start, k_end = (stand_in, stand_in) if g.k_start is None else (g.k_start, g.k_end)
-    return q_start, q_end, k_start, k_end  # type: ignore[return-value]
 
 
 def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, gradients: str | None = None) -> str | None:
@@ -192,13 +169,13 @@ def forward(
     if splits > 1:  # zero sums are what a row outside every sequence contributes
         o_out = torch.zeros((splits, *o.shape), dtype=torch.float32, device=q.device)
         lse_out = torch.zeros((splits, 2, *lse.shape), dtype=torch.float32, device=q.device)
-    counts, indices, mask_b, mask_h, width = _list_arguments(g.kv_num_blocks, g.kv_indices, lse)
-    extra = prepare_extra(k, v, g, _strides(k, g.packed), _strides(v, g.packed), lse)
+    counts, indices, mask_b, mask_h, width = list_arguments(g.kv_num_blocks, g.kv_indices, lse)
+    extra = prepare_extra(k, v, g, lse)
     chunk = 1 if pack > 1 else heads // k.shape[-2]
     row_tiles = _row_tiles(g.row_pieces, g.max_q * pack, g.block_q, config.block_m)
     forward_kernel[(row_tiles * chunk, heads // pack // chunk, g.batch * splits)](
         q, k, v, o_out, lse_out, lse if sinks is None else sinks, counts, indices, *_pieces(g.row_pieces, lse),
-        *_spans(g, lse), *extra, *(_strides(t, g.packed) for t in (q, k, v, o)), 0 if g.packed else heads * rows, rows,
+        *g.spans(lse), *extra, *(g.strides(t) for t in (q, k, v, o)), *g.lse_strides(q),
         mask_b, mask_h, width, g.max_q, g.max_k, splits, o.numel(), lse.numel(),
         g.scale, g.softcap, g.window_left, g.window_right,
         **_common(q, k, v, g, config), **extra_facts("forward", q, v, g), **_variable_facts(g, config.block_n),
@@ -231,11 +208,10 @@ def backward(
     ragged_q, ragged_k = g.q_start is not None, g.k_start is not None
     # Contiguous whatever the inputs' strides: that is what a traced graph was told. Rows outside a sequence stay zero.
     dq = (torch.zeros if ragged_q else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
-    extra_keys = g.column_indices is not None or g.mean_correction
     # Extra keys add to what listed blocks gave: in float32, so that nothing is rounded twice.
     dk, dv = (
         (torch.zeros if ragged_k else torch.empty)(
-            t.shape, dtype=torch.float32 if extra_keys else t.dtype, device=t.device
+            t.shape, dtype=torch.float32 if g.extra_keys else t.dtype, device=t.device
         )
         for t in (k, v)
     )
@@ -244,40 +220,35 @@ def backward(
         return dq, dk, dv, None if sinks is None else torch.zeros_like(sinks)
     norm, delta = torch.empty_like(lse), torch.empty_like(lse)
     dsink = torch.zeros_like(lse) if sinks is not None else lse
-    rows = q.shape[0] if g.packed else q.shape[1]
-    lse_b, lse_h = 0 if g.packed else heads * rows, rows
-    spans = _spans(g, lse)
+    lse_b, lse_h = g.lse_strides(q)
+    spans = g.spans(lse)
     preprocess_kernel[(triton.cdiv(g.max_q, 64), heads, g.batch)](
         o, do, lse, lse if dlse is None else dlse.contiguous(), lse if sinks is None else sinks,
         norm, delta, dsink, *spans[:2],
-        _strides(o, g.packed), _strides(do, g.packed), lse_b, lse_h, g.max_q,
+        g.strides(o), g.strides(do), lse_b, lse_h, g.max_q,
         DV=v.shape[-1], BLOCK_DV=_padded(v.shape[-1]), BLOCK_M=64, SINKS=sinks is not None, DLSE=dlse is not None,
         RAGGED_Q=ragged_q, num_warps=4, **LAUNCH,
     )  # fmt: skip
 
     numbers = (g.max_q, g.max_k, g.scale, g.softcap, g.window_left, g.window_right)
-    inputs = tuple(_strides(t, g.packed) for t in (q, k, v, do))
+    inputs = tuple(g.strides(t) for t in (q, k, v, do))
     group = heads // heads_k
     if g.key_pieces is not None and g.key_pieces.shape[0] > heads_k:
         _sum_key_gradients(do, q, k, v, norm, delta, dk, dv, g, spans, tiles[0])
     else:
         _key_gradients(do, q, k, v, norm, delta, dk, dv, g, spans, tiles[0])
     config = _tiles("dq", q, v, g, tiles[1])
-    extra = prepare_extra(k, v, g, inputs[1], inputs[2], lse)
-    counts, indices, mask_b, mask_h, width = _list_arguments(g.kv_num_blocks, g.kv_indices, lse)
+    extra = prepare_extra(k, v, g, lse)
+    counts, indices, mask_b, mask_h, width = list_arguments(g.kv_num_blocks, g.kv_indices, lse)
     row_tiles = _row_tiles(g.row_pieces, g.max_q, g.block_q, config.block_m)
     dq_kernel[(row_tiles * group, heads_k, g.batch)](
         q, k, v, do, norm, delta, dq, counts, indices, *_pieces(g.row_pieces, lse), *spans, *extra,
-        *inputs, _strides(dq, g.packed), lse_b, lse_h, mask_b, mask_h, width, *numbers,
+        *inputs, g.strides(dq), lse_b, lse_h, mask_b, mask_h, width, *numbers,
         **_common(q, k, v, g, config, do), **extra_facts("dq", q, v, g),
         **_variable_facts(g, config.block_n), CHUNK=group,
     )  # fmt: skip
-    if extra_keys:
-        strides: dict[str, tuple[int, ...]] = {"dk": _strides(dk, g.packed), "dv": _strides(dv, g.packed)}
-        strides |= dict(zip(("q", "k", "v", "do"), inputs, strict=True))
-        strides |= {"lse": (lse_b, lse_h), "mask": (mask_b, mask_h)}
-        facts = _common(q, k, v, g, config, do) | extra_facts("dq", q, v, g)
-        add_extra_gradients(do, q, k, v, norm, delta, dk, dv, extra, g, spans, strides, facts)
+    if g.extra_keys:
+        add_extra_gradients(do, q, k, v, norm, delta, dk, dv, extra, g)
         dk, dv = dk.to(k.dtype), dv.to(v.dtype)
     if sinks is None:
         return dq, dk, dv, None
@@ -292,13 +263,13 @@ def _key_gradients(
     """Write dK and dV, from rows' ``norm`` and ``delta``."""
     heads_k = k.shape[-2]
     config = _tiles("dkdv", q, v, g, tiles)
-    counts, indices, mask_b, mask_h, width = _list_arguments(g.q_num_blocks, g.q_indices, norm)
+    counts, indices, mask_b, mask_h, width = list_arguments(g.q_num_blocks, g.q_indices, norm)
     chunk = math.gcd(heads_k, 2)
     lse_b, lse_h = (0, norm.stride(0)) if g.packed else norm.stride()[:2]
     row_tiles = _row_tiles(g.key_pieces, g.max_k, g.block_kv, config.block_n)
     dkdv_kernel[(row_tiles * chunk, heads_k // chunk, g.batch)](
         q, k, v, do, norm, delta, dk, dv, counts, indices, *_pieces(g.key_pieces, norm), *spans,
-        *(_strides(t, g.packed) for t in (q, k, v, do, dk, dv)), lse_b, lse_h, mask_b, mask_h, width,
+        *(g.strides(t) for t in (q, k, v, do, dk, dv)), lse_b, lse_h, mask_b, mask_h, width,
         g.max_q, g.max_k, g.scale, g.softcap, g.window_left, g.window_right,
         **_common(q, k, v, g, config, do), **_variable_facts(g, config.block_m), CHUNK=chunk,
     )  # fmt: skip
