@@ -296,7 +296,7 @@ def test_compiles_whole_and_matches_eager(backend: str, dynamic: bool | None, de
         return o.square().sum() + torch.where(lse.isfinite(), lse, 0.0).sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend=backend)
-    for length in (64, 96):
+    for length in (70, 96):  # of the same tile sizes, so that one graph serves both
         leaves = make_qkv(1, length, length, 4, 2, 16, device=device).requires_grad_()
         blocks = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(length)).to(device) < 0.6
         rows = torch.tensor([[10, 20, length - 30]], dtype=torch.int32, device=device).expand(2, -1)
