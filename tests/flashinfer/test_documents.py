@@ -237,6 +237,17 @@ def test_documents_have_all_their_blocks() -> None:
     assert set(CPU_SIZES) == set(CHECKS) == set(CODE)
 
 
+@pytest.mark.gpu
+def test_the_graph_of_our_own_page_follows_its_plans() -> None:
+    page = (FOLDER.parents[1] / "docs" / "flashinfer.md").read_text(encoding="utf-8")
+    names: Names = {"torch": torch, "flashinfer": sparseattn.flashinfer, "workspace": torch.empty(8)}
+    (code,) = re.findall(r"^```python gpu\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(code, names)
+    for b in range(4):  # the last plan: 16 tokens in page b
+        k, v = (gathered(t.cpu(), [b], 16, "NHD") for t in names["kv_cache"].unbind(1))
+        check_rows(names["o"][b : b + 1], names["q"][b : b + 1], k, v)
+
+
 def cut(total: int, parts: int, heads: int) -> Tensor:
     """int32 [heads, parts], random sizes of at least 1 that add up to ``total``."""
     marks = torch.stack([torch.randperm(total - 1)[: parts - 1].sort().values + 1 for _ in range(heads)])
