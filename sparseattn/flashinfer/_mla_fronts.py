@@ -14,19 +14,9 @@ from sparseattn.flashinfer._common import (
     unsupported,
 )
 from sparseattn.flashinfer._decode_fronts import query_rows, sinks_of
+from sparseattn.flashinfer._latent import joined_cache
 from sparseattn.flashinfer._wrapper import attend
 from sparseattn.ops.paged import PagedCache
-
-
-def joined_cache(kv_cache: Tensor, kv_layout: str = "NHD") -> Tensor:
-    """A latent cache as ``[P, page, D]``, from that or with an axis of one head where the layout has it."""
-    axis = 2 if kv_layout == "NHD" else 1
-    if isinstance(kv_cache, Tensor) and kv_cache.dim() == 4 and kv_cache.shape[axis] == 1:
-        return kv_cache.squeeze(axis)
-    if not isinstance(kv_cache, Tensor) or kv_cache.dim() != 3:
-        got = f"shape {tuple(kv_cache.shape)}" if isinstance(kv_cache, Tensor) else type(kv_cache).__name__
-        raise argument_error("kv_cache", "[P, page, D]", got)
-    return kv_cache
 
 
 def trtllm_batch_decode_with_kv_cache_mla(

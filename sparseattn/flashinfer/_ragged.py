@@ -15,7 +15,6 @@ from sparseattn.flashinfer._common import (
     Dtypes,
     Options,
     Scales,
-    Table,
     as_queries,
     check_dtype,
     check_heads,
@@ -26,9 +25,9 @@ from sparseattn.flashinfer._common import (
     unsupported,
 )
 from sparseattn.flashinfer._prefill import Masking, PrefillWrapper, Rows, float8_scales
-from sparseattn.flashinfer._wrapper import as_results, attend, check_fits, check_results, fill
+from sparseattn.flashinfer._wrapper import as_results, check_fits, check_results, fill
 from sparseattn.ops.block_sparse import block_sparse_attention
-from sparseattn.ops.paged import CustomMask
+from sparseattn.ops.paged import CustomMask, RepeatedAttention
 
 
 @dataclass
@@ -73,12 +72,15 @@ class RaggedPlan:
     def __post_init__(self) -> None:
         check_heads(self.num_qo_heads, self.num_kv_heads)
         self._arguments = self.options.arguments(self.num_qo_heads, self.dims[0], self.device)
+        self._scale = self._arguments.pop("scale")
         known = self.kv_host is not None and self.rows.longest is not None
         self._plain = known and self.mask is None and self._arguments["positions"] is None
+        self._plain_arguments = {n: value for n, value in self._arguments.items() if n != "positions"}
         # The largest page that all requests fill: fewer numbers to look up. Powers of two only, for few kernels.
         self._page = 1 if self.kv_host is None else math.gcd(256, *self.kv_host)
         self._page_indptr = self.kv_indptr if self._page == 1 else self.kv_indptr // self._page
-        self._pages: Tensor | None = None
+        self._calls: tuple[int, RepeatedAttention] | None = None
+        self._accepted: set[tuple[Any, ...]] = set()
         if self.kv_host is not None:
             self._longest_k = max((b - a for a, b in itertools.pairwise(self.kv_host)), default=0)
 
@@ -101,8 +103,11 @@ class RaggedPlan:
         """Attention of ``q`` ``[tokens, Hq, D]``; the output ``[tokens, Hq, Dv]``, and base-2 LSE ``[tokens, Hq]``."""
         if self.kv_layout == "HND":
             k, v = k.transpose(0, 1), v.transpose(0, 1)
-        self._check(q, k, v)
-        folded = fold_scales(self._arguments["scale"], *scales)
+        form = (q.dtype, k.dtype, v.dtype, q.shape, k.shape, v.shape)
+        if form not in self._accepted:
+            self._check(q, k, v)
+            self._accepted.add(form)
+        folded = fold_scales(self._scale, *scales)
         q = as_queries(q, folded.q)
         if self._plain and q.dtype == k.dtype and folded.k is None and folded.v is None:
             return self._dense(q, k, v, folded.scale, out, lse, return_lse)
@@ -112,9 +117,8 @@ class RaggedPlan:
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None, lse: Tensor | None, return_lse: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
         check_results(q, self.dims[1], self.dtypes.o, out, lse)
-        arguments = {n: value for n, value in self._arguments.items() if n != "positions"}
         o, natural = block_sparse_attention(
-            q, k, v, **{**arguments, "scale": scale}, cu_seqlens_q=self.rows.indptr, cu_seqlens_k=self.kv_indptr,
+            q, k, v, **self._plain_arguments, scale=scale, cu_seqlens_q=self.rows.indptr, cu_seqlens_k=self.kv_indptr,
             max_seqlen_q=self.rows.longest, max_seqlen_k=self._longest_k, return_lse=True, impl=self.impl,
         )  # fmt: skip
         return as_results(o, natural, self.dtypes.o, out, lse, return_lse)
@@ -122,25 +126,32 @@ class RaggedPlan:
     def _paged(
         self, q: Tensor, k: Tensor, v: Tensor, folded: Scales, out: Tensor | None, lse: Tensor | None, return_lse: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
-        table = Table(self.kv_lens, None, self._page_indptr, self._numbers(k.shape[0]))
-        end = k.shape[0] // self._page * self._page
-        k, v = (t[:end].unflatten(0, (-1, self._page)) if end else t[:0, None] for t in (k, v))
-        return attend(
-            q, table.cache(k, v, "NHD"), o_dtype=self.dtypes.o, out=out, lse=lse, return_lse=return_lse,
-            **{**self._arguments, "scale": folded.scale, "k_scale": folded.k, "v_scale": folded.v},
-            cu_seqlens_q=self.rows.indptr, max_seqlen_q=self.rows.longest, custom_mask=self.mask, impl=self.impl,
-        )  # fmt: skip
+        o_dtype = self.dtypes.o
+        if out is not None or lse is not None:
+            check_results(q, self.dims[1], o_dtype, out, lse)
+        pages = k.shape[0] // self._page
+        if self._page == 1:
+            k, v = k.unsqueeze(1), v.unsqueeze(1)
+        else:
+            k, v = (t[: pages * self._page].unflatten(0, (pages, self._page)) for t in (k, v))
+        o, natural = self._attention(pages)(
+            q, k, v, scale=folded.scale, k_scale=folded.k, v_scale=folded.v, out=out if o_dtype == q.dtype else None
+        )
+        return as_results(o, natural, o_dtype, out, lse, return_lse)
 
-    def _numbers(self, total: int) -> Tensor:
-        """Page numbers of ``total`` rows of keys: one after the other."""
-        count = total // self._page
+    def _attention(self, pages: int) -> RepeatedAttention:
+        """The call that all runs make, over at least so many pages that lie one after the other."""
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not capturing and self._pages is not None and self._pages.shape[0] >= count:
-            return self._pages
-        pages = torch.arange(count, dtype=torch.int32, device=self.device)
+        if not capturing and self._calls is not None and self._calls[0] >= pages:
+            return self._calls[1]
+        numbers = torch.arange(pages, dtype=torch.int32, device=self.device)
+        call = RepeatedAttention(
+            self.kv_lens, None, self._page_indptr, numbers, cu_seqlens_q=self.rows.indptr,
+            max_seqlen_q=self.rows.longest, custom_mask=self.mask, impl=self.impl, **self._arguments,
+        )  # fmt: skip
         if not capturing:  # a graph owns what it allocates, and outlives plans
-            self._pages = pages
-        return pages
+            self._calls = pages, call
+        return call
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         check_dtype("q", q, self.dtypes.q)

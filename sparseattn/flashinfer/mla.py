@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from sparseattn.flashinfer._common import (
     implementation,
     unsupported,
 )
-from sparseattn.flashinfer._mla_fronts import joined_cache
+from sparseattn.flashinfer._latent import Parts, joined_cache
 from sparseattn.flashinfer._mla_fronts import (
     trtllm_batch_decode_with_kv_cache_mla as trtllm_batch_decode_with_kv_cache_mla,
 )
@@ -33,7 +32,7 @@ from sparseattn.flashinfer._wrapper import (
     lengths_table,
     query_rows,
 )
-from sparseattn.ops.paged import PagedCache, paged_attention
+from sparseattn.ops.paged import RepeatedAttention
 
 #: DeepSeek's: 128 columns of a head before absorption, and 64 rotary ones.
 DEFAULT_SCALE = (128 + 64) ** -0.5
@@ -107,6 +106,8 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         super().__init__(float_workspace_buffer, kv_layout)
         self._impl = implementation(backend)
         self._graph = use_cuda_graph
+        self._call: tuple[_Plan, RepeatedAttention] | None = None
+        self._accepted: set[tuple[Any, ...]] = set()
         self._buffers: dict[str, Tensor] = {}
         if use_cuda_graph:
             names = ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")
@@ -167,6 +168,7 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
                 fill(name, self._buffers[name], t)
             rows, longest, total = self._buffers["qo_indptr"], None, None
             table = Table(self._buffers["kv_len_arr"], None, self._buffers["kv_indptr"], self._buffers["kv_indices"])
+        self._accepted.clear()
         self._planned = _Plan(
             float(sm_scale), table, rows, longest, total, num_heads, (head_dim_ckv, head_dim_kpe), page_size,
             bool(causal), dtypes,
@@ -216,21 +218,23 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
             The output ``[tokens, Hq, 512]``, in latent space; with ``return_lse`` also the LSE, float32 ``[tokens,
             Hq]``, base 2.
         """
-        hint = "Outputs are not scaled; profile with torch.profiler."
-        unsupported(hint, profiler_buffer=profiler_buffer, o_scale=o_scale)
+        if profiler_buffer is not None or o_scale is not None:
+            hint = "Outputs are not scaled; profile with torch.profiler."
+            unsupported(hint, profiler_buffer=profiler_buffer, o_scale=o_scale)
         plan = self._plan_for(kv_len, page_table, ckv_cache)
-        self._check(plan, q_nope, q_pe, ckv_cache, kpe_cache)
+        form = tuple((t.dtype, t.shape) for t in (q_nope, q_pe, ckv_cache, kpe_cache) if isinstance(t, Tensor))
+        if plan is not self._planned or form not in self._accepted:
+            self._check(plan, q_nope, q_pe, ckv_cache, kpe_cache)
+            if plan is self._planned:
+                self._accepted.add(form)
         assert plan.table is not None
-        parts = _Parts(as_queries(q_pe), ckv_cache, kpe_cache, plan.table)
+        parts = Parts(as_queries(q_nope), as_queries(q_pe), ckv_cache, kpe_cache, plan.table)
         if ckv_cache.dtype in FLOAT8:
             parts = parts.scaled(ckv_scale, ckv_scale_arr, kpe_scale)
-        else:
+        elif ckv_scale is not None or ckv_scale_arr is not None or kpe_scale is not None:
             scales = {"ckv_scale": ckv_scale, "ckv_scale_arr": ckv_scale_arr, "kpe_scale": kpe_scale}
             unsupported("Scales are for float8 caches.", **scales)
-        cache = parts.cache()
-        q_nope = as_queries(q_nope)
-        q = q_nope if cache.k_rope is None else (q_nope, parts.q_pe)
-        return self._attend(plan, q, cache, out, lse, return_lse, return_lse_base_on_e, parts.factor)
+        return self._attend(plan, parts, out, lse, return_lse, return_lse_base_on_e)
 
     def forward(
         self,
@@ -264,11 +268,14 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         plan = self._plan_for(seq_lens, page_table, kv_cache)
         if sm_scale is not None:
             plan = replace(plan, scale=float(sm_scale))
-        dim = LATENT if plan.dims is None else plan.dims[0]
+        dim, width = LATENT if plan.dims is None else plan.dims[0], kv_cache.shape[-1]
+        if not isinstance(q, Tensor) or q.dim() != 3 or q.shape[-1] != width or width < dim:
+            got = tuple(q.shape) if isinstance(q, Tensor) else type(q).__name__
+            raise argument_error("q", f"[B, Hq, D] over a cache of D >= {dim} columns", f"{got} over {width}")
         assert plan.table is not None
-        table = plan.table
-        cache = PagedCache.latent(kv_cache, None, table.seq_lens, table.page_table, value_dim=dim)
-        return self._attend(plan, as_queries(q), cache, out, lse, return_lse, False, None)
+        q = as_queries(q)
+        parts = Parts(q[..., :dim], q[..., dim:], kv_cache[..., :dim], kv_cache[..., dim:], plan.table)
+        return self._attend(plan, parts, out, lse, return_lse)
 
     def forward_return_lse(self, *args: Any, **kwargs: Any) -> Any:
         """``forward`` with ``return_lse=True``."""
@@ -309,81 +316,31 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
     def _attend(
         self,
         plan: _Plan,
-        q: Tensor | tuple[Tensor, Tensor],
-        cache: PagedCache,
+        parts: Parts,
         out: Tensor | None,
         lse: Tensor | None,
         return_lse: bool,
         natural: bool = False,
-        factor: float | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        main = q if isinstance(q, Tensor) else q[0]
-        check_results(main, cache.v.shape[-1], main.dtype, out, lse)
-        o, sums = paged_attention(
-            q, cache, cu_seqlens_q=plan.rows, max_seqlen_q=plan.longest, causal=plan.causal, scale=plan.scale,
-            k_scale=factor, v_scale=factor, out=out, return_lse=True, impl=self._impl,
-        )  # fmt: skip
+        q, k = parts.q_nope, parts.ckv.unsqueeze(2)
+        rotary = {"q_rope": parts.q_pe, "k_rope": parts.kpe.unsqueeze(2)} if parts.kpe.shape[-1] else {}
+        if out is not None or lse is not None:
+            check_results(q, k.shape[-1], q.dtype, out, lse)
+        o, sums = self._attention(plan, parts.table)(
+            q, k, k, **rotary, scale=plan.scale, k_scale=parts.factor, v_scale=parts.factor, out=out
+        )
         if not natural:
             return as_results(o, sums, o.dtype, o, lse, return_lse)
         sums = sums.t().contiguous() if lse is None else lse.copy_(sums.t())
         return (o, sums) if return_lse else o
 
-
-class _Parts(NamedTuple):
-    """What meets in a call: the rotary part of queries, both parts of the cache, its pages, a factor on the cache."""
-
-    q_pe: Tensor
-    ckv: Tensor
-    kpe: Tensor
-    table: Table
-    factor: float | None = None
-
-    def cache(self) -> PagedCache:
-        return PagedCache.latent(self.ckv, self.kpe, *self.table[:2], indptr=self.table.indptr,
-                                 indices=self.table.indices, value_dim=self.ckv.shape[-1])  # fmt: skip
-
-    def scaled(self, ckv_scale: float | None, ckv_scale_arr: Tensor | None, kpe_scale: float | None) -> _Parts:
-        """The same for a float8 cache and its scales."""
-        if (ckv_scale is None) == (ckv_scale_arr is None):
-            got = "neither" if ckv_scale is None else "both"
-            raise argument_error("ckv_scale, ckv_scale_arr", "one of them, since the cache is float8", got)
-        if kpe_scale is None and self.kpe.shape[-1]:
-            raise argument_error("kpe_scale", "a number, since the cache is float8", None)
-        rotary = 1.0 if kpe_scale is None else _positive("kpe_scale", kpe_scale)
-        if ckv_scale_arr is not None:
-            return self._written(ckv_scale_arr, rotary)
-        assert ckv_scale is not None
-        factor = _positive("ckv_scale", ckv_scale)
-        q_pe = self.q_pe if rotary == factor else (self.q_pe.float() * (rotary / factor)).to(self.q_pe.dtype)
-        return self._replace(q_pe=q_pe, factor=factor)
-
-    def _written(self, scales: Tensor, rotary: float) -> _Parts:
-        """The pages of the call, and no others, times their scales in the queries' dtype."""
-        pages, size, dim = self.ckv.shape
-        if dim % 128 or tuple(scales.shape) != (pages, size, dim // 128) or scales.device != self.ckv.device:
-            expected = f"shape {(pages, size, dim // 128)} on {self.ckv.device}"
-            raise argument_error("ckv_scale_arr", expected, f"shape {tuple(scales.shape)} on {scales.device}")
-        if scales.dtype != torch.float32:
-            raise argument_error("ckv_scale_arr", "float32", scales.dtype, kind=TypeError)
-        numbers = self.table.indices if self.table.page_table is None else self.table.page_table
-        assert numbers is not None
-        held = (numbers >= 0) & (numbers < pages)
-        at = numbers.clamp(0, max(0, pages - 1)).flatten().long()
-        ckv = torch.empty((at.shape[0], size, dim // 128, 128), dtype=self.q_pe.dtype, device=self.ckv.device)
-        kpe = torch.empty((at.shape[0], size, self.kpe.shape[-1]), dtype=ckv.dtype, device=ckv.device)
-        low = self.ckv[at].to(ckv.dtype)  # exact
-        torch.mul(low.unflatten(-1, (-1, 128)), scales[at][..., None], out=ckv)
-        torch.mul(self.kpe[at].to(kpe.dtype), rotary, out=kpe)
-        moved = torch.arange(at.shape[0], dtype=torch.int32, device=at.device).view(numbers.shape)
-        moved = moved.masked_fill(~held, -1)
-        by_row = self.table.page_table is not None
-        table = self.table._replace(**{"page_table" if by_row else "indices": moved})
-        return self._replace(ckv=ckv.flatten(-2), kpe=kpe, table=table)
-
-
-def _positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise argument_error(name, "a positive number", type(value).__name__, kind=TypeError)
-    if not (value > 0 and math.isfinite(value)):
-        raise argument_error(name, "a positive number", value)
-    return float(value)
+    def _attention(self, plan: _Plan, table: Table) -> RepeatedAttention:
+        """The call that all runs of a plan make; those of other tables are made once."""
+        if self._call is not None and self._call[0] is plan and plan.table is table:
+            return self._call[1]
+        call = RepeatedAttention(
+            *table, cu_seqlens_q=plan.rows, max_seqlen_q=plan.longest, causal=plan.causal, impl=self._impl
+        )
+        if plan is self._planned and plan.table is table:
+            self._call = plan, call
+        return call
