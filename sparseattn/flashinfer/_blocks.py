@@ -12,7 +12,7 @@ from sparseattn.errors import argument_error
 from sparseattn.flashinfer._common import FLOAT8, Dtypes, Options, as_queries, check_dtype, check_output, fold_scales
 from sparseattn.flashinfer._wrapper import as_results
 from sparseattn.masks.lists import compact
-from sparseattn.ops.bsr import BlockRows, attend_rows
+from sparseattn.ops.bsr import BlockRows, RepeatedRows
 from sparseattn.ops.paged import CustomMask
 
 
@@ -39,12 +39,15 @@ class BlockPlan:
     kv_layout: str
     dtypes: Dtypes
     impl: str
-    _arguments: dict[str, Any] = field(init=False, repr=False)
+    _scale: float = field(init=False, repr=False)
+    _attend: RepeatedRows = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         heads, dim = self.shapes[0][-2:]
-        self._arguments = self.options.arguments(heads, dim, self.rows.device)
-        self._arguments |= {"causal": self._arguments["causal"] and not self.masked, "gathered": self.gathered}
+        arguments = self.options.arguments(heads, dim, self.rows.device)
+        self._scale = arguments.pop("scale")
+        arguments |= {"causal": arguments["causal"] and not self.masked, "gathered": self.gathered}
+        self._attend = RepeatedRows(self.rows, **arguments, impl=self.impl)
 
     def replaced(self, **options: Any) -> BlockPlan:
         """The plan with other options."""
@@ -62,18 +65,18 @@ class BlockPlan:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of q ``[..., M, Hq, D]``; the output ``[..., M, Hq, Dv]``, and base-2 LSE ``[..., M, Hq]``."""
         k, v = self._check(q, k, v)
-        o_dtype, arguments = self.dtypes.o, self._arguments
+        o_dtype = self.dtypes.o
         if out is not None or lse is not None:
             check_output("out", out, (*q.shape[:-1], v.shape[-1]), o_dtype, q)
             check_output("lse", lse, q.shape[:-1], torch.float32, q)
-        factor = None
-        if any(scale is not None for scale in scales):
-            folded = fold_scales(arguments["scale"], *scales)
-            arguments, factor = {**arguments, "scale": folded.scale, "k_scale": folded.k, "v_scale": folded.v}, folded.q
-        if factor is not None or q.dtype in FLOAT8:
-            q = as_queries(q, factor)
-        direct = out if o_dtype == q.dtype else None
-        o, natural = attend_rows(q, k, v, self.rows, **arguments, out=direct, return_lse=True, impl=self.impl)
+        scale_q, scale_k, scale_v = scales
+        if scale_q is None and scale_k is None and scale_v is None and q.dtype not in FLOAT8:
+            o, natural = self._attend(q, k, v, scale=self._scale, out=out if o_dtype == q.dtype else None)
+        else:
+            folded = fold_scales(self._scale, *scales)
+            q = as_queries(q, folded.q)
+            direct = out if o_dtype == q.dtype else None
+            o, natural = self._attend(q, k, v, scale=folded.scale, k_scale=folded.k, v_scale=folded.v, out=direct)
         return as_results(o, natural, o_dtype, out, lse, return_lse)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

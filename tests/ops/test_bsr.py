@@ -10,7 +10,7 @@ import torch
 from bsr_cases import CASES, Case, build, by_the_book
 
 from sparseattn import BlockMask, block_sparse_attention
-from sparseattn.ops.bsr import BlockRows, attend_rows, bsr_attention, make_rows, unsupported_reason
+from sparseattn.ops.bsr import BlockRows, RepeatedRows, attend_rows, bsr_attention, make_rows, unsupported_reason
 from sparseattn.ops.paged import ALiBi, CustomMask, RoPE
 from sparseattn.testing import assert_close_to_oracle
 
@@ -138,7 +138,7 @@ def test_perturbed_future_keys_leave_no_trace(block: tuple[int, int], impl: str,
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-@pytest.mark.parametrize("name", ["r3-c7", "batch-own", "r64-c64", "r2-c320-one-row", "nothing-listed"])
+@pytest.mark.parametrize("name", ["r3-c7", "batch-own", "r64-c64", "r2-c320-one-row"])
 def test_strides_and_out(name: str, impl: str, device: str):
     problem = build(IDS[name], torch.float16, device)
     tensors = problem.q, problem.k, problem.v
@@ -209,17 +209,18 @@ def test_says_what_would_run():
 # ---- torch ----
 
 
-@pytest.mark.parametrize("name", ["r3-c7", "mask-little", "r4-c2-q-heads-lists"])
+@pytest.mark.parametrize("name", ["mask-little", "r4-c2-q-heads-lists"])
 def test_opcheck(name: str, device: str):
-    from sparseattn.ops.bsr.api import Options, _make_call
+    from sparseattn.ops.bsr.api import Options, make_call
 
     problem = build(IDS[name], torch.float32, device)
     mask = problem.kwargs.pop("block_mask", None)
     rows = make_rows(*problem.arguments, problem.case.lengths, mask)
-    call = _make_call(problem.q, problem.k, problem.v, rows, "auto", Options(**problem.kwargs))
-    out = torch.empty_like(call.q)
+    call = make_call(problem.q, problem.k, problem.v, rows, "auto", Options(**problem.kwargs))
+    q = problem.q[None]
+    out = torch.empty_like(q)
     lse = torch.empty(1, out.shape[2], out.shape[1], device=device)
-    torch.library.opcheck(torch.ops.sparseattn.bsr_attention.default, (call.q, out, lse, "auto", *call.problem))
+    torch.library.opcheck(torch.ops.sparseattn.bsr_attention.default, (q, out, lse, "auto", *call.problem))
 
 
 @pytest.mark.parametrize("block", [(3, 7), (64, 64)])
@@ -331,3 +332,47 @@ def test_bad_rows():
         make_rows(*dense((10, 12), (2, 3)), (2, 3), (10, 12), bits)
     with pytest.raises(ValueError, match="even head_dim"):
         attend_rows(q[..., :15], k[..., :15], k, rows, positions=RoPE())
+
+
+# ---- repeated calls ----
+
+
+@pytest.mark.parametrize(
+    ("impl", "device"),
+    [("reference", "cpu"), *(pytest.param(impl, "cuda", marks=pytest.mark.gpu) for impl in ("reference", "triton"))],
+)
+@pytest.mark.parametrize("name", ["r3-c7", "batch-own", "r64-c64", "e4m3-scales", "r2-c320-one-row", "nothing-listed"])
+def test_repeated(name: str, impl: str, device: str):
+    """The second call of a form, and calls of other forms between, are what single calls are."""
+    problem = build(IDS[name], torch.float16, device)
+    scales = {n: problem.kwargs.pop(n) for n in ("scale", "k_scale", "v_scale") if n in problem.kwargs}
+    if IDS[name].scales:
+        scales["k_scale"] = 0.5
+    rows = make_rows(*problem.arguments, problem.case.lengths)
+    repeated = RepeatedRows(rows, impl=impl, **problem.kwargs)
+    tensors = [t.nan_to_num(0) if t.element_size() > 1 else t for t in (problem.q, problem.k, problem.v)]
+    for step in range(3):
+        q, k, v = (t.roll(step, -3).contiguous() for t in tensors)
+        if step == 2:
+            q = q.transpose(-3, -2).contiguous().transpose(-3, -2)
+        out = torch.empty_like(q) if step == 2 else None
+        o, lse = repeated(q, k, v, **scales, out=out)
+        expected = attend_rows(q, k, v, rows, **problem.kwargs, **scales, return_lse=True, impl=impl)
+        assert torch.equal(o, expected[0])
+        assert torch.equal(lse, expected[1])
+        assert out is None or o is out
+
+
+def test_repeated_differentiates_where_single_calls_do():
+    q, k, v = torch.randn(3, 128, 2, 16).unbind()
+    rows = make_rows(*dense((128, 128), (64, 64)), (64, 64), (128, 128))
+    repeated = RepeatedRows(rows, causal=True)
+    repeated(q, k, v)
+    q = q.clone().requires_grad_()
+    repeated(q, k, v)[0].sum().backward()
+    assert q.grad is not None
+    small = RepeatedRows(make_rows(*dense((128, 128), (32, 32)), (32, 32), (128, 128)))
+    with pytest.raises(ValueError, match="without gradients"):
+        small(q, k, v)
+    with torch.no_grad():
+        small(q, k, v)

@@ -3,5 +3,6 @@
 from sparseattn.ops.bsr.api import attend_rows as attend_rows
 from sparseattn.ops.bsr.api import bsr_attention as bsr_attention
 from sparseattn.ops.bsr.api import unsupported_reason as unsupported_reason
+from sparseattn.ops.bsr.repeat import RepeatedRows as RepeatedRows
 from sparseattn.ops.bsr.rows import BlockRows as BlockRows
 from sparseattn.ops.bsr.rows import make_rows as make_rows

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.ops import block_sparse
 from sparseattn.ops.arguments import check_number, check_sinks, check_softcap, check_window
+from sparseattn.ops.block_sparse import library as block_sparse_library
+from sparseattn.ops.block_sparse.checks import make_geometry
+from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.bsr.library import PACKAGE, attend
 from sparseattn.ops.bsr.problem import BSRProblem
 from sparseattn.ops.bsr.rows import BlockRows, make_rows
 from sparseattn.ops.dispatch import implementations, resolve
 from sparseattn.ops.paged.checks import check_rope, check_scale, check_slopes
 from sparseattn.ops.paged.options import ALiBi, CustomMask, RoPE
+from sparseattn.ops.sequences import resolve_sequences
 
 _IMPLEMENTATIONS = ("auto", "gluon", "triton", "reference")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -135,24 +138,46 @@ def attend_rows(
         options: ``causal``, ``window``, ``scale``, ``softcap``, ``sinks``, ``positions``, ``k_scale``, ``v_scale`` and
             ``gathered`` of ``bsr_attention``.
     """
-    call = _make_call(q, k, v, rows, impl, Options(**options))
-    out = _check_output(out, q, v.shape[-1])
-    if call.problem is None:
-        o, lse = block_sparse.block_sparse_attention(
-            call.q, call.k, call.v, rows.lists, **call.arguments, return_lse=True, impl=impl
-        )
-        if q.dim() == 3:
-            o, lse = o[0], lse[0]
-        out = o if out is None else out.copy_(o)
-        return (out, lse) if return_lse else out
+    call = make_call(q, k, v, rows, impl, Options(**options))
+    out = check_output(out, q, v.shape[-1])
+    if call.geometry is not None:
+        both = attend_lists(q, k, v, call.geometry, rows, options.get("sinks"), out, impl)
+        return both if return_lse else both[0]
+    assert call.problem is not None
     _refuse_gradients(q, k, v, call.problem.sinks)
     if out is None:
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=lse_dtype, device=q.device)
-    single = q.dim() == 3
-    attend(call.q, out[None] if single else out, lse[None] if single else lse, impl, call.problem)
+    lse = sums_for(q)
+    if q.dim() == 3:
+        attend(q[None], out[None], lse[None], impl, call.problem)
+    else:
+        attend(q, out, lse, impl, call.problem)
     return (out, lse) if return_lse else out
+
+
+def attend_lists(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Geometry,
+    rows: BlockRows,
+    sinks: Tensor | None,
+    out: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and LSE by block-sparse attention."""
+    if q.dim() == 4:
+        o, lse = block_sparse_library.attend(q, k, v, sinks, rows.lists, g, impl, False)
+    else:
+        both = block_sparse_library.attend(q[None], k[None], v[None], sinks, rows.lists, g, impl, False)
+        o, lse = both[0][0], both[1][0]
+    return o if out is None else out.copy_(o), lse
+
+
+def sums_for(q: Tensor) -> Tensor:
+    """Where the LSE of queries goes."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=dtype, device=q.device)
 
 
 def unsupported_reason(
@@ -162,10 +187,12 @@ def unsupported_reason(
 
     Arguments are those of ``attend_rows``. Ones that no implementation accepts raise, as they do there.
     """
-    call = _make_call(q, k, v, rows, impl, Options(**options))
-    if call.problem is None:
-        return block_sparse.unsupported_reason(call.q, call.k, call.v, rows.lists, **call.arguments, impl=impl)
-    return resolve(PACKAGE, implementations(impl, q), call.q, call.problem)[1]
+    call = make_call(q, k, v, rows, impl, Options(**options))
+    if q.dim() == 3:
+        q, k, v = q[None], k[None], v[None]
+    if call.geometry is not None:
+        return block_sparse_library.resolve_call(q, k, v, call.geometry, impl)[1]
+    return resolve(PACKAGE, implementations(impl, q), q, call.problem)[1]
 
 
 class Options(NamedTuple):
@@ -182,17 +209,14 @@ class Options(NamedTuple):
     gathered: bool = False
 
 
-class _Call(NamedTuple):
-    """Tensors with a batch dimension, and one of: a problem, arguments of ``block_sparse_attention``."""
+class Call(NamedTuple):
+    """What a call comes to: a problem of this operator, or one of block-sparse attention."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
     problem: BSRProblem | None
-    arguments: dict[str, Any]
+    geometry: Geometry | None
 
 
-def _make_call(q: Tensor, k: Tensor, v: Tensor, rows: BlockRows, impl: str, given: Options) -> _Call:
+def make_call(q: Tensor, k: Tensor, v: Tensor, rows: BlockRows, impl: str, given: Options) -> Call:
     """Check a call and say which operator runs it."""
     if impl not in _IMPLEMENTATIONS:
         raise argument_error("impl", f"one of {_IMPLEMENTATIONS}", repr(impl))
@@ -210,8 +234,11 @@ def _make_call(q: Tensor, k: Tensor, v: Tensor, rows: BlockRows, impl: str, give
         raise argument_error("gathered", f"N a multiple of C = {rows.block_size[1]}", rows.seq_lens[1])
     own = gathered or given.positions is not None or given.k_scale is not None or given.v_scale is not None
     if rows.lists is not None and not own and k.dtype == q.dtype and max(q.shape[-1], v.shape[-1]) <= 256:
-        arguments = {n: getattr(given, n) for n in ("causal", "window", "scale", "softcap", "sinks")}
-        return _Call(q, k, v, None, arguments)
+        g = make_geometry(
+            q, k, v, rows.lists, given.causal, given.scale, given.window, given.softcap, given.sinks, impl,
+            resolve_sequences(q, k),
+        )  # fmt: skip
+        return Call(None, g)
     if impl == "gluon":
         raise argument_error("impl", "an implementation that can run this call", "'gluon'", f"It takes {_BLOCKS}.")
     if given.sinks is not None:
@@ -243,7 +270,7 @@ def _make_call(q: Tensor, k: Tensor, v: Tensor, rows: BlockRows, impl: str, give
         1.0 if rope is None else float(rope.scale),
         v_factor,
     )
-    return _Call(q, k, v, problem, {})
+    return Call(problem, None)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -285,7 +312,7 @@ def _check_rows(q: Tensor, k: Tensor, rows: BlockRows) -> None:
         raise argument_error("indptr", f"1, Hkv = {k.shape[-2]} or Hq = {q.shape[-2]} heads", rows.heads)
 
 
-def _check_output(out: Tensor | None, q: Tensor, dim: int) -> Tensor | None:
+def check_output(out: Tensor | None, q: Tensor, dim: int) -> Tensor | None:
     """``out``, if it fits."""
     if out is None:
         return None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.combine import combine_kernel
+from sparseattn.kernels.launches import Launches, launch
 from sparseattn.ops.bsr.problem import BSRProblem
 from sparseattn.ops.bsr.triton_forward import bsr_kernel
 from sparseattn.ops.dispatch import triton_device_reason
@@ -88,6 +89,12 @@ def make_plan(q: Tensor, p: BSRProblem) -> Plan:
 
 def attend(q: Tensor, out: Tensor, lse: Tensor, p: BSRProblem) -> None:
     """Attention into ``out`` and ``lse``; see ``reference.attend``, which this matches."""
+    attend_recorded(q, out, lse, p, None)
+
+
+def attend_recorded(q: Tensor, out: Tensor, lse: Tensor, p: BSRProblem, record: Launches | None) -> None:
+    """The same, leaving its launches in ``record``."""
+    start = launch if record is None else record.launch
     plan = make_plan(q, p)
     batch, len_q, heads, dim_v = out.shape
     shares = plan.grid[2]
@@ -97,10 +104,14 @@ def attend(q: Tensor, out: Tensor, lse: Tensor, p: BSRProblem) -> None:
     if split:
         part = torch.empty((shares, batch, len_q, heads, dim_v), dtype=torch.float32, device=q.device)
         sums = torch.empty((shares, 2, batch, heads, len_q), dtype=torch.float32, device=q.device)
+        if record is not None:
+            record.scratch(part)
+            record.scratch(sums)
     k, v = as_bytes(p.k), as_bytes(p.v)
     mask = lse if p.mask is None else p.mask.view(torch.uint8)
     sinks = lse if p.sinks is None else p.sinks
-    bsr_kernel[plan.grid](
+    start(
+        bsr_kernel, plan.grid,
         q, k, v, out, lse, part, sums, p.bounds, p.indices, mask, lse if p.mask_offsets is None else p.mask_offsets,
         sinks, lse if p.slopes is None else p.slopes,
         lse if p.k_scale is None else p.k_scale, lse if p.v_scale is None else p.v_scale,
@@ -119,15 +130,16 @@ def attend(q: Tensor, out: Tensor, lse: Tensor, p: BSRProblem) -> None:
         num_warps=plan.num_warps, num_stages=plan.num_stages, **LAUNCH,
     )  # fmt: skip
     if split:
-        _combine(part, sums, out, lse, sinks, p)
+        _combine(start, part, sums, out, lse, sinks, p)
 
 
-def _combine(part: Tensor, sums: Tensor, out: Tensor, lse: Tensor, sinks: Tensor, p: BSRProblem) -> None:
+def _combine(start: Any, part: Tensor, sums: Tensor, out: Tensor, lse: Tensor, sinks: Tensor, p: BSRProblem) -> None:
     """Merge the shares into ``out`` and ``lse``."""
     whole = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     batch, len_q, heads, dim_v = out.shape
     rows = batch * len_q * heads
-    combine_kernel[(rows,)](
+    start(
+        combine_kernel, (rows,),
         part, sums, whole, lse, sinks, rows, heads, len_q, part.shape[0], DV=dim_v, BLOCK_DV=padded(dim_v),
         SINKS=p.sinks is not None, num_warps=1, **LAUNCH,
     )  # fmt: skip

@@ -1,0 +1,138 @@
+"""Attention over one pattern of blocks made again and again with other tensors, as a model's layers do."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparseattn.kernels.launches import Launches
+from sparseattn.ops.block_sparse.geometry import Geometry
+from sparseattn.ops.bsr.api import Options, attend_lists, attend_rows, check_output, make_call, sums_for
+from sparseattn.ops.bsr.library import PACKAGE
+from sparseattn.ops.bsr.problem import BSRProblem
+from sparseattn.ops.bsr.rows import BlockRows
+from sparseattn.ops.dispatch import implementations, require
+
+
+class _Known(NamedTuple):
+    """What a form of call came to, without the tensors of the call."""
+
+    geometry: Geometry | None = None
+    module: Any = None
+    problem: BSRProblem | None = None
+    launches: Launches | None = None
+
+
+class RepeatedRows:
+    """``attend_rows`` over one pattern with one set of options.
+
+    The first call of a form (shapes, strides, dtypes, devices and alignments of its tensors) is checked in full. What
+    it came to, down to the compiled kernels, serves those like it. Under ``torch.compile``, and where a gradient may be
+    asked for, every call is an ordinary one.
+
+    Args:
+        rows: The pattern.
+        options: Of ``attend_rows``, but ``scale``, ``k_scale`` and ``v_scale``.
+        impl: As there.
+    """
+
+    def __init__(self, rows: BlockRows, *, impl: str = "auto", **options: Any) -> None:
+        self._rows = rows
+        self._options = options
+        self._impl = impl
+        self._known: dict[tuple[Any, ...], _Known] = {}
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        k_scale: float | Tensor | None = None,
+        v_scale: float | Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs (``out``, if given) and the natural-log LSE; arguments and errors of ``attend_rows``."""
+        if (
+            torch.compiler.is_compiling()
+            or not type(q) is type(k) is type(v) is Tensor
+            or isinstance(k_scale, Tensor)
+            or isinstance(v_scale, Tensor)
+            or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        ):
+            scales: dict[str, Any] = {"scale": scale, "k_scale": k_scale, "v_scale": v_scale}
+            both = attend_rows(
+                q, k, v, self._rows, **self._options, **scales, out=out, return_lse=True, impl=self._impl
+            )
+            assert isinstance(both, tuple)
+            return both
+        key = (*_form(q), *_form(k), *_form(v), scale, k_scale, v_scale, None if out is None else _form(out))
+        known = self._known.get(key)
+        if known is None:
+            return self._first(key, q, k, v, scale, k_scale, v_scale, out)
+        if known.geometry is not None:
+            sinks = self._options.get("sinks")
+            return attend_lists(q, k, v, known.geometry, self._rows, sinks, out, self._impl)
+        if out is None:
+            out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+        lse = sums_for(q)
+        if known.launches is None:
+            assert known.problem is not None
+            k, v = (k, v) if k.dim() == 4 else (k[None], v[None])
+            known.module.attend(*_batched(q, out, lse), known.problem._replace(k=k, v=v))
+            return out, lse
+        places = {"q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), "out": out.data_ptr(), "lse": lse.data_ptr()}
+        known.launches.repeat(q.device, places)
+        return out, lse
+
+    def _first(
+        self,
+        key: tuple[Any, ...],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        k_scale: float | None,
+        v_scale: float | None,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """A call of a form that is not known yet: checked, made and remembered."""
+        options = Options(**self._options, scale=scale, k_scale=k_scale, v_scale=v_scale)
+        call = make_call(q, k, v, self._rows, self._impl, options)
+        out = check_output(out, q, v.shape[-1])
+        if call.geometry is not None:
+            self._known[key] = _Known(call.geometry)
+            return attend_lists(q, k, v, call.geometry, self._rows, options.sinks, out, self._impl)
+        p = call.problem
+        assert p is not None
+        if out is None:
+            out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+        lse = sums_for(q)
+        tensors = _batched(q, out, lse)
+        module = require(PACKAGE, self._impl, implementations(self._impl, q), tensors[0], p)
+        if q.numel() == 0 or k.numel() == 0 or p.indices.numel() == 0:
+            return out.zero_(), lse.fill_(-torch.inf)
+        launches = None
+        if hasattr(module, "attend_recorded"):
+            moving = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
+            launches = Launches(moving, [t for t in p._replace(k=p.indices, v=p.indices) if isinstance(t, Tensor)])
+            module.attend_recorded(*tensors, p, launches)
+            launches = launches if launches.complete else None
+        else:
+            module.attend(*tensors, p)
+        # In the place of tensors that this must not keep alive stands one that the pattern holds anyway.
+        self._known[key] = _Known(None, module, p._replace(k=p.indices, v=p.indices), launches)
+        return out, lse
+
+
+def _form(t: Tensor) -> tuple[Any, ...]:
+    """All of ``t`` that a launch depends on; Triton tells addresses apart by 16 bytes."""
+    return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15
+
+
+def _batched(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``q``, ``out`` and ``lse`` with a batch dimension."""
+    return tensors if tensors[0].dim() == 4 else tuple(t[None] for t in tensors)
