@@ -149,7 +149,7 @@ class PrefillWrapper(Wrapper):
 
     def _check_rows(self, q: Tensor) -> None:
         """Under CUDA graphs q may have more rows than the plan, which stay 0 (LSE -inf), but not fewer."""
-        if self.is_cuda_graph_enabled and q.shape[0] < self._least_rows:
+        if q.shape[0] < self._least_rows:
             raise argument_error("q", f"at least {self._least_rows} rows, as planned", q.shape[0])
 
 

@@ -341,5 +341,6 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         plan = self._plan()
         if o_scale is not None or kv_cache_sf is not None:
             unsupported("NVFP4 caches and scaled outputs are not supported.", o_scale=o_scale, kv_cache_sf=kv_cache_sf)
-        self._check_rows(q)
+        if self.is_cuda_graph_enabled:
+            self._check_rows(q)
         return plan.run(q, k, v, float8_scales(args, q, (q_scale, k_scale, v_scale)), out, lse, return_lse)

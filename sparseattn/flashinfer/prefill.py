@@ -263,12 +263,16 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             The output ``[qo_indptr[-1], Hq, Dv]``; with ``return_lse`` also the LSE, base 2, float32
             ``[qo_indptr[-1], Hq]``.
         """
-        plan = self._variant(window_left=window_left, sm_scale=sm_scale)
+        plan = self._planned
+        if plan is None or window_left is not None or sm_scale is not None:
+            plan = self._variant(window_left=window_left, sm_scale=sm_scale)
         if kv_cache_sf is not None or uses_spcompress:
             hint = "NVFP4 and compressed caches are not served."
             unsupported(hint, kv_cache_sf=kv_cache_sf, uses_spcompress=uses_spcompress or None)
-        self._check_rows(q)
-        q_scale, k_scale, v_scale = float8_scales(args, q, (q_scale, k_scale, v_scale))
+        if self.is_cuda_graph_enabled:
+            self._check_rows(q)
+        if args:
+            q_scale, k_scale, v_scale = float8_scales(args, q, (q_scale, k_scale, v_scale))
         return plan.run(
             q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, sinks=sinks, out=out, lse=lse,
             return_lse=return_lse,
