@@ -21,6 +21,7 @@ def rotated(x: Tensor, first: int, scale: float, theta: float) -> Tensor:
     half = x.shape[-1] // 2
     frequency = torch.tensor([theta ** (-2 * i / x.shape[-1]) / scale for i in range(half)], dtype=torch.float64)
     angle = torch.arange(first, first + x.shape[0], dtype=torch.float64)[:, None, None] * frequency
+    angle = angle.to(x.device)
     turned = torch.complex(x[..., :half].double(), x[..., half:].double()) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat([turned.real, turned.imag], -1)
 
@@ -67,29 +68,32 @@ def attention(
     ``mask`` bool [n, L] (or [Hq, n, L]) takes the place of ``causal`` and joins a window. Returns ``o [n, Hq, Dv]``
     and ``lse [n, Hq]``, base 2, without the sinks.
     """
-    q, k, v = q.cpu(), k.cpu(), v.cpu()
+    device = q.device if q.device == k.device == v.device else torch.device("cpu")  # on a GPU if all of it is there
+    q, k, v = q.to(device), k.to(device), v.to(device)
     rows, length = q.shape[0], k.shape[0]
     work = torch.float64 if dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if positions == "ROPE_LLAMA":
         q, k = rotated(q, length - rows, rope_scale, rope_theta), rotated(k, 0, rope_scale, rope_theta)
-    group = q.shape[1] // k.shape[1]
+    heads, heads_k = q.shape[1], k.shape[1]
     q, k, v = (t.to(dtype).transpose(0, 1) for t in (q, k, v))
-    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-    s = (q @ k.transpose(1, 2)) * scale
+    grouped = (heads_k, heads // heads_k * rows)
+    s = (q.reshape(*grouped, q.shape[-1]) @ k.transpose(1, 2)).view(heads, rows, length) * scale
     if positions == "ALIBI":
-        slope = torch.tensor(slopes(q.shape[0]), dtype=work)[:, None, None]
-        s = s + (slope * (torch.arange(length) - torch.arange(length - rows, length)[:, None])).to(dtype)
+        slope = torch.tensor(slopes(heads), dtype=work, device=device)[:, None, None]
+        i = torch.arange(length - rows, length, device=device)
+        s = s + (slope * (torch.arange(length, device=device) - i[:, None])).to(dtype)
     if softcap:
         s = softcap * torch.tanh(s / softcap)
-    seen = visible(rows, length, causal and mask is None, window_left)
+    seen = visible(rows, length, causal and mask is None, window_left).to(device)
     if mask is not None:
-        seen = seen & mask.cpu()
+        seen = seen & mask.to(device)
     s = s.to(work).masked_fill(~seen, -math.inf)
-    lse = s.logsumexp(-1) if length else torch.full(s.shape[:2], -math.inf, dtype=work)
-    total = lse if sinks is None else torch.logaddexp(lse, sinks.cpu().to(work)[:, None])
+    lse = s.logsumexp(-1) if length else torch.full(s.shape[:2], -math.inf, dtype=work, device=device)
+    total = lse if sinks is None else torch.logaddexp(lse, sinks.to(device, work)[:, None])
     p = (s - total.masked_fill(lse == -math.inf, 0)[..., None]).exp().to(dtype)
-    return (p @ v).transpose(0, 1), lse.t() / math.log(2)
+    o = (p.reshape(*grouped, length) @ v).view(heads, rows, v.shape[-1])
+    return o.transpose(0, 1).cpu(), lse.t().cpu() / math.log(2)
 
 
 def gathered(pages: Tensor, numbers: list[int], length: int, layout: str) -> Tensor:
