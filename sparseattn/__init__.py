@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparseattn.masks import BlockMask, VariableBlockMask
 from sparseattn.ops.block_sparse import block_sparse_attention
+from sparseattn.ops.bsr import bsr_attention
 from sparseattn.ops.merge import merge_state, merge_states
 from sparseattn.ops.paged import PagedCache, paged_attention
 from sparseattn.selectors import (
@@ -63,6 +64,7 @@ __all__ = [
     "__version__",
     "block_sparse_attention",
     "bound",
+    "bsr_attention",
     "flashprefill",
     "flexprefill",
     "heads",
