@@ -61,6 +61,10 @@ class Wrapper:
                 raise argument_error(name, "a tensor", type(t).__name__, kind=TypeError)
         self.device = float_workspace_buffer.device
 
+    def workspace_size(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Bytes of float and integer workspace that a plan of these arguments needs: none."""
+        return 0, 0
+
     def plan(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError
 

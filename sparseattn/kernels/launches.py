@@ -49,10 +49,11 @@ class Launches:
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
         """As the function, and recorded."""
         compiled = kernel[grid](*args, **kwargs)
-        if not hasattr(compiled, "launch_metadata"):
+        named = [] if compiled is None else kernel.arg_names[len(args) :]
+        if compiled is None or not kwargs.keys() >= set(named):
             self._complete = False
             return compiled
-        values = [*args, *(kwargs[name] for name in kernel.arg_names[len(args) :])]
+        values = [*args, *(kwargs[name] for name in named)]
         slots = []
         for i, value in enumerate(values):
             if isinstance(value, Tensor):

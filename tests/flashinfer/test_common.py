@@ -207,6 +207,7 @@ def test_old_names(wrapper: Plain):
     batch.check(wrapper.forward(batch.q, batch.combined, None, 3), scale=0.5, window_left=3)
     batch.check(wrapper.forward(batch.q, batch.combined, window_left=-1), scale=0.5)
     assert torch.equal(wrapper.run(batch.q, batch.combined), o)
+    assert wrapper.workspace_size(batch) == (0, 0)
     wrapper.end_forward()
     wrapper.reset_workspace_buffer(torch.empty(1), torch.empty(1))
 
