@@ -258,15 +258,6 @@ def test_refuses_other_lengths_and_heads() -> None:
         block_sparse_attention(q, k, v, BlockMask.from_variable_blocks(blocks, one, one, seq_lens=32))
 
 
-def test_the_hopper_kernels_say_no() -> None:
-    pytest.importorskip("triton", reason="needs Triton")
-    from sparseattn.ops.block_sparse import gluon
-
-    (q, k, v), mask = small()
-    g = make_geometry(q, k, v, mask, None, None, None, None, None, "gluon", resolve_sequences(q, k))
-    assert "blocks of one size" in gluon.refusal(q, k, v, g)
-
-
 # ------------------------------------------------------------------------------------------------------ torch
 
 
