@@ -31,7 +31,7 @@ class Launches:
         self._moving = [(name, t.data_ptr(), _storage(t)) for name, t in moving.items()]
         self._staying = {_storage(t) for t in staying if t is not None}
         self._scratch: list[tuple[str, tuple[int, ...], torch.dtype]] = []
-        self._launches: list[tuple[Any, tuple[int, ...], list[Any], list[tuple[int, str, int]]]] = []
+        self._launches: list[tuple[Any, list[Any], list[tuple[int, str, int]]]] = []
         self._complete = True
 
     @property
@@ -61,7 +61,7 @@ class Launches:
                 if found is not None:
                     slots.append((i, *found))
                 values[i] = value.data_ptr()
-        self._launches.append((compiled, (*grid, 1, 1)[:3], values, slots))
+        self._launches.append((compiled[(*grid, 1, 1)[:3]], values, slots))
         return compiled
 
     def _find(self, t: Tensor) -> tuple[str, int] | None:
@@ -87,11 +87,11 @@ class Launches:
         for name, shape, dtype in self._scratch:
             kept.append(torch.empty(shape, dtype=dtype, device=device))
             addresses[name] = kept[-1].data_ptr()
-        for compiled, grid, values, slots in self._launches:
+        for start, values, slots in self._launches:
             values = values.copy()
             for i, name, offset in slots:
                 values[i] = addresses[name] + offset
-            compiled[grid](*values)
+            start(*values)
 
 
 def _storage(t: Tensor) -> int:
