@@ -23,6 +23,9 @@ __all__ = [
     "load_boxes",
     "load_rows",
     "next_stage",
+    "post",
+    "read_record",
+    "receive",
     "ring",
     "row_tiles",
     "sequence_span",
@@ -162,3 +165,34 @@ def store_rows(desc, start, length, row, head, tile):
     """Write a shared-memory tile to ``row`` of a sequence, but for what lies past its end."""
     buffer = view(tile, desc.dtype, desc.block_type.shape, desc.layout)
     async_store(desc, box_coordinates(start, length, row, head, 0), buffer)
+
+
+@gluon.jit
+def read_record(record_ptr, position):
+    """A tile's record as the schedule wrote it: (row tile, head, sequence, share, key tiles, first, late, early)."""
+    at = record_ptr + position.to(gl.int64) * 8
+    return (
+        gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3),
+        gl.load(at + 4), gl.load(at + 5), gl.load(at + 6), gl.load(at + 7),
+    )  # fmt: skip
+
+
+@gluon.jit
+def post(info, turn, position):
+    """Tell the consumers which tile comes next; -1 ends their work."""
+    tiles, full, empty = info
+    lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    mbarrier.wait(empty.index(turn & 1), ((turn >> 1) & 1) ^ 1)
+    tiles.index(turn & 1).store(gl.full([1], position, gl.int32, lane))
+    mbarrier.arrive(full.index(turn & 1), count=1)
+
+
+@gluon.jit
+def receive(info, turn):
+    """The tile that ``post`` announced."""
+    tiles, full, empty = info
+    lane: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(full.index(turn & 1), (turn >> 1) & 1)
+    position = gl.max(tiles.index(turn & 1).load(lane), 0)
+    mbarrier.arrive(empty.index(turn & 1), count=1)
+    return position

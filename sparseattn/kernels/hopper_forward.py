@@ -24,6 +24,9 @@ from sparseattn.kernels.hopper import (
     load_boxes,
     load_rows,
     next_stage,
+    post,
+    read_record,
+    receive,
     ring,
     sequence_span,
     store_rows,
@@ -40,7 +43,7 @@ from sparseattn.kernels.hopper_attention import (
     row_sums,
     thread_sums,
 )
-from sparseattn.kernels.hopper_pages import key_boxes, load_pages, page_columns
+from sparseattn.kernels.hopper_boxes import box_columns, key_boxes, load_key_boxes
 
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
 NUMBERS = [
@@ -83,7 +86,9 @@ class Facts:
         PAGE: Tokens of a page, a multiple of 8; 0: keys lie in rows of their own. Spans of keys then are where a
             sequence's page numbers begin and, from there, its length; the schedule counts the tiles.
         SCALED: Scores and outputs have a factor for each KV head.
+        VARIABLE: Row tiles and key tiles begin and end anywhere, as ``piece_walks_kernel`` says.
         PAGED: Keys lie in pages.
+        BOXED: The rows of a key tile come from ``key_boxes``.
         GATHER: A key tile holds several mask blocks.
         BOX: Keys that are loaded together.
         LOADER: Registers of the producer's threads.
@@ -117,8 +122,10 @@ class Facts:
     RAGGED_K: bool = False
     PAGE: int = 0
     SCALED: bool = False
+    VARIABLE: bool = False
 
     PAGED: Any = field(init=False, default=False)
+    BOXED: Any = field(init=False, default=False)
     GATHER: Any = field(init=False, default=False)
     BOX: Any = field(init=False, default=0)
     LOADER: Any = field(init=False, default=24)
@@ -132,7 +139,8 @@ class Facts:
             parts = (self.PAGE, self.BLOCK_KV) if self.MASKED else (self.PAGE,)
             box = min(self.TILE_N, *(n & -n for n in parts))
         facts = vars(self) | {"PAGED": self.PAGE > 0, "GATHER": gather, "BOX": box, "SLOTS": 64 // self.PACK}
-        facts |= {"LOADER": 40 if self.PAGE else 24, "CHUNKS": -(-self.GROUP // self.PACK)}
+        boxed = self.PAGE > 0 or self.VARIABLE
+        facts |= {"BOXED": boxed, "LOADER": 40 if boxed else 24, "CHUNKS": -(-self.GROUP // self.PACK)}
         # Attributes of a compile-time argument must be compile-time values themselves.
         for name, value in facts.items():
             object.__setattr__(self, name, gl.constexpr(value))
@@ -153,16 +161,6 @@ class Facts:
 
 
 @gluon.jit
-def read_record(record_ptr, position):
-    """A tile's record as the schedule wrote it: (row tile, head, sequence, share, key tiles, first, late, early)."""
-    at = record_ptr + position.to(gl.int64) * 8
-    return (
-        gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3),
-        gl.load(at + 4), gl.load(at + 5), gl.load(at + 6), gl.load(at + 7),
-    )  # fmt: skip
-
-
-@gluon.jit
 def first_head(head, F: gl.constexpr):
     """The first query head of a tile head."""
     if F.GROUP % F.PACK == 0:
@@ -173,33 +171,37 @@ def first_head(head, F: gl.constexpr):
 
 
 @gluon.jit
-def post(info, turn, position):
-    """Tell the consumers which tile comes next; -1 ends their work."""
-    tiles, full, empty = info
-    lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    mbarrier.wait(empty.index(turn & 1), ((turn >> 1) & 1) ^ 1)
-    tiles.index(turn & 1).store(gl.full([1], position, gl.int32, lane))
-    mbarrier.arrive(full.index(turn & 1), count=1)
+def walk_of(m, head_q, b, lists, F: gl.constexpr):
+    """The walk of a row tile of variable blocks; see ``piece_walks_kernel``."""
+    walk_ptr, stride_b, stride_h = lists
+    return walk_ptr + (b.to(gl.int64) * stride_b + head_q // F.MASK_GROUP * stride_h + m) * 8
 
 
 @gluon.jit
-def receive(info, turn):
-    """The tile that ``post`` announced."""
-    tiles, full, empty = info
-    lane: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(full.index(turn & 1), (turn >> 1) & 1)
-    position = gl.max(tiles.index(turn & 1).load(lane), 0)
-    mbarrier.arrive(empty.index(turn & 1), count=1)
-    return position
+def row_span(m, head_q, b, q_len, lists, F: gl.constexpr):
+    """First query of a row tile, one past the last, and the list row of its keys."""
+    count_ptr, mask_stride_b, mask_stride_h = lists
+    list_row = b.to(gl.int64)
+    if F.VARIABLE:
+        walk = walk_of(m, head_q, b, lists, F)
+        first = gl.load(walk)
+        bound = gl.load(walk + 1)
+        list_row = gl.load(walk + 2).to(gl.int64)
+    else:
+        first = m * F.TOKENS
+        bound = gl.minimum(q_len, m * F.TOKENS + F.TOKENS)
+        if F.MASKED:
+            list_row = list_row * mask_stride_b + head_q // F.MASK_GROUP * mask_stride_h + m * F.TOKENS // F.BLOCK_Q
+    return first, bound, list_row
 
 
 @gluon.jit
 def key_row(list_ptr, tile, entries, pages, F: gl.constexpr):
     """First key of a key tile: of a listed block's share, or of all keys'.
 
-    In a paged cache the rows of its boxes and how many of each are the sequence's.
+    In a paged cache, and of variable blocks, the rows of its boxes and how many of each are keys.
     """
-    if F.PAGED:
+    if F.BOXED:
         row, held = key_boxes(list_ptr, tile, entries, pages, F)
     else:
         row = tile * F.TILE_N
@@ -220,8 +222,8 @@ def load_keys(
     mbarrier.wait(empty.index(stage), phase)
     buffer = tiles.index(stage)
     mbarrier.expect(full.index(stage), F.TILE_N * buffer.shape[1] * 2)
-    if F.PAGED:
-        load_pages(desc, start, row, held, head, full.index(stage), buffer, F)
+    if F.BOXED:
+        load_key_boxes(desc, start, row, held, head, full.index(stage), buffer, F)
     elif F.GATHER:
         first = tile * (F.TILE_N // F.BLOCK_KV)
         load_boxes(desc, start, length, list_ptr, first, entries - 1, head, full.index(stage), buffer, F.BLOCK_KV)
@@ -235,8 +237,8 @@ def post_columns(cols_s, full, stage, list_ptr, tile, row, entries, nothing, pag
     """Say which key each column of a key tile is; columns without one are hidden from every row."""
     lane: gl.constexpr = gl.BlockedLayout([F.TILE_N // 32], [32], [1], [0])
     offs = gl.arange(0, F.TILE_N, lane)
-    if F.PAGED:
-        cols = page_columns(list_ptr, tile, entries, pages, offs, F)
+    if F.BOXED:
+        cols = box_columns(list_ptr, tile, entries, pages, offs, F)
     elif F.GATHER:
         entry = tile * (F.TILE_N // F.BLOCK_KV) + offs // F.BLOCK_KV
         cols = gl.load(list_ptr + gl.minimum(entry, entries - 1)) * F.BLOCK_KV + offs % F.BLOCK_KV
@@ -279,9 +281,11 @@ def producer(call, F: gl.constexpr):
             head_k = head_q // F.GROUP
             entries = 1
             list_ptr = index_ptr
-            if F.MASKED:
-                list_row = b.to(gl.int64) * mask_stride_b + head_q // F.MASK_GROUP * mask_stride_h
-                list_row += m * F.TOKENS // F.BLOCK_Q
+            lists = (count_ptr, mask_stride_b, mask_stride_h)
+            q_first, bound, list_row = row_span(m, head_q, b, q_len, lists, F)
+            if F.VARIABLE:
+                list_ptr = index_ptr + list_row * idx_width * 2
+            elif F.MASKED:
                 list_ptr = index_ptr + list_row * idx_width
                 if F.GATHER:
                     entries = gl.maximum(gl.load(count_ptr + list_row), 1)
@@ -294,21 +298,23 @@ def producer(call, F: gl.constexpr):
                 k_row0 = k_rows
                 v_row0 = v_rows
                 pages = (table_ptr + k_start, gl.where(nothing, 0, gl.load(held_ptr + b)), num_pages)
+            if F.VARIABLE:
+                walk = walk_of(m, head_q, b, lists, F)
+                pages = (gl.load(walk + 3), gl.load(walk + 6), gl.where(nothing, 0, idx_width))
             last = gl.maximum(count, 1) - 1
             tile = first + last
             row, held = key_row(list_ptr, tile, entries, pages, F)
-            if not F.PAGED:
+            if not F.BOXED:
                 row = gl.where(nothing, 0, row)
             stage = ks
             ks, kp = load_keys(
                 k_desc, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, held, entries, head_k, F.K_STAGES, F,
             )  # fmt: skip
             post_columns(cols_s, keys[1], stage, list_ptr, tile, row, entries, nothing, pages, F)
-            bound = gl.minimum(q_len, m * F.TOKENS + F.TOKENS)
             for c in gl.static_range(F.CONSUMERS):
                 mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
                 mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-                load_rows(q_desc, q_start, bound, m * F.TOKENS + c * F.SLOTS, head_q, q_full.index(c), q_s.index(c))
+                load_rows(q_desc, q_start, bound, q_first + c * F.SLOTS, head_q, q_full.index(c), q_s.index(c))
             turn += 1
             for i in range(0, last):
                 above = row
@@ -421,7 +427,7 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
     (
         o_desc, queries, keys, values, info, cols_s, o_s, o_ptr, lse_ptr, sinks_ptr, record_ptr, spans, max_q, max_k,
         o_rows, lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window, scale, softcap, sums_ptr,
-        scales_ptr,
+        scales_ptr, lists,
     ) = call  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.TILE_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_DV, 16])
@@ -443,11 +449,13 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
         k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, F.RAGGED_K)
         offset = k_len - q_len
         row = gl.arange(0, 64, ROWS)  # of a tile: all its heads' first tokens, then their second ones
-        tokens = m * F.TOKENS + CID * F.SLOTS + row % F.SLOTS
+        head_q = first_head(head, F)
+        q_first, bound, list_row = row_span(m, head_q, b, q_len, lists, F)
+        tokens = q_first + CID * F.SLOTS + row % F.SLOTS
         acc = gl.zeros([64, F.BLOCK_DV], gl.float32, O_LAYOUT)
         qk_scale = scale
         if F.SCALED:
-            head_k = first_head(head, F) // F.GROUP
+            head_k = head_q // F.GROUP
             qk_scale = scale * gl.load(scales_ptr + head_k)
             v_scale = gl.load(scales_ptr + F.HEADS // F.GROUP + head_k)
 
@@ -492,9 +500,7 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
         record = read_record(record_ptr, gl.maximum(position, 0))
 
         l_i = row_sums(l_i, ROWS)
-        bound = gl.minimum(q_len, m * F.TOKENS + F.TOKENS)
         inside = tokens < bound
-        head_q = first_head(head, F)
         heads = head_q + row // F.SLOTS
         lse_at = b.to(gl.int64) * lse_stride_b + heads.to(gl.int64) * lse_stride_h + q_start + tokens
         if not F.PAGED:
@@ -509,11 +515,11 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
         if F.SCALED:
             acc = acc * v_scale
         q_start += b * o_rows
-        row0 = m * F.TOKENS + CID * F.SLOTS
+        row0 = q_first + CID * F.SLOTS
         if F.PAGED:
             # A row tile's only share is finished here; of several, numbered across the call, each leaves its sums.
             if share >= 0:
-                at = (tokens - m * F.TOKENS) * F.PACK + row // F.SLOTS
+                at = (tokens - q_first) * F.PACK + row // F.SLOTS
                 leave_sums(sums_ptr, at, share, lse_split_stride, m_i, l_i, inside, qk_scale)
                 leave_part(o_ptr, gl.convert_layout(at, O_ROWS) * F.DV, share, o_split_stride, acc, inside, F)
             else:
@@ -549,7 +555,8 @@ def forward_kernel(
     [batch] how many tokens of a sequence can have one, ``counter_ptr`` behind the counter the number of tiles. A share
     that is not negative is a place for sums in ``o_ptr``, float32 [places, o_split_stride], and ``sums_ptr``, float32
     [places, 2, lse_split_stride]: the rows of the tile, token by token. ``SCALED``: ``scales_ptr``, float32 [2, KV
-    heads], has factors for scores and outputs.
+    heads], has factors for scores and outputs. ``VARIABLE``: ``count_ptr`` has walks, ``index_ptr`` the tiles of a
+    ``Tiling``, of which ``idx_width`` are in a list.
     """
     dtype: gl.constexpr = q_desc.dtype
     layout: gl.constexpr = tile_layout(2)
@@ -569,7 +576,7 @@ def forward_kernel(
     work = (
         o_desc, queries, keys, values, info, cols_s, o_s, o_ptr, lse_ptr, sinks_ptr, record_ptr, spans, max_q, max_k,
         o_rows, lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window, qk_scale, softcap, sums_ptr,
-        scales_ptr,
+        scales_ptr, (count_ptr, mask_stride_b, mask_stride_h),
     )  # fmt: skip
     loads = (
         q_desc, k_desc, v_desc, queries, keys, values, info, cols_s, record_ptr, counter_ptr, count_ptr, index_ptr,

@@ -51,7 +51,7 @@ def config_for(block_d: int, block_dv: int, consumers: int) -> Tiles:
 
 def consumer_registers(facts: Facts) -> int:
     """Registers of the threads of two warpgroups that compute, by what the loading one leaves of a multiprocessor's."""
-    return 232 if facts.PAGED else 240
+    return 232 if facts.BOXED else 240
 
 
 def padded(head_dim: int) -> int:

@@ -52,15 +52,22 @@ def key_tile_range(
 @triton.jit
 def cut_tiles(
     list_ptr, entries, inside, base, total, first, length, lo, hi, BLOCK_KV: tl.constexpr, TILE_N: tl.constexpr,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, VARIABLE: tl.constexpr,
 ):  # fmt: skip
     """How many tiles at the end and at the start of a share may hide a key: all rows see keys ``lo .. hi`` whole.
 
-    The walk has tiles ``base .. base + total``, the share ``first .. first + length``.
+    The walk has tiles ``base .. base + total``, the share ``first .. first + length``. With ``VARIABLE`` blocks ``hi``
+    counts the entries that they see whole, which come first.
     """
     lo = tl.maximum(lo, 0)
     hi = tl.maximum(hi, 0)
-    if MASKED:
+    if VARIABLE:
+        if BLOCK_KV >= TILE_N:
+            late = total - hi * (BLOCK_KV // TILE_N)
+        else:
+            late = total - hi // (TILE_N // BLOCK_KV)
+        early = entries * 0
+    elif MASKED:
         late, early = _cut_entries(list_ptr, entries, inside, hi // BLOCK_KV, lo, BLOCK_KV, WINDOW)
         if BLOCK_KV >= TILE_N:
             late = late * (BLOCK_KV // TILE_N)
@@ -84,7 +91,7 @@ def _key_tiles(
     e, inside, b, section_head, count_ptr, mask_stride_b, mask_stride_h, q_len, k_len, num_row_tiles, splits,
     window_left, window_right, TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     TILE_N: tl.constexpr, HEADS: tl.constexpr, MASK_GROUP: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr, VARIABLE: tl.constexpr,
 ):  # fmt: skip
     """Key tiles of tile ``e``: first and count of the whole row tile, then of its share; -1 for rows past the end.
 
@@ -94,7 +101,13 @@ def _key_tiles(
     m, head, share = _decode(e, num_row_tiles, splits, HEADS)
     m0 = m * TOKENS
     m1 = tl.minimum(m0 + TOKENS, q_len) - 1
-    if MASKED:
+    if VARIABLE:
+        row = b.to(tl.int64) * mask_stride_b + ((section_head + head) // MASK_GROUP) * mask_stride_h + m
+        walk = count_ptr + row * 8
+        m0 = tl.load(walk, mask=inside, other=0)
+        m1 = tl.load(walk + 1, mask=inside, other=0) - 1
+        entries = tl.load(walk + 4, mask=inside, other=0)
+    elif MASKED:
         row = b.to(tl.int64) * mask_stride_b + ((section_head + head) // MASK_GROUP) * mask_stride_h + m0 // BLOCK_Q
         entries = tl.load(count_ptr + row, mask=inside, other=0)
     else:
@@ -105,7 +118,7 @@ def _key_tiles(
     )
     part = tl.cdiv(count, splits)
     skip = tl.minimum(share * part, count)
-    length = tl.where(m0 < q_len, tl.minimum(part, count - skip), -1)
+    length = tl.where(m0 <= m1, tl.minimum(part, count - skip), -1)
     return base, count, base + skip, length, entries, row
 
 
@@ -116,12 +129,14 @@ def schedule_kernel(
     TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE_N: tl.constexpr, HEADS: tl.constexpr,
     MASK_GROUP: tl.constexpr, TILES: tl.constexpr, OTHERS: tl.constexpr, MASKED: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr,
+    VARIABLE: tl.constexpr,
 ):  # fmt: skip
     """One program: the records of ``TILES`` tiles of one section, each written where its length ranks it.
 
     Grid (tiles of a section / TILES, sections of a sequence, batch). ``HEADS`` tiles heads (a packed group is one)
     make a section. A record is int32 [8]: row tile, head, sequence, share, key tiles (-1: nothing to do), first key
-    tile, how many at the end and how many at the start of the share may hide a key from a row.
+    tile, how many at the end and how many at the start of the share may hide a key from a row. With ``VARIABLE`` blocks
+    the row tiles are those of ``piece_walks_kernel``, whose result takes the place of the counts.
     """
     b = tl.program_id(2)
     section = b * tl.num_programs(1) + tl.program_id(1)
@@ -137,6 +152,7 @@ def schedule_kernel(
     base, total, first, length, entries, row = _key_tiles(
         e, inside, b, section_head, count_ptr, mask_stride_b, mask_stride_h, q_len, k_len, num_row_tiles,
         splits, window_left, window_right, TOKENS, BLOCK_Q, BLOCK_KV, TILE_N, HEADS, MASK_GROUP, MASKED, CAUSAL, WINDOW,
+        VARIABLE,
     )  # fmt: skip
     rank = tl.zeros([TILES], tl.int32)
     for start in range(0, size, OTHERS):
@@ -144,7 +160,7 @@ def schedule_kernel(
         _base, _total, _first, other, _entries, _row = _key_tiles(
             f, f < size, b, section_head, count_ptr, mask_stride_b, mask_stride_h, q_len, k_len, num_row_tiles,
             splits, window_left, window_right, TOKENS, BLOCK_Q, BLOCK_KV, TILE_N, HEADS, MASK_GROUP, MASKED, CAUSAL,
-            WINDOW,
+            WINDOW, VARIABLE,
         )  # fmt: skip
         other = tl.where(f < size, other, -2)
         before = (other[None, :] > length[:, None]) | ((other[None, :] == length[:, None]) & (f[None, :] < e[:, None]))
@@ -155,9 +171,11 @@ def schedule_kernel(
     lo, hi = full_range(
         m0, tl.minimum(m0 + TOKENS, q_len) - 1, k_len - q_len, k_len, window_left, window_right, CAUSAL, WINDOW
     )
+    if VARIABLE:
+        hi = tl.load(count_ptr + row * 8 + 5, mask=inside, other=0)
     late, early = cut_tiles(
         index_ptr + row * idx_width, entries, inside, base, total, first, length, lo, hi, BLOCK_KV, TILE_N, MASKED,
-        WINDOW,
+        WINDOW, VARIABLE,
     )  # fmt: skip
 
     record = record_ptr + (section.to(tl.int64) * size + rank) * 8
@@ -192,6 +210,100 @@ def _cut_entries(list_ptr, entries, inside, limit, lo, BLOCK: tl.constexpr, WIND
     return late, early
 
 
+@triton.jit
+def _starts_below(tile_ptr, count, limit):
+    """How many of ``count`` ascending tiles begin below ``limit``."""
+    low = count * 0
+    high = count
+    going = low < high
+    while tl.max(going.to(tl.int32), 0) > 0:
+        middle = (low + high) // 2
+        below = tl.load(tile_ptr + 2 * middle, mask=going, other=0) < limit
+        low = tl.where(going & below, middle + 1, low)
+        high = tl.where(going & ~below, middle, high)
+        going = low < high
+    return low
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, "num_pieces", "num_row_tiles", "num_rows", "whole_slots"])
+def piece_walks_kernel(
+    walk_ptr, piece_ptr, count_ptr, tile_ptr, num_pieces, num_row_tiles, num_rows, idx_width, whole_slots, max_q, max_k,
+    window_left, window_right, TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    TILES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """One program: what ``TILES`` row tiles of a mask of variable blocks (see ``Tiling``) walk.
+
+    Grid (row tiles / TILES, heads of the mask, its batch). A walk is int32 [8]: first query, one past the last (not
+    above the former: nothing to do), list row, whole tiles, tiles of either kind, how many, the first ones, all queries
+    see whole, and where in a list the short tiles begin. Tiles past what the queries may see are left out.
+    """
+    group = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    e = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    inside = e < num_row_tiles
+    PARTS: tl.constexpr = BLOCK_Q // TOKENS
+    piece = piece_ptr + (tl.program_id(1) * num_pieces + e // PARTS) * 3
+    m0 = tl.load(piece, mask=inside, other=0) + e % PARTS * TOKENS
+    m1 = tl.minimum(tl.load(piece + 1, mask=inside, other=0), m0 + TOKENS)
+    row = group * num_rows + tl.load(piece + 2, mask=inside, other=0)
+    whole = tl.load(count_ptr + 2 * row, mask=inside, other=0)
+    short = tl.load(count_ptr + 2 * row + 1, mask=inside, other=0)
+    clear = whole
+    if CAUSAL or WINDOW:
+        list_ptr = tile_ptr + row.to(tl.int64) * (2 * idx_width)
+        offset = max_k - max_q
+        _lo, hi = key_range(m0, m1 - 1, offset, max_k, window_left, window_right, CAUSAL, WINDOW)
+        whole = _starts_below(list_ptr, whole, hi)
+        short = _starts_below(list_ptr + 2 * whole_slots, short, hi)
+        lo, hi = full_range(m0, m1 - 1, offset, max_k, window_left, window_right, CAUSAL, WINDOW)
+        clear = _starts_below(list_ptr, whole, hi - BLOCK_KV + 1)
+        clear = tl.where(lo > 0, 0, clear)
+    walk = walk_ptr + (group.to(tl.int64) * num_row_tiles + e) * 8
+    tl.store(walk, m0, mask=inside)
+    tl.store(walk + 1, m1, mask=inside)
+    tl.store(walk + 2, row, mask=inside)
+    tl.store(walk + 3, whole, mask=inside)
+    tl.store(walk + 4, whole + short, mask=inside)
+    tl.store(walk + 5, clear, mask=inside)
+    tl.store(walk + 6, tl.zeros([TILES], tl.int32) + whole_slots, mask=inside)
+
+
+def piece_walks(
+    pieces: Tensor,
+    counts: Tensor,
+    tiles: Tensor,
+    lengths: tuple[int, int],
+    window: tuple[int, int],
+    *,
+    tokens: int,
+    block: tuple[int, int],
+    causal: bool,
+) -> Tensor:
+    """What the row tiles of a mask of variable blocks walk, for ``tile_schedule`` and the forward kernel.
+
+    Args:
+        pieces: int32 [H, P, 3] of a ``Tiling`` for ``block``.
+        counts: int32 [B|1, H, MB + 1, 2].
+        tiles: int32 [B|1, H, MB + 1, W + R, 2].
+        lengths: (Sq, Sk).
+        window: (left, right), -1 for unbounded.
+        tokens: Query tokens of a row tile, a divisor of ``block[0]``.
+        block: Most queries of a piece, keys of a whole tile.
+        causal: Bottom-right aligned.
+
+    Returns:
+        int32 [B|1, H, P * block[0] / tokens, 8]; see ``piece_walks_kernel``.
+    """
+    batch, heads, rows, width, _ = tiles.shape
+    row_tiles = pieces.shape[1] * (block[0] // tokens)
+    walks = torch.empty((batch, heads, row_tiles, 8), dtype=torch.int32, device=pieces.device)
+    piece_walks_kernel[(triton.cdiv(row_tiles, _TILES), heads, batch)](
+        walks, pieces, counts, tiles, pieces.shape[1], row_tiles, rows, width, lengths[1] // block[1], *lengths,
+        *window, TOKENS=tokens, BLOCK_Q=block[0], BLOCK_KV=block[1], TILES=_TILES, CAUSAL=causal,
+        WINDOW=window[0] >= 0 or window[1] >= 0, num_warps=4, **LAUNCH,
+    )  # fmt: skip
+    return walks
+
+
 def tile_schedule(
     counts: Tensor | None,
     indices: Tensor | None,
@@ -211,6 +323,7 @@ def tile_schedule(
     causal: bool,
     ragged: tuple[bool, bool],
     device: torch.device,
+    walks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Records of all tiles in the order in which they should start, and the counter that hands them out.
 
@@ -232,11 +345,13 @@ def tile_schedule(
         causal: Bottom-right aligned.
         ragged: Whether (query, key) spans are given.
         device: Of the results.
+        walks: Of variable blocks, from ``piece_walks``; then ``lists`` counts their row tiles instead of list rows.
 
     Returns:
         int32 [batch * sections * heads * row tiles * splits, 8] and int32 [1], zero.
     """
-    rows = triton.cdiv(lengths[0], tokens)
+    rows = triton.cdiv(lengths[0], tokens) if walks is None else walks.shape[2]
+    counts = counts if walks is None else walks
     size = rows * heads * splits
     records = torch.empty((batch * sections * size, RECORD), dtype=torch.int32, device=device)
     counter = torch.empty(1, dtype=torch.int32, device=device)
@@ -246,6 +361,7 @@ def tile_schedule(
         rows, splits, *window,
         TOKENS=tokens, BLOCK_Q=block[0], BLOCK_KV=block[1], TILE_N=tile_n, HEADS=heads, MASK_GROUP=mask_group,
         TILES=_TILES, OTHERS=_OTHERS, MASKED=counts is not None, CAUSAL=causal,
-        WINDOW=window[0] >= 0 or window[1] >= 0, RAGGED_Q=ragged[0], RAGGED_K=ragged[1], num_warps=4, **LAUNCH,
+        WINDOW=window[0] >= 0 or window[1] >= 0, RAGGED_Q=ragged[0], RAGGED_K=ragged[1],
+        VARIABLE=walks is not None, num_warps=4, **LAUNCH,
     )  # fmt: skip
     return records, counter

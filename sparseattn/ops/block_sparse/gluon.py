@@ -23,12 +23,13 @@ from sparseattn.kernels.hopper_tiles import (
     Tiles,
     batch_rows,
     config_for,
+    consumer_registers,
     offline,
     padded,
     processors_of,
     unmappable,
 )
-from sparseattn.kernels.schedule import schedule_kernel, tile_schedule
+from sparseattn.kernels.schedule import piece_walks, piece_walks_kernel, schedule_kernel, tile_schedule
 from sparseattn.ops.block_sparse.extra import prepare_extra
 from sparseattn.ops.block_sparse.geometry import Geometry, list_arguments
 from sparseattn.ops.block_sparse.gluon_extra import finish
@@ -68,8 +69,9 @@ def plan(q: Tensor, k: Tensor, v: Tensor, g: Geometry, processors: int) -> Plan:
     tokens = math.gcd(block_q, consumers * slots)
     tiles = config_for(padded(q.shape[-1]), padded(v.shape[-1]), consumers)
     programs = processors * tiles.programs
-    row_tiles_ = g.batch * (heads // pack) * triton.cdiv(g.max_q, tokens)
-    keys = g.max_k if g.kv_indices is None else min(g.max_k, g.kv_indices.shape[-1] * g.block_kv)
+    rows = triton.cdiv(g.max_q, tokens) if g.row_pieces is None else g.row_pieces.shape[1] * (g.block_q // tokens)
+    row_tiles_ = g.batch * (heads // pack) * rows
+    keys = g.max_k if g.kv_indices is None else min(g.max_k, g.kv_indices.shape[3] * g.block_kv)
     splits = 1
     if 2 * row_tiles_ <= programs:
         splits = max(1, min(programs // row_tiles_, triton.cdiv(keys, 4 * tiles.tile_n)))
@@ -82,14 +84,14 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, gradients: 
         return f"the Gluon kernels need a Hopper GPU (compute capability 9.0), not {q.device}"
     reason = refusal(q, k, v, g)
     if reason is None and gradients is not None:
+        if g.row_pieces is not None:
+            return "the Hopper backward takes blocks of one size, not variable ones"
         reason = unsupported_backward_reason(q, k, v, g, gradients == "deterministic")
     return reason
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, g: Geometry) -> str | None:
     """Why these kernels could not run the forward pass of a call on any GPU, or None."""
-    if g.row_pieces is not None:
-        return "the Gluon kernels take blocks of one size, not variable ones"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"the Gluon kernels take bfloat16 and float16, not {q.dtype}"
     if g.scale <= 0:
@@ -155,17 +157,24 @@ def _attend_blocks(
     counts, indices, mask_b, mask_h, width = list_arguments(g.kv_num_blocks, g.kv_indices, lse)
     strides, spans = (mask_b, mask_h, width), g.spans(lse)
     window = (g.window_left, g.window_right)
+    walks = None
+    if g.row_pieces is not None:
+        walks = piece_walks(
+            g.row_pieces, counts, indices, (g.max_q, g.max_k), window, tokens=tokens, block=block, causal=g.causal
+        )
+        counts, strides = walks, (0 if walks.shape[0] == 1 else walks.stride(0) // 8, walks.shape[2], strides[2])
     records, counter = tile_schedule(
         counts if masked else None, indices, strides, spans, (g.max_q, g.max_k), window,
         batch=g.batch, sections=heads_k, heads=heads // heads_k // pack, tokens=tokens, block=block,
         tile_n=tiles.tile_n, mask_group=mask_group // pack, splits=splits, causal=g.causal, ragged=ragged,
-        device=q.device,
+        device=q.device, walks=walks,
     )  # fmt: skip
     block_d, block_dv = padded(q.shape[-1]), padded(dim_v)
     facts = Facts(
         heads, heads // heads_k, pack, mask_group, tokens, *block, block_d, dim_v, block_dv, tiles.consumers,
         tiles.tile_n, tiles.k_stages, tiles.v_stages, tiles.q_registers, tiles.o_in_q, masked, g.causal,
         g.window_left >= 0 or g.window_right >= 0, g.softcap > 0, sinks is not None, partial, *ragged,
+        VARIABLE=walks is not None,
     )  # fmt: skip
     descriptors = (row_tiles(t, *box) for t, box in zip((q, k, v, o), facts.boxes(), strict=True))
     forward_kernel[(programs,)](
@@ -173,7 +182,7 @@ def _attend_blocks(
         counts, indices, *spans, *strides, g.max_q, g.max_k, records.shape[0],
         batch_rows(q), batch_rows(k), batch_rows(v), batch_rows(o), *g.lse_strides(q),
         lse.numel(), o.numel(), *window, g.scale * math.log2(math.e), g.softcap,
-        facts, REGISTERS=240,
+        facts, REGISTERS=consumer_registers(facts),
         num_warps=4, maxnreg=128 if tiles.programs == 2 else None, **LAUNCH,
     )  # fmt: skip
 
@@ -190,23 +199,26 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
         ("rows-64-128x128", (128, 128), plain | {"consumers": 1, "BLOCK_Q": 64, "BLOCK_KV": 64}),
         ("gather-128x128", (128, 128), plain | {"BLOCK_KV": 32, "PACK": 4}),
         ("split-128x128", (128, 128), dense | {"SPLIT": True}),
+        ("variable-128x128", (128, 128), plain | {"VARIABLE": True, "PACK": 4}),
         ("plain-64x64", (64, 64), plain),
         ("plain-192x128", (192, 128), plain),
         ("all-256x256", (256, 256), plain | everything),
     ]
     cases = [(f"gluon-forward-{name}-sm90", *offline(dims, facts)) for name, dims, facts in shapes]
-    return [*cases, ("schedule-sm90", *_offline_schedule(), 4, 1, {})]
+    schedules = (("schedule", schedule_kernel), ("piece-walks", piece_walks_kernel))
+    return [*cases, *((f"{name}-sm90", *_offline_schedule(kernel), 4, 1, {}) for name, kernel in schedules)]
 
 
-def _offline_schedule() -> tuple[Any, dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+def _offline_schedule(kernel: Any) -> tuple[Any, dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Kernel, signature, constexprs and attributes of the schedule of a masked, ragged, windowed call."""
     constants = {
         "TOKENS": 32, "BLOCK_Q": 128, "BLOCK_KV": 128, "TILE_N": 128, "HEADS": 1, "MASK_GROUP": 1, "TILES": 32,
         "OTHERS": 256, "MASKED": True, "CAUSAL": True, "WINDOW": True, "RAGGED_Q": True, "RAGGED_K": True,
+        "VARIABLE": False,
     }  # fmt: skip
-    params = list(enumerate(schedule_kernel.params))
+    params = list(enumerate(kernel.params))
     return (
-        schedule_kernel,
+        kernel,
         {p.name: "constexpr" if p.is_constexpr else "*i32" if p.name.endswith("_ptr") else "i32" for _, p in params},
         {(i,): constants[p.name] for i, p in params if p.is_constexpr},
         {(i,): [["tt.divisibility", 16]] for i, p in params if p.name.endswith("_ptr")},

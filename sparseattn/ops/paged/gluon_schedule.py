@@ -154,7 +154,7 @@ def paged_schedule_kernel(
             hi = tl.where(lead > 0, 0, hi)
         late, early = cut_tiles(
             index_ptr + row * idx_width, entries, inside, base, total, base + skip, length, lo, hi, BLOCK_KV, TILE_N,
-            MASKED, WINDOW,
+            MASKED, WINDOW, False,
         )  # fmt: skip
 
     merged = (shares > 1) | MERGED
