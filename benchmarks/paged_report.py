@@ -1,4 +1,7 @@
-"""Tables of the rows of ``benchmarks.paged``, for ``benchmarks.report``: a line a workload, a column a server."""
+"""Tables of the rows of ``benchmarks.paged``, for ``benchmarks.report``: a line a workload, a column a server.
+
+Times of ours have the speed relative to the fastest kernel of FlashInfer in the same run behind them.
+"""
 
 from __future__ import annotations
 
@@ -34,21 +37,31 @@ def pages_of(row: Row) -> str:
     return ("ragged" if row.get("ragged") else f"pages of {row['page']}") + told
 
 
-def rate(row: Row) -> str:
+Rivals = list[Row]
+
+
+def taken(row: Row, rivals: Rivals, field: str = "ms") -> str:
+    """Milliseconds, and how much longer the fastest rival of the same run takes."""
+    others = [rival[field] for rival in rivals if rival.get(field)]
+    ratio = f", {min(others) / row[field]:.2f}x" if others and row[field] else ""
+    return f"{milliseconds(row[field])} ms{ratio}"
+
+
+def rate(row: Row, rivals: Rivals) -> str:
     """TFLOP/s and milliseconds."""
-    return f"{row['tflops']:.0f} ({milliseconds(row['ms'])} ms)"
+    return f"{row['tflops']:.0f} ({taken(row, rivals)})"
 
 
-def bandwidth(row: Row) -> str:
-    return f"{row['tbps']:.2f} ({milliseconds(row['ms'])} ms)"
+def bandwidth(row: Row, rivals: Rivals) -> str:
+    return f"{row['tbps']:.2f} ({taken(row, rivals)})"
 
 
-def planned(row: Row) -> str:
+def planned(row: Row, rivals: Rivals) -> str:
     """TFLOP/s of ``run()``, its milliseconds and those of ``plan()`` and ``run()`` together."""
-    return f"{row['tflops']:.0f} ({milliseconds(row['ms'])} ms; {milliseconds(row['plan_run_ms'])} ms)"
+    return f"{row['tflops']:.0f} ({taken(row, rivals)}; {taken(row, rivals, 'plan_run_ms')})"
 
 
-def host(row: Row) -> str:
+def host(row: Row, rivals: Rivals) -> str:
     plan = f" / {row['plan_host_us']:.0f}" if "plan_host_us" in row else ""
     waits = f", {row['plan_waits']} waits" if row.get("plan_waits") else ""
     return f"{row['run_host_us']:.0f}{plan}{waits}"
@@ -61,13 +74,13 @@ class Table(NamedTuple):
         title: Says what a cell holds.
         header: Of the columns that say the workload.
         workload: Their cells.
-        cell: What a server's cell says.
+        cell: What a server's cell says, beside the rows of FlashInfer that it is compared with.
     """
 
     title: str
     header: tuple[str, ...]
     workload: Callable[[Row], tuple[str, ...]]
-    cell: Callable[[Row], str]
+    cell: Callable[[Row, Rivals], str]
 
 
 _SHAPE = "bf16, 32 query and 8 KV heads of 128"
@@ -124,6 +137,14 @@ def lines(rows: list[Row], name: str) -> tuple[list[str], list[list[str]]]:
     servers = [impl for impl in NAMES if any(row["impl"] == impl for row in rows)]
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
-        found.setdefault(how.workload(row), {})[row["impl"]] = how.cell(row)
+        # Rows of one run share an environment, down to the second it was looked at.
+        same = (how.workload(row), row["env"].get("time"))
+        rivals = [other for other in rows if (how.workload(other), other["env"].get("time")) == same and _rival(other)]
+        cell = how.cell(row, [] if _rival(row) else rivals)
+        found.setdefault(how.workload(row), {})[row["impl"]] = cell
     body = [[*workload, *(cells.get(impl, "") for impl in servers)] for workload, cells in found.items()]
     return [*how.header, *(NAMES[impl] for impl in servers)], body
+
+
+def _rival(row: Row) -> bool:
+    return row["impl"].startswith("flashinfer")

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.paged_blocks import BSR, Variable
-from benchmarks.paged_problems import Append, Decode, Latent, Merge, Prefill, Workload
+from benchmarks.paged_problems import Decode, Latent, Prefill, Workload
+from benchmarks.paged_states import Append, Merge
 
 OURS = ("sparseattn_flashinfer", "sparseattn_gluon", "sparseattn_triton")
 FLASHINFER = ("flashinfer_fa2", "flashinfer_fa3")

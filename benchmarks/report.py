@@ -287,7 +287,9 @@ def paged(rows: list[Row], name: str) -> str:
     timed = paged_report.of_set(rows, name)
     if not timed:
         return ""
-    return f"{paged_report.TABLES[name].title}\n\n{table(*paged_report.lines(timed, name))}\n\n{where(timed)}."
+    rivals = any(row["impl"].startswith("flashinfer") for row in timed)
+    ratio = " x: speed relative to FlashInfer's fastest kernels in the same run." if rivals and name != "host" else ""
+    return f"{paged_report.TABLES[name].title}{ratio}\n\n{table(*paged_report.lines(timed, name))}\n\n{where(timed)}."
 
 
 def joined(parts: Iterable[str], otherwise: str) -> str:

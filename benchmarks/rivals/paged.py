@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.paged_blocks import BSR, Variable
-from benchmarks.paged_problems import Append, Decode, Latent, Merge, Prefill, Workload
+from benchmarks.paged_problems import Decode, Latent, Prefill, Workload
+from benchmarks.paged_states import Append, Merge
 from benchmarks.rivals.registry import needs, nothing_missing
 from sparseattn import BlockMask, block_sparse_attention
 from sparseattn.masks import VariableBlockMask

@@ -14,7 +14,8 @@ import torch
 
 from benchmarks import harness, paged, paged_problems, paged_sets, report
 from benchmarks.paged_blocks import BSR, Variable
-from benchmarks.paged_problems import Append, Decode, Latent, Merge, Prefill, Workload
+from benchmarks.paged_problems import Decode, Latent, Prefill, Workload
+from benchmarks.paged_states import Append, Merge
 from benchmarks.rivals import paged as servers
 from benchmarks.rivals.paged import SERVERS, Call
 from sparseattn.testing.baselines import Unsupported

@@ -120,9 +120,13 @@ def test_serving_has_a_column_for_everybody() -> None:
     rows = [served("flashinfer_fa3", **decode), served("sparseattn_flashinfer", **{**decode, "tbps": 4.5})]
     header, line = lines(report.details(rows))
     assert header == ["batch", "pages", "**sparseattn.flashinfer**", "FlashInfer, fa3"]
-    assert line == ["64 x 8K", "16", "4.50 (0.5 ms)", "4.38 (0.5 ms)"]
+    assert line == ["64 x 8K", "16", "4.50 (0.5 ms, 1.00x)", "4.38 (0.5 ms)"]
     blocks = {"set": "bsr", "R": 64, "C": 1, "density": 0.25, "tflops": 400.4, "plan_run_ms": 37.2}
-    assert lines(report.details([served("flashinfer_fa2", **blocks)]))[1][2] == "400 (0.5 ms; 37.2 ms)"
+    fa2 = served("flashinfer_fa2", **blocks)
+    ours = served("sparseattn_flashinfer", **{**blocks, "ms": 0.4, "plan_run_ms": 0.93})
+    slow = served("flashinfer_fa3", **{**blocks, "ms": 0.6, "plan_run_ms": 40.0})
+    cells = lines(report.details([fa2, ours, slow]))[1][2:]
+    assert cells == ["400 (0.4 ms, 1.25x; 0.93 ms, 40.00x)", "400 (0.6 ms; 40 ms)", "400 (0.5 ms; 37.2 ms)"]
     calls = {"set": "host", "run_host_us": 11.6, "plan_host_us": 80.2, "plan_waits": 3}
     text = report.details(
         [served("flashinfer_fa2", **calls), served("sparseattn_flashinfer", set="host", run_host_us=9)]
