@@ -1,4 +1,4 @@
-"""Workloads beside attention: appending to a paged cache, held bit by bit, and merging states, by the tolerance rule."""
+"""Workloads beside attention: appending to a paged cache, held bit by bit; merging states, by the tolerance rule."""
 
 from __future__ import annotations
 
