@@ -40,8 +40,8 @@ def test_arguments_are_in_their_places():
 
 SAMPLES = [
     # (query lengths, lengths), page, heads, dims, layout, dtype, causal, soft cap
-    (([67, 146], [67, 146]), 1, (4, 1), (64, 64), "NHD", torch.bfloat16, True, 0.0),
-    (([1] * 5 + [129], [300, 1, 20, 77, 0, 200]), 8, (4, 4), (64, 64), "HND", torch.float16, True, 50.0),
+    (([30, 67], [30, 67]), 1, (4, 1), (64, 64), "NHD", torch.bfloat16, True, 0.0),
+    (([1] * 5 + [129], [100, 1, 20, 77, 0, 150]), 8, (4, 4), (64, 64), "HND", torch.float16, True, 50.0),
     (([12, 1, 0], [66, 24, 5]), 16, (7, 1), (32, 32), "NHD", torch.float16, False, 0.0),
     (([12, 30], [66, 12]), 16, (8, 1), (192, 128), "NHD", torch.float16, True, 0.0),
     (([12, 3], [40, 90]), 16, (32, 4), (32, 32), "HND", torch.float32, True, 50.0),

@@ -299,22 +299,22 @@ def test_bad_ragged_input():
     assert wrapper.run(q, k, v).shape == q.shape, "a refused plan leaves the last one"
 
 
-GRID = itertools.product((12, 17), (54, 97, 512, 2048), (37, 17, 127, 577), (4, 32), (64, 128, 256))
-GRID = [case for case in GRID if case[2] <= case[1] and math.prod(case[1:]) <= 2**26]
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize(("count", "kv", "qo", "heads", "dim"), GRID)
-@pytest.mark.parametrize(("causal", "mode", "cap"), [(True, "NONE", 0), (False, "ALIBI", 30), (True, "ROPE_LLAMA", 0)])
-def test_ragged_grid(count, kv, qo, heads, dim, causal, mode, cap):
+@pytest.mark.parametrize("count", [12, 17])
+@pytest.mark.parametrize("kv", [54, 97, 512, 2048])
+@pytest.mark.parametrize("qo", [37, 17, 127, 577])
+@pytest.mark.parametrize("heads", [4, 32])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_ragged_grid(count, kv, qo, heads, dim):
     """FlashInfer's parameters, host and device plans; the oracle reads two requests."""
     batch = Packed([qo] * count, [kv] * count, (heads, 4), (dim, dim), device="cuda")
-    said = {"causal": causal, "pos_encoding_mode": mode, "logits_soft_cap": cap}
-    for place in ("cpu", "cuda"):
-        o, lse = batch.plan("cuda", place=place, **said).run_return_lse(batch.q, batch.k, batch.v)
-        for b in (0, count - 1):
-            rows, keys = slice(b * qo, (b + 1) * qo), slice(b * kv, (b + 1) * kv)
-            tensors = batch.q[rows], batch.k[keys], batch.v[keys]
-            options = {"causal": causal, "positions": mode, "softcap": cap}
-            right = (attention(*tensors, **options, dtype=dtype) for dtype in (torch.float64, torch.float16))
-            check((o[rows], lse[rows]), *right)
+    for causal, mode, cap in ((True, "NONE", 0), (False, "ALIBI", 30), (True, "ROPE_LLAMA", 0)):
+        said = {"causal": causal, "pos_encoding_mode": mode, "logits_soft_cap": cap}
+        for place in ("cpu", "cuda"):
+            o, lse = batch.plan("cuda", place=place, **said).run_return_lse(batch.q, batch.k, batch.v)
+            for b in (0, count - 1):
+                rows, keys = slice(b * qo, (b + 1) * qo), slice(b * kv, (b + 1) * kv)
+                tensors = batch.q[rows], batch.k[keys], batch.v[keys]
+                options = {"causal": causal, "positions": mode, "softcap": cap}
+                right = (attention(*tensors, **options, dtype=dtype) for dtype in (torch.float64, torch.float16))
+                check((o[rows], lse[rows]), *right)
