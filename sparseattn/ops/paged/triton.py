@@ -328,6 +328,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
         ("decode16", (128, 0, 128), 4, {"CAUSAL": True, "SPLIT": True}, "bf16"),
         ("prefill16", (128, 0, 128), 4096, {"CAUSAL": True, "RAGGED_Q": True, "CSR": True}, "bf16"),
         ("everything", (64, 0, 64), 16, {**everything, "FLOAT8": "e4m3"}, "u8"),
+        ("custom", (128, 0, 128), 64, {"BITS": "bool", "RAGGED_Q": True, "CSR": True}, "bf16"),
         ("mla", (512, 64, 512), 128, {"CAUSAL": True, "SPLIT": True, "SHARED_V": True, "GROUP": 128}, "bf16"),
     )
     for major in (8, 9):

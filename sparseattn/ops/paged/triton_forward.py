@@ -68,6 +68,11 @@ def attend_tile(
     held = (page >= 0) & (page < num_pages)
     page = tl.where(held, page, 0).to(tl.int64)
     in_page = tl.where(held, cols % PAGE, 0)
+    kept = held[None, :]
+    # Before the products, between which nothing may be awaited if they are to overlap.
+    if BITS != "":
+        wanted = row_in[:, None] & held[None, :]
+        kept = custom_seen(mask_ptr, mask_first, mask_row[:, None] + cols[None, :], bits, wanted, BITS)
     k = load_page_rows(
         k_base, page * stride_k[0] + in_page * stride_k[1], held, stride_k[3], cols, theta_log2, rope_scale, dtype,
         D, BLOCK_D, ROPE, FLOAT8,
@@ -83,7 +88,7 @@ def attend_tile(
         s += slope[:, None] * (cols[None, :] - token[:, None] - offset).to(tl.float32)
     if SOFTCAP:
         s = cap_scores(s, scale, softcap)
-    s = tl.where(held[None, :], s, float("-inf"))
+    s = tl.where(kept, s, float("-inf"))
     if CAUSAL or WINDOW:
         if MASKED:  # noqa: SIM114 (a test at compile time)
             seen = visible(token[:, None], cols[None, :], offset, k_end, window_left, window_right, CAUSAL, WINDOW)
@@ -91,10 +96,6 @@ def attend_tile(
         elif (i * BLOCK_N < full_lo) | ((i + 1) * BLOCK_N > full_hi):
             seen = visible(token[:, None], cols[None, :], offset, k_end, window_left, window_right, CAUSAL, WINDOW)
             s = tl.where(seen, s, float("-inf"))
-    if BITS != "":
-        wanted = row_in[:, None] & held[None, :]
-        kept = custom_seen(mask_ptr, mask_first, mask_row[:, None] + cols[None, :], bits, wanted, BITS)
-        s = tl.where(kept, s, float("-inf"))
     p, alpha, m_i, l_i = online_softmax(s, m_i, l_i, scale, PRECISION)
     acc = acc * alpha[:, None]
     v = k
