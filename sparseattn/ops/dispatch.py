@@ -30,11 +30,17 @@ def implementations(impl: str, t: Tensor, auto: Mapping[str, tuple[str, ...]] = 
     return auto.get(t.device.type, ("reference",)) if impl == "auto" else (impl,)
 
 
+def implementation(package: str, name: str) -> ModuleType:
+    """The module of an implementation; ``package`` is as ``resolve`` takes it."""
+    return importlib.import_module(package.format(name) if "{}" in package else f"{package}.{name}")
+
+
 def resolve(package: str, names: Sequence[str], *problem: object) -> tuple[ModuleType | None, str | None]:
     """The first implementation that can run a call, or why none can.
 
     Args:
-        package: Of the operator, such as ``sparseattn.ops.paged``.
+        package: Of the operator, such as ``sparseattn.ops.paged``; or, where one package holds several, a pattern of
+            module names such as ``sparseattn.ops.scores.pooled_{}``.
         names: Implementations to try.
         problem: What an implementation's ``unsupported_reason`` takes.
     """
@@ -42,7 +48,7 @@ def resolve(package: str, names: Sequence[str], *problem: object) -> tuple[Modul
     for name in names:
         reason = triton_missing() if name != "reference" else None
         if reason is None:
-            module = importlib.import_module(f"{package}.{name}")
+            module = implementation(package, name)
             reason = module.unsupported_reason(*problem)
             if reason is None:
                 return module, None

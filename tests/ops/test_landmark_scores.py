@@ -316,7 +316,7 @@ def test_empty_tensors(impl: str, density: float | None, device: str) -> None:
         ({"rows": 0}, ValueError, "rows: expected one of"),
         ({"floor": -1}, ValueError, "floor: expected an int >= 0"),
         ({"scale": math.inf}, ValueError, "scale: expected a finite number"),
-        ({"impl": "cuda"}, ValueError, "impl: expected 'auto' or one of"),
+        ({"impl": "cuda"}, ValueError, "impl: expected one of"),
         ({"tau": math.nan}, ValueError, r"tau: expected a number in \[0, 1\], got nan"),
         ({"tau": (0.5, 0.5)}, ValueError, "tau: expected a number or 4 numbers"),
         ({"density": 0.0}, ValueError, r"density: expected None or a number in \(0, 1\], got 0.0"),
@@ -368,7 +368,7 @@ def test_features_that_do_not_fit() -> None:
 
 def test_explicit_triton_says_why_not() -> None:
     q, k = make(64, 64, 16, torch.float64)
-    with pytest.raises(ValueError, match=r"float64.*Use impl='reference'"):
+    with pytest.raises(ValueError, match=r"float64.*impl=.reference"):
         landmark_blocks(q, k, block_size=64, impl="triton")
     wide = torch.zeros(1, 8, 1, 512)
     assert "head_dim 512" in (unsupported_landmark_reason(wide, wide, impl="triton") or "")

@@ -384,7 +384,7 @@ def test_empty_tensors(impl: str, device: str) -> None:
         ({"block_size": 96}, ValueError, "block_size: expected one of"),
         ({"scale": math.inf}, ValueError, "scale: expected a finite number"),
         ({"scale": math.nan}, ValueError, "scale: expected a finite number"),
-        ({"impl": "cuda"}, ValueError, "impl: expected 'auto' or one of"),
+        ({"impl": "cuda"}, ValueError, "impl: expected one of"),
         ({"threshold": math.nan}, ValueError, r"threshold: expected a number in \[0, 1\], got nan"),
         ({"threshold": -0.1}, ValueError, r"threshold: expected a number in \[0, 1\]"),
         ({"threshold": 1.5}, ValueError, r"threshold: expected a number in \[0, 1\]"),
@@ -432,7 +432,7 @@ def test_bad_selection_arguments() -> None:
 def test_explicit_triton_says_why_not() -> None:
     q, k = make(64, 64, 16, torch.float64)
     assert "float64" in (unsupported_reason(q, k, impl="triton") or "")
-    with pytest.raises(ValueError, match=r"float64.*Use impl='reference'"):
+    with pytest.raises(ValueError, match=r"float64.*impl=.reference"):
         xattention_blocks(q, k, 0.9, impl="triton")
     wide = torch.zeros(1, 8, 1, 512)
     assert "head_dim 512" in (unsupported_reason(wide, wide, impl="triton") or "")

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.ops.scores.api import choose, implementation, thresholds_on
+from sparseattn.ops.dispatch import implementation
+from sparseattn.ops.scores.api import PACKAGE, choose, thresholds_on
 from sparseattn.ops.scores.chunks import ScoreChunks
 from sparseattn.ops.scores.problem import ScoreProblem
-from sparseattn.ops.scores.rules import module, thresholds
+from sparseattn.ops.scores.rules import RULES, thresholds
 from sparseattn.ops.scores.rules_problem import (
     RULE_SCHEMA,
     Forced,
@@ -121,7 +122,8 @@ def _antidiagonal_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor,
     rule = capped(rule, p.num_kv_blocks)
     bounds = list_bounds(s, c.block_size, c.causal, forced, q.device)
     name = choose(c.impl, q, k)
-    chunks = implementation(name).score_chunks(q, k, p, bounds, rule.name == "global" and rule.density is not None)
+    whole = rule.name == "global" and rule.density is not None
+    chunks = implementation(PACKAGE, name).score_chunks(q, k, p, bounds, whole)
     cells = _cells(s, p.num_q_blocks, c.stride, c.block_size, q.device)[:, None, :, None]
 
     def logs(first: int, rows: int) -> Tensor:
@@ -133,7 +135,8 @@ def _antidiagonal_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor,
     values = thresholds_on(q.device, log_threshold(rule))
     width = list_width(p.num_kv_blocks, rule, c.causal, forced, c.block_size)
     shape = (s.batch, q.shape[-2], p.num_q_blocks, p.num_kv_blocks)
-    return module(name).choose_chunks(ScoreChunks(logs, chunks.rows, chunks.step), shape, rule, values, bounds, width)
+    choosing = implementation(RULES, name)
+    return choosing.choose_chunks(ScoreChunks(logs, chunks.rows, chunks.step), shape, rule, values, bounds, width)
 
 
 def _cells(s: Sequences, rows: int, stride: int, block_size: int, device: torch.device) -> Tensor:

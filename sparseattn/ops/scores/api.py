@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.ops.dispatch import check_impl, implementation, implementations, require, resolve
 from sparseattn.ops.scores.problem import RowBounds, ScoreProblem, check_max_blocks, list_cap, row_bounds
 from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_sequences, unflatten
 
-IMPLEMENTATIONS = ("triton", "reference")
+PACKAGE = "sparseattn.ops.scores"
 STRIDES = (4, 8, 16)
 BLOCK_SIZES = (64, 128)
 
@@ -62,7 +61,7 @@ def antidiagonal_scores(
     if aggregate not in ("sum", "max"):
         raise argument_error("aggregate", "'sum' or 'max'", repr(aggregate))
     p = _problem(q, k, stride, block_size, causal, scale, sequences)._replace(aggregate=aggregate)
-    return implementation(choose(impl, q, k)).antidiagonal_scores(q.detach(), k.detach(), p)
+    return implementation(PACKAGE, choose(impl, q, k)).antidiagonal_scores(q.detach(), k.detach(), p)
 
 
 def top_p_blocks(
@@ -118,7 +117,7 @@ def top_p_blocks(
         visible = torch.full((1, rows), columns, dtype=torch.int32, device=scores.device)
     if recent is None:
         recent = visible
-    module = implementation(choose(impl, scores))
+    module = implementation(PACKAGE, choose(impl, scores))
     shares = torch.tensor(thresholds, dtype=torch.float32, device=scores.device)
     return module.top_p_blocks(scores.detach(), shares, RowBounds(visible, recent), keep_sink)
 
@@ -166,7 +165,7 @@ def xattention_blocks(
     p = _problem(q, k, stride, block_size, causal, scale, sequences)
     thresholds = check_thresholds(threshold, q.shape[-2])
     check_max_blocks(max_blocks)
-    _check_impl(impl)  # the rest of the choice happens inside the operator, where a compiler does not look
+    check_impl(impl)  # the rest of the choice happens inside the operator, where a compiler does not look
     s = p.sequences
     keep_sink = causal if keep_sink is None else keep_sink
     return torch.ops.sparseattn.xattention_blocks(
@@ -177,14 +176,8 @@ def xattention_blocks(
 
 def unsupported_reason(*tensors: Tensor, impl: str) -> str | None:
     """Why ``impl`` cannot take ``q, k`` (scoring) or ``scores`` (selection alone), or None."""
-    if impl not in IMPLEMENTATIONS:
-        raise argument_error("impl", f"one of {IMPLEMENTATIONS}", repr(impl))
-    if impl == "triton" and importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    module = implementation(impl)
-    if len(tensors) == 1:
-        return module.unsupported_scores_reason(tensors[0])
-    return module.unsupported_reason(*tensors)
+    check_impl(impl)
+    return resolve(PACKAGE, implementations(impl, tensors[0]), *tensors)[1]
 
 
 def check_thresholds(threshold: float | Sequence[float], heads: int) -> tuple[float, ...]:
@@ -247,25 +240,11 @@ def _problem(
     return ScoreProblem(s, stride, block_size, causal, scale)
 
 
-def _check_impl(impl: str) -> None:
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise argument_error("impl", f"'auto' or one of {IMPLEMENTATIONS}", repr(impl))
-
-
 def choose(impl: str, *tensors: Tensor) -> str:
     """The implementation for q and k, or for scores: the one asked for, or the device's; raises if it refuses."""
-    _check_impl(impl)
-    name = impl if impl != "auto" else "triton" if tensors[0].is_cuda else "reference"
-    reason = unsupported_reason(*tensors, impl=name)
-    if reason is not None:
-        hint = "Use impl='reference', which takes every float tensor." if name != "reference" else ""
-        raise argument_error("impl", f"an implementation for these tensors ({name!r}: {reason})", repr(impl), hint)
-    return name
-
-
-def implementation(name: str) -> ModuleType:
-    """The module of an implementation."""
-    return importlib.import_module(f"sparseattn.ops.scores.{name}")
+    check_impl(impl)
+    module = require(PACKAGE, impl, implementations(impl, tensors[0]), *tensors)
+    return module.__name__.removeprefix(f"{PACKAGE}.")
 
 
 class _Call(NamedTuple):
@@ -310,7 +289,7 @@ def _xattention_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, T
     p = ScoreProblem(s, c.stride, c.block_size, c.causal, c.scale)
     bounds = row_bounds(s, c.block_size, c.causal, c.keep_recent, q.device)
     thresholds = thresholds_on(q.device, tuple(c.threshold))
-    module = implementation(choose(c.impl, q, k))
+    module = implementation(PACKAGE, choose(c.impl, q, k))
     return module.xattention_blocks(q, k, p, thresholds, bounds, c.keep_sink, list_cap(c.max_blocks), c.width)
 
 

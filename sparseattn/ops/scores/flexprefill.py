@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.ops.dispatch import check_impl
 from sparseattn.ops.scores.block_lists import (
     MASS,
     POOLED,
@@ -21,7 +22,6 @@ from sparseattn.ops.scores.block_lists import (
 from sparseattn.ops.scores.problem import check_max_blocks, list_cap, row_bounds, share_of
 from sparseattn.ops.scores.vertical_slash import (
     LastQueries,
-    check_impl,
     check_inputs,
     constants_on,
     implementation,

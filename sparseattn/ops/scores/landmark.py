@@ -7,8 +7,6 @@ computes them on a GPU. The method is this library's own.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -18,14 +16,15 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.ops.dispatch import check_impl, implementations, require, resolve
 from sparseattn.ops.scores.landmark_problem import LandmarkFeatures, LandmarkProblem, landmark_bounds
 from sparseattn.ops.scores.problem import check_max_blocks
 from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_sequences, unflatten
 
-IMPLEMENTATIONS = ("triton", "reference")
 BLOCK_SIZES = (64, 128)
 CLUSTERS = (2, 4, 8, 16)
 ROWS = (16, 32, 64, 128)
+_MODULES = "sparseattn.ops.scores.landmark_{}"
 
 
 def landmark_features(
@@ -60,7 +59,7 @@ def landmark_features(
     s = resolve_sequences(k, k) if sequences is None else sequences
     _check_keys(k, s)
     clusters = _check_sizes(block_size, clusters)
-    return _module(_choose(impl, k, k, False)).features(k.detach(), s, block_size, clusters)
+    return _implementation(impl, k, k, False).features(k.detach(), s, block_size, clusters)
 
 
 def landmark_scores(
@@ -115,7 +114,7 @@ def landmark_scores(
     """
     p = _problem(q, k, block_size, clusters, rows, causal, keep_sink, 0, fp8, group_shared, scale, sequences)
     _check_features(features, k, p)
-    module = _module(_choose(impl, q, k, fp8))
+    module = _implementation(impl, q, k, fp8)
     q, k = q.detach(), k.detach()
     if features is None:
         features = module.features(k, p.sequences, p.block_size, p.clusters)
@@ -182,7 +181,7 @@ def landmark_blocks(
     taus = check_taus(tau, q.shape[-2])
     check_density(density)
     check_max_blocks(max_blocks)
-    _check_impl(impl)  # the rest of the choice happens inside the operator, where a compiler does not look
+    check_impl(impl)  # the rest of the choice happens inside the operator, where a compiler does not look
     s = p.sequences
     centroids, spreads, sizes = (None, None, None) if features is None else features
     return torch.ops.sparseattn.landmark_blocks(
@@ -194,11 +193,8 @@ def landmark_blocks(
 
 def unsupported_landmark_reason(q: Tensor, k: Tensor, *, fp8: bool = False, impl: str) -> str | None:
     """Why ``impl`` cannot score q and k, or None."""
-    if impl not in IMPLEMENTATIONS:
-        raise argument_error("impl", f"one of {IMPLEMENTATIONS}", repr(impl))
-    if impl == "triton" and importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return _module(impl).unsupported_reason(q, k, fp8)
+    check_impl(impl)
+    return resolve(_MODULES, implementations(impl, q), q, k, fp8)[1]
 
 
 def check_taus(tau: float | Sequence[float], heads: int) -> tuple[float, ...]:
@@ -303,24 +299,10 @@ def _check_features(features: LandmarkFeatures | None, k: Tensor, p: LandmarkPro
         raise argument_error("features.centroids", f"{k.dtype} like k", features.centroids.dtype, kind=TypeError)
 
 
-def _check_impl(impl: str) -> None:
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise argument_error("impl", f"'auto' or one of {IMPLEMENTATIONS}", repr(impl))
-
-
-def _choose(impl: str, q: Tensor, k: Tensor, fp8: bool) -> str:
+def _implementation(impl: str, q: Tensor, k: Tensor, fp8: bool) -> ModuleType:
     """The implementation asked for, or the device's; raises if it refuses."""
-    _check_impl(impl)
-    name = impl if impl != "auto" else "triton" if q.is_cuda else "reference"
-    reason = unsupported_landmark_reason(q, k, fp8=fp8, impl=name)
-    if reason is not None:
-        hint = "Use impl='reference', which takes every float tensor." if name != "reference" else ""
-        raise argument_error("impl", f"an implementation for these tensors ({name!r}: {reason})", repr(impl), hint)
-    return name
-
-
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"sparseattn.ops.scores.landmark_{name}")
+    check_impl(impl)
+    return require(_MODULES, impl, implementations(impl, q), q, k, fp8)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -375,7 +357,7 @@ def _landmark_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Ten
     c = _Call(*arguments)
     s = unflatten(q, c)
     p = c.problem(s)
-    module = _module(_choose(c.impl, q, k, c.fp8))
+    module = _implementation(c.impl, q, k, c.fp8)
     if c.centroids is None or c.spreads is None or c.sizes is None:
         features = module.features(k, s, c.block_size, c.clusters)
     else:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.masks.lists import compact
+from sparseattn.ops.dispatch import check_impl
 from sparseattn.ops.scores.block_lists import (
     POOLED,
     ListCap,
@@ -26,7 +27,6 @@ from sparseattn.ops.scores.problem import check_max_blocks, list_cap, row_bounds
 from sparseattn.ops.scores.vertical_slash import (
     NUM_QUERIES,
     LastQueries,
-    check_impl,
     check_inputs,
     constants_on,
     implementation,

@@ -6,8 +6,6 @@ keys themselves, which makes the exact block masses that oracles are made of.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -17,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.ops.scores.api import IMPLEMENTATIONS, thresholds_on
+from sparseattn.ops.dispatch import check_impl, implementation, implementations, require, resolve
+from sparseattn.ops.scores.api import thresholds_on
 from sparseattn.ops.scores.pooled_problem import PooledProblem, check_pages, check_problem
 from sparseattn.ops.scores.rules import thresholds as as_thresholds
 from sparseattn.ops.scores.rules_problem import (
@@ -34,6 +33,8 @@ from sparseattn.ops.scores.rules_problem import (
     unflatten_rule,
 )
 from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_sequences, unflatten
+
+_MODULES = "sparseattn.ops.scores.pooled_{}"
 
 
 def pooled_scores(
@@ -92,7 +93,7 @@ def pooled_scores(
     s = resolve_sequences(q, k) if sequences is None else sequences
     p = PooledProblem(s, feature, page_size, block_size, causal, _scale(q, scale), row_softmax, aggregate)
     check_problem(q, k, p)
-    return _module(_choose(impl, q, k)).block_scores(q.detach(), k.detach(), p)
+    return _implementation(impl, q, k).block_scores(q.detach(), k.detach(), p)
 
 
 def pool_pages(k: Tensor, feature: str = "mean", page_size: int = 128) -> tuple[Tensor, ...]:
@@ -112,7 +113,7 @@ def pool_pages(k: Tensor, feature: str = "mean", page_size: int = 128) -> tuple[
     if k.dim() != 4:
         raise argument_error("k", "a 4-D tensor [batch, seq, heads, head_dim]", f"shape {tuple(k.shape)}")
     check_pages(feature, page_size, 128)
-    reference = _module("reference")
+    reference = implementation(_MODULES, "reference")
     flat = k.detach().transpose(0, 1).flatten(1, 2)  # one sequence of B * Hkv heads
     pooled = reference.pool(flat, feature, page_size)
     return tuple(x.unflatten(1, (k.shape[0], k.shape[2])).transpose(0, 1) for x in pooled)
@@ -168,8 +169,7 @@ def pooled_blocks(
     rule = rule._replace(threshold=as_thresholds(rule.threshold))
     check_rule(rule, k.shape[-2] if group_shared else q.shape[-2])
     forced = Forced() if forced is None else forced
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise argument_error("impl", f"'auto' or one of {IMPLEMENTATIONS}", repr(impl))
+    check_impl(impl)
     return torch.ops.sparseattn.pooled_blocks(
         q.detach(), k.detach(), *flatten(s), feature, page_size, block_size, p.scale, causal, row_softmax, aggregate,
         group_shared, *flatten_rule(rule, forced), impl,
@@ -178,11 +178,8 @@ def pooled_blocks(
 
 def pooled_unsupported_reason(q: Tensor, k: Tensor, impl: str) -> str | None:
     """Why ``impl`` cannot score ``q`` and ``k`` by pages, or None."""
-    if impl not in IMPLEMENTATIONS:
-        raise argument_error("impl", f"one of {IMPLEMENTATIONS}", repr(impl))
-    if impl == "triton" and importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return _module(impl).unsupported_reason(q, k)
+    check_impl(impl)
+    return resolve(_MODULES, implementations(impl, q), q, k)[1]
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -190,19 +187,9 @@ def _scale(q: Tensor, scale: float | None) -> float:
     return 1 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale)
 
 
-def _choose(impl: str, q: Tensor, k: Tensor) -> str:
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise argument_error("impl", f"'auto' or one of {IMPLEMENTATIONS}", repr(impl))
-    name = impl if impl != "auto" else "triton" if q.is_cuda else "reference"
-    reason = pooled_unsupported_reason(q, k, name)
-    if reason is not None:
-        hint = "Use impl='reference', which takes every float tensor." if name != "reference" else ""
-        raise argument_error("impl", f"an implementation for these tensors ({name!r}: {reason})", repr(impl), hint)
-    return name
-
-
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"sparseattn.ops.scores.pooled_{name}")
+def _implementation(impl: str, q: Tensor, k: Tensor) -> ModuleType:
+    check_impl(impl)
+    return require(_MODULES, impl, implementations(impl, q), q, k)
 
 
 class _Call(NamedTuple):
@@ -252,7 +239,7 @@ def _pooled_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tenso
     values = thresholds_on(q.device, log_threshold(rule))
     group = q.shape[-2] // k.shape[-2] if c.group_shared else 1
     width = list_width(p.num_kv_blocks, rule, c.causal, forced, c.block_size)
-    return _module(_choose(c.impl, q, k)).pooled_blocks(q, k, p, rule, values, bounds, group, width)
+    return _implementation(c.impl, q, k).pooled_blocks(q, k, p, rule, values, bounds, group, width)
 
 
 @torch.library.register_fake("sparseattn::pooled_blocks")

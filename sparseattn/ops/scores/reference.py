@@ -16,13 +16,8 @@ from sparseattn.ops.scores.rules_problem import ListBounds
 _CHUNK_ELEMENTS = 1 << 23  # logits (or scores) held at once; 32 MB in float32
 
 
-def unsupported_reason(q: Tensor, k: Tensor) -> str | None:
+def unsupported_reason(q: Tensor, k: Tensor | None = None) -> str | None:
     """The reference takes everything."""
-    return None
-
-
-def unsupported_scores_reason(scores: Tensor) -> str | None:
-    """Likewise."""
     return None
 
 

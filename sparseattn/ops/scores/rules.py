@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.ops.scores.api import IMPLEMENTATIONS, check_threshold
+from sparseattn.ops.dispatch import check_impl, implementations, require, resolve
+from sparseattn.ops.scores.api import check_threshold
 from sparseattn.ops.scores.rules_problem import ListBounds, Rule, check_rule, log_threshold
+
+# Its implementations' modules.
+RULES = "sparseattn.ops.scores.rules_{}"
 
 
 def choose_blocks(
@@ -88,10 +89,11 @@ def choose_blocks(
         visible = torch.full((1, rows), columns, dtype=torch.int32, device=scores.device)
     if recent is None:
         recent = visible
-    name = choose_impl(impl, scores)
+    check_impl(impl)
+    module = require(RULES, impl, implementations(impl, scores), scores)
     values = torch.tensor(log_threshold(chosen), dtype=torch.float32, device=scores.device)
     bounds = ListBounds(visible, recent, num_sink_blocks)
-    return module(name).choose(scores.detach(), chosen, values, bounds, columns)
+    return module.choose(scores.detach(), chosen, values, bounds, columns)
 
 
 def thresholds(threshold: float | Sequence[float]) -> tuple[float, ...]:
@@ -108,25 +110,5 @@ def thresholds(threshold: float | Sequence[float]) -> tuple[float, ...]:
 
 def unsupported_reason(scores: Tensor, impl: str) -> str | None:
     """Why ``impl`` cannot take these scores, or None."""
-    if impl not in IMPLEMENTATIONS:
-        raise argument_error("impl", f"one of {IMPLEMENTATIONS}", repr(impl))
-    if impl == "triton" and importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return module(impl).unsupported_reason(scores)
-
-
-def choose_impl(impl: str, scores: Tensor) -> str:
-    """The implementation asked for, or the device's; raises if it refuses."""
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise argument_error("impl", f"'auto' or one of {IMPLEMENTATIONS}", repr(impl))
-    name = impl if impl != "auto" else "triton" if scores.is_cuda else "reference"
-    reason = unsupported_reason(scores, name)
-    if reason is not None:
-        hint = "Use impl='reference', which takes every float tensor." if name != "reference" else ""
-        raise argument_error("impl", f"an implementation for these scores ({name!r}: {reason})", repr(impl), hint)
-    return name
-
-
-def module(name: str) -> ModuleType:
-    """The module of an implementation."""
-    return importlib.import_module(f"sparseattn.ops.scores.rules_{name}")
+    check_impl(impl)
+    return resolve(RULES, implementations(impl, scores), scores)[1]

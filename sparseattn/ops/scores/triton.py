@@ -305,26 +305,18 @@ def _tiles(q: Tensor) -> Tiles:
     return config_for(q.dtype, q.shape[-1], torch.cuda.get_device_capability(q.device))
 
 
-def unsupported_reason(q: Tensor, k: Tensor) -> str | None:
-    """Why these kernels cannot score q and k, or None."""
-    if q.dtype not in _DTYPES:
+def unsupported_reason(q: Tensor, k: Tensor | None = None) -> str | None:
+    """Why these kernels cannot score q and k, or select by scores (one tensor), or None."""
+    if k is None:
+        if q.dtype != torch.float32:
+            return f"the selection kernel takes float32 scores, not {q.dtype}"
+    elif q.dtype not in _DTYPES:
         return f"the kernels take float16, bfloat16 and float32, not {q.dtype}"
-    if q.shape[-1] > 256:
+    elif q.shape[-1] > 256:
         return f"head_dim {q.shape[-1]} is above 256"
-    return _device_reason(q)
-
-
-def unsupported_scores_reason(scores: Tensor) -> str | None:
-    """Why the selection kernel cannot take these scores, or None."""
-    if scores.dtype != torch.float32:
-        return f"the selection kernel takes float32 scores, not {scores.dtype}"
-    return _device_reason(scores)
-
-
-def _device_reason(t: Tensor) -> str | None:
-    if t.is_cuda or triton.knobs.runtime.interpret:
+    if q.is_cuda or triton.knobs.runtime.interpret:
         return None
-    return f"Triton runs on {t.device.type} only under TRITON_INTERPRET=1"
+    return f"Triton runs on {q.device.type} only under TRITON_INTERPRET=1"
 
 
 def antidiagonal_scores(q: Tensor, k: Tensor, p: ScoreProblem) -> Tensor:

@@ -5,7 +5,6 @@ them. Validation and dispatch; the parts FlexPrefill (arXiv:2502.20766) and MInf
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from types import ModuleType
 from typing import NamedTuple
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.ops.scores.api import IMPLEMENTATIONS, unsupported_reason
+from sparseattn.ops import dispatch
+from sparseattn.ops.scores.api import PACKAGE, choose
 from sparseattn.ops.sequences import Sequences, resolve_sequences
 
 NUM_QUERIES = (16, 32, 64, 128)
@@ -200,25 +200,13 @@ def check_inputs(q: Tensor, k: Tensor, scale: float | None) -> float:
     return scale
 
 
-def check_impl(impl: str) -> None:
-    """Raise unless ``impl`` is a name that :func:`implementation` knows."""
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise argument_error("impl", f"'auto' or one of {IMPLEMENTATIONS}", repr(impl))
-
-
 def implementation(operation: str, impl: str, *tensors: Tensor) -> ModuleType:
     """The module that runs ``operation`` on these tensors: the one asked for, or the device's.
 
     Raises:
         ValueError: No such implementation, or it refuses the tensors; the message says why.
     """
-    check_impl(impl)
-    name = impl if impl != "auto" else "triton" if tensors[0].is_cuda else "reference"
-    reason = unsupported_reason(*tensors, impl=name)
-    if reason is not None:
-        hint = "Use impl='reference', which takes every float tensor." if name != "reference" else ""
-        raise argument_error("impl", f"an implementation for these tensors ({name!r}: {reason})", repr(impl), hint)
-    return importlib.import_module(f"sparseattn.ops.scores.{operation}_{name}")
+    return dispatch.implementation(f"{PACKAGE}.{operation}_{{}}", choose(impl, *tensors))
 
 
 @functools.lru_cache(maxsize=1024)
