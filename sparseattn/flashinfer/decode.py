@@ -331,8 +331,8 @@ def fast_decode_plan(
     """
     if global_override_indptr_cpu is not None:
         check_indptr("global_override_indptr_cpu", global_override_indptr_cpu)
-    self.plan(
-        indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode,
+    type(self).plan(  # not self.plan, in whose place callers put this function
+        self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode,
         window_left, logits_soft_cap, q_data_type, kv_data_type, None, data_type, sm_scale, rope_scale, rope_theta,
         non_blocking, None, None, fixed_split_size, disable_split_kv, q_len_per_req,
     )  # fmt: skip

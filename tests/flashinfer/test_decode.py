@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -314,7 +315,8 @@ def test_buffers_that_the_caller_has_filled(device: str):
     batch = make_batch([54, 0, 97], device=device)
     buffers = [t.clone() for t in batch.table]
     wrapper = CUDAGraphBatchDecodeWithPagedKVCacheWrapper(torch.empty(16, device=device), *buffers)
-    fast_decode_plan(wrapper, *buffers, 4, 2, 32, 16, global_override_indptr_cpu=batch.indptr.cpu())
+    wrapper.plan = partial(fast_decode_plan, wrapper)
+    wrapper.plan(*buffers, 4, 2, 32, 16, global_override_indptr_cpu=batch.indptr.cpu())
     batch.check(wrapper.run(batch.q, batch.combined, return_lse=True))
 
 
