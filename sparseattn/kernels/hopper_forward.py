@@ -289,6 +289,8 @@ def producer(call, F: gl.constexpr):
                 list_ptr = index_ptr + list_row * idx_width
                 if F.GATHER:
                     entries = gl.maximum(gl.load(count_ptr + list_row), 1)
+                    if F.PAGED:  # counts of page lists are anybody's
+                        entries = gl.minimum(entries, idx_width)
             # A row tile without keys still has one key tile: no rows of it exist, so it loads zeros.
             nothing = count == 0
             if nothing:

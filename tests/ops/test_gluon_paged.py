@@ -150,6 +150,19 @@ def test_page_lists(list_heads: int) -> None:
         check(problem, allowed, mask=PageLists(lists.to(DEVICE), counts))
 
 
+def test_counts_past_a_list_read_no_other() -> None:
+    """Counts that are too large, and negative ones."""
+    case = Case("counts", ((1, 100), (1, 100)), (2, 2), (64, 64), page=8)
+    problem = build(case, torch.float16, DEVICE)
+    lists = torch.tensor([[[0, 2, 5], [1, 3, 7]], [[4, 9, 1], [6, 7, 8]]], dtype=torch.int32)
+    counts = torch.tensor([[3, 11], [-2, 100]], dtype=torch.int32)
+    seen = torch.zeros(2, 2, 1, 104, dtype=torch.bool)
+    for b, h in ((0, 0), (0, 1), (1, 1)):
+        for page in lists[b, h].tolist():
+            seen[b, h, :, page * 8 : page * 8 + 8] = True
+    check(problem, listed(seen, case), mask=PageLists(lists.to(DEVICE), counts.to(DEVICE)))
+
+
 # ---- invariants ----
 
 

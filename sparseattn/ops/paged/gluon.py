@@ -278,7 +278,6 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
         ("decode128-128x128", (128, 128), {"PAGE": 128, **decode}),
         ("listed8-128x128", (128, 128), {"PAGE": 8, **listed}),
         ("all-64x64", (64, 64), {"PAGE": 32, **listed, **options}),
-        ("prefill64-192x128", (192, 128), {"PAGE": 64}),
         ("decode16-256x256", (256, 256), {"PAGE": 16, **decode}),
     ]
     cases = [(f"gluon-paged-{name}-sm90", *offline(dims, {**ragged, **facts})) for name, dims, facts in shapes]

@@ -135,7 +135,7 @@ def paged_schedule_kernel(
     row = e.to(tl.int64) * 0
     if MASKED:
         row = b.to(tl.int64) * mask_stride_b + head // MASK_GROUP * mask_stride_h + m0 // BLOCK_Q
-        entries = tl.minimum(tl.load(count_ptr + row, mask=inside, other=0), idx_width)
+        entries = tl.maximum(tl.minimum(tl.load(count_ptr + row, mask=inside, other=0), idx_width), 0)
     base, total = key_tile_range(
         entries, m0, m1, k_len - q_len, held, window_left, window_right, BLOCK_KV, TILE_N, MASKED, CAUSAL, WINDOW
     )
