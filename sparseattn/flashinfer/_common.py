@@ -310,17 +310,17 @@ def check_indptr(name: str, indptr: Tensor, end: int | None = None) -> None:
         raise argument_error(name, f"numbers of at most {end}", bounds[-1])
 
 
-def _check_last_pages(indptr: Tensor, last_page_len: Tensor, page_size: int) -> None:
+def _check_last_pages(name: str, indptr: Tensor, last_page_len: Tensor, page_size: int) -> None:
     """Raise unless lengths of last pages on the CPU are 1..page_size, where there is a page."""
     if last_page_len.shape[0] != indptr.shape[0] - 1:
         expected = f"shape ({indptr.shape[0] - 1},), one less than indptr"
-        raise argument_error("last_page_len", expected, f"shape {tuple(last_page_len.shape)}")
+        raise argument_error(name, expected, f"shape {tuple(last_page_len.shape)}")
     if not readable(indptr, last_page_len):
         return
     bounds = indptr.tolist()
     for b, length in enumerate(last_page_len.tolist()):
         if bounds[b] < bounds[b + 1] and not 1 <= length <= page_size:
-            raise argument_error("last_page_len", f"1..{page_size}", f"{length} (request {b})")
+            raise argument_error(name, f"1..{page_size}", f"{length} (request {b})")
 
 
 class Table(NamedTuple):
@@ -342,16 +342,17 @@ def csr_table(
     page_size: int,
     device: torch.device,
     non_blocking: bool = True,
+    prefix: str = "",
 ) -> Table:
     """A table from FlashInfer's three tensors (int32 [B + 1], [nnz], [B]), wherever they lie.
 
-    A request without pages has length 0, whatever ``last_page_len`` says of it.
+    A request without pages has length 0, whatever ``last_page_len`` says of it. ``prefix`` is of the arguments' names.
     """
-    check_indptr("indptr", indptr, indices.shape[0] if isinstance(indices, Tensor) else None)
-    _check_last_pages(indptr, last_page_len, page_size)
-    indptr = index_tensor("indptr", indptr, device, 1, non_blocking)
-    indices = index_tensor("indices", indices, device, 1, non_blocking)
-    last_page_len = index_tensor("last_page_len", last_page_len, device, 1, non_blocking)
+    check_indptr(f"{prefix}indptr", indptr, indices.shape[0] if isinstance(indices, Tensor) else None)
+    _check_last_pages(f"{prefix}last_page_len", indptr, last_page_len, page_size)
+    indptr = index_tensor(f"{prefix}indptr", indptr, device, 1, non_blocking)
+    indices = index_tensor(f"{prefix}indices", indices, device, 1, non_blocking)
+    last_page_len = index_tensor(f"{prefix}last_page_len", last_page_len, device, 1, non_blocking)
     return Table(lengths_from_last_pages(indptr, last_page_len, page_size), None, indptr, indices)
 
 

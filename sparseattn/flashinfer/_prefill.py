@@ -108,7 +108,7 @@ class PrefillWrapper(Wrapper):
             raise argument_error("max_token_per_sequence", f"at least {known}, as in qo_indptr", longest)
         lengths = None if total is None else qo_indptr.diff().tolist()
         if not self.is_cuda_graph_enabled:
-            return Rows(indptr, known if longest is None else longest, total, lengths)
+            return Rows(indptr, longest if known is None else known, total, lengths)
         check_fits("qo_indptr", self._qo_indptr_buf, qo_indptr, exact=True)
         if total is not None and self._most_rows is not None and total > self._most_rows:
             hint = "A captured graph cannot grow."

@@ -19,6 +19,7 @@ from sparseattn.flashinfer._common import (
     dtype_of,
     fold_scales,
     index_tensor,
+    readable,
     unsupported,
     window_of,
 )
@@ -256,7 +257,7 @@ class _Span:
         if given is None:
             raise argument_error(f"actual_seq_lens_{name}", f"lengths, or batch_offsets_{name}", "neither")
         given = given.reshape(-1).view(torch.int32) if given.dtype == torch.uint32 else given.reshape(-1)
-        longest = int(given.max()) if given.device.type == "cpu" and given.numel() else None
+        longest = int(given.max()) if readable(given) and given.numel() else None
         sizes = index_tensor(f"actual_seq_lens_{name}", given, device)
         if offsets is None:
             starts = torch.nn.functional.pad(sizes.cumsum(0, dtype=torch.int32), (1, 0))

@@ -21,6 +21,7 @@ from sparseattn.flashinfer._common import (
     check_indptr,
     fold_scales,
     index_tensor,
+    readable,
     resolve_dtypes,
     unsupported,
 )
@@ -73,7 +74,7 @@ class RaggedPlan:
         check_heads(self.num_qo_heads, self.num_kv_heads)
         self._arguments = self.options.arguments(self.num_qo_heads, self.dims[0], self.device)
         self._scale = self._arguments.pop("scale")
-        known = self.kv_host is not None and self.rows.longest is not None
+        known = self.kv_host is not None and self.rows.lengths is not None  # nothing past the end is read
         self._plain = known and self.mask is None and self._arguments["positions"] is None
         self._plain_arguments = {n: value for n, value in self._arguments.items() if n != "positions"}
         # The largest page that all requests fill: fewer numbers to look up. Powers of two only, for few kernels.
@@ -277,7 +278,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         dtypes = resolve_dtypes(q_data_type, kv_data_type, o_data_type, data_type)
         rows = self._rows(qo_indptr, max_token_per_sequence, non_blocking)
         check_indptr("kv_indptr", kv_indptr)
-        kv_host = kv_indptr.tolist() if kv_indptr.device.type == "cpu" else None
+        kv_host = kv_indptr.tolist() if readable(kv_indptr) else None
         starts = index_tensor("kv_indptr", kv_indptr, self.device, 1, non_blocking)
         if starts.shape != rows.indptr.shape:
             expected = f"shape {tuple(rows.indptr.shape)} like qo_indptr"

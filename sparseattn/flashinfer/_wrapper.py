@@ -24,6 +24,7 @@ from sparseattn.flashinfer._common import (
     csr_table,
     fold_scales,
     index_tensor,
+    readable,
     split_cache,
 )
 from sparseattn.masks import BlockMask
@@ -132,11 +133,20 @@ def check_fits(name: str, buffer: Tensor, value: Tensor, exact: bool = False) ->
 class TableBuffers:
     """A page table at fixed addresses, for CUDA graphs: plans are copied into a caller's tensors, in place.
 
-    A captured call reads them when it is replayed, so it follows any later plan of the same batch size.
+    A captured call reads them when it is replayed, so it follows any later plan of the same batch size. ``suffix`` and
+    ``prefix`` are of the names that the buffers, and what is planned, have as arguments.
     """
 
-    def __init__(self, indptr: Tensor | None, indices: Tensor | None, last_page_len: Tensor | None) -> None:
-        names = ("paged_kv_indptr_buffer", "paged_kv_indices_buffer", "paged_kv_last_page_len_buffer")
+    def __init__(
+        self,
+        indptr: Tensor | None,
+        indices: Tensor | None,
+        last_page_len: Tensor | None,
+        suffix: str = "buffer",
+        prefix: str = "",
+    ) -> None:
+        names = [f"paged_kv_{name}_{suffix}" for name in ("indptr", "indices", "last_page_len")]
+        self._prefix = prefix
         for name, t in zip(names, (indptr, indices, last_page_len), strict=True):
             if not isinstance(t, Tensor) or t.dim() != 1 or t.dtype != torch.int32:
                 got = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else repr(t)
@@ -145,7 +155,7 @@ class TableBuffers:
         assert indices is not None
         assert last_page_len is not None
         if indptr.shape[0] != last_page_len.shape[0] + 1:
-            expected = f"{last_page_len.shape[0] + 1} entries, one more than paged_kv_last_page_len_buffer"
+            expected = f"{last_page_len.shape[0] + 1} entries, one more than {names[2]}"
             raise argument_error(names[0], expected, indptr.shape[0])
         self.indptr, self.indices, self.last_page_len = indptr, indices, last_page_len
         self.seq_lens = torch.zeros_like(last_page_len)
@@ -158,17 +168,14 @@ class TableBuffers:
         self, indptr: Tensor, indices: Tensor, last_page_len: Tensor, page_size: int, non_blocking: bool = True
     ) -> Table:
         """The buffers as a table, with the plan's in them. What does not fit leaves them as they were."""
-        check_fits("indptr", self.indptr, indptr, exact=True)
-        check_fits("indices", self.indices, indices)
-        check_fits("last_page_len", self.last_page_len, last_page_len, exact=True)
-        planned = csr_table(indptr, indices, last_page_len, page_size, self.indptr.device, non_blocking)
+        given = {"indptr": indptr, "indices": indices, "last_page_len": last_page_len}
+        buffers = {"indptr": self.indptr, "indices": self.indices, "last_page_len": self.last_page_len}
+        for name, value in given.items():
+            check_fits(f"{self._prefix}{name}", buffers[name], value, exact=name != "indices")
+        planned = csr_table(indptr, indices, last_page_len, page_size, self.indptr.device, non_blocking, self._prefix)
         self.seq_lens.copy_(planned.seq_lens)
-        for name, buffer, value in (
-            ("indptr", self.indptr, indptr),
-            ("indices", self.indices, indices),
-            ("last_page_len", self.last_page_len, last_page_len),
-        ):
-            fill(name, buffer, value, non_blocking)
+        for name, value in given.items():
+            fill(f"{self._prefix}{name}", buffers[name], value, non_blocking)
         return Table(self.seq_lens, None, self.indptr, self.indices)
 
 
@@ -348,26 +355,35 @@ def as_results(
 
 
 def lengths_table(
-    indptr: Tensor, indices: Tensor, lengths: Tensor, page_size: int, device: torch.device, non_blocking: bool = True
+    indptr: Tensor,
+    indices: Tensor,
+    lengths: Tensor,
+    page_size: int,
+    device: torch.device,
+    non_blocking: bool = True,
+    names: tuple[str, str, str] = ("kv_indptr", "kv_indices", "kv_len_arr"),
 ) -> Table:
-    """A table from CSR pages and lengths in tokens, int32 (or uint32) of B elements, wherever they lie."""
+    """A table from CSR pages and lengths in tokens, int32 (or uint32) of B elements, wherever they lie.
+
+    ``names`` are those of the arguments.
+    """
     lengths = lengths.reshape(-1)
     if lengths.dtype == torch.uint32:
         lengths = lengths.view(torch.int32)
-    check_indptr("kv_indptr", indptr, indices.shape[0] if isinstance(indices, Tensor) else None)
+    check_indptr(names[0], indptr, indices.shape[0] if isinstance(indices, Tensor) else None)
     if lengths.shape[0] != indptr.shape[0] - 1:
-        expected = f"{indptr.shape[0] - 1} lengths, one less than kv_indptr"
-        raise argument_error("kv_len_arr", expected, f"shape {tuple(lengths.shape)}")
-    if indptr.device.type == lengths.device.type == "cpu":
+        expected = f"{indptr.shape[0] - 1} lengths, one less than {names[0]}"
+        raise argument_error(names[2], expected, f"shape {tuple(lengths.shape)}")
+    if readable(indptr, lengths):
         for b, (length, pages) in enumerate(zip(lengths.tolist(), indptr.diff().tolist(), strict=True)):
             if not 0 <= length <= pages * page_size:
                 expected = f"0..{pages * page_size}, what {pages} pages of {page_size} tokens hold"
-                raise argument_error("kv_len_arr", expected, f"{length} (request {b})")
+                raise argument_error(names[2], expected, f"{length} (request {b})")
     return Table(
-        index_tensor("kv_len_arr", lengths, device, 1, non_blocking),
+        index_tensor(names[2], lengths, device, 1, non_blocking),
         None,
-        index_tensor("kv_indptr", indptr, device, 1, non_blocking),
-        index_tensor("kv_indices", indices, device, 1, non_blocking),
+        index_tensor(names[0], indptr, device, 1, non_blocking),
+        index_tensor(names[1], indices, device, 1, non_blocking),
     )
 
 
@@ -377,7 +393,7 @@ def query_rows(
     """Query offsets on the device; and where they were on the CPU, the longest query length and the number of rows."""
     check_indptr("qo_indptr", qo_indptr)
     longest = total = None
-    if qo_indptr.device.type == "cpu":
+    if readable(qo_indptr):
         total = int(qo_indptr[-1])
         longest = int(qo_indptr.diff().max()) if qo_indptr.shape[0] > 1 else 0
     return index_tensor("qo_indptr", qo_indptr, device, 1, non_blocking), longest, total

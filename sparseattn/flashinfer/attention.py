@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.flashinfer._common import Dtypes, Options, check_dtype, dtype_of, resolve_dtypes, unsupported
+from sparseattn.flashinfer._common import Dtypes, Options, check_dtype, dtype_of, readable, resolve_dtypes, unsupported
 from sparseattn.flashinfer._wrapper import PagedPlan, Wrapper, lengths_table, query_rows
 from sparseattn.flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 
@@ -87,8 +87,9 @@ class BatchAttention(Wrapper):
             Options(bool(causal), sm_scale=sm_scale, logits_soft_cap=logits_soft_cap), self.device,
             dtypes, head_dim_vo, rows, longest, total,
         )  # fmt: skip
-        on_host = kv_indptr.device.type == kv_len_arr.device.type == "cpu"
-        self._fits_tokens = not (on_host and bool((kv_len_arr.reshape(-1) > kv_indptr.diff()).any()))
+        self._fits_tokens = not (
+            readable(kv_indptr, kv_len_arr) and bool((kv_len_arr.reshape(-1) > kv_indptr.diff()).any())
+        )
         self._token_plan: PagedPlan | None = None
 
     def run(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.flashinfer._common import Dtypes, Options, csr_table, resolve_dtypes, unsupported
+from sparseattn.flashinfer._common import Dtypes, Options, Table, csr_table, readable, resolve_dtypes, unsupported
 from sparseattn.flashinfer._prefill import Masking, PrefillWrapper, float8_scales
 from sparseattn.flashinfer._prefill_fronts import cudnn_batch_prefill_with_kv_cache as cudnn_batch_prefill_with_kv_cache
 from sparseattn.flashinfer._prefill_fronts import (
@@ -77,7 +77,9 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             jit_args=jit_args, jit_kwargs=jit_kwargs,
         )  # fmt: skip
         if use_cuda_graph:
-            self._buffers = TableBuffers(paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf)
+            self._buffers = TableBuffers(
+                paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf, "buf", "paged_kv_"
+            )
 
     def plan(
         self,
@@ -196,25 +198,29 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             expected = f"shape {tuple(qo_indptr.shape)} like qo_indptr"
             raise argument_error("paged_kv_indptr", expected, f"shape {tuple(table[0].shape)}")
         lengths = seq_lens
-        on_host = all(t.device.type == "cpu" for t in (table[0], table[2]))
-        if lengths is None and masking.any and on_host:
+        if lengths is None and masking.any and readable(table[0], table[2]):
             lengths = lengths_from_last_pages(table[0], table[2], page_size)
         if self.is_cuda_graph_enabled:
             pages = self._buffers.fill(*table, page_size, non_blocking)
             if seq_lens is not None:
-                planned = lengths_table(table[0], table[1], seq_lens, page_size, self.device, non_blocking)
-                pages.seq_lens.copy_(planned.seq_lens)
-        elif seq_lens is not None:
-            pages = lengths_table(table[0], table[1], seq_lens, page_size, self.device, non_blocking)
+                pages.seq_lens.copy_(self._table(table, seq_lens, page_size, non_blocking).seq_lens)
         else:
-            pages = csr_table(*table, page_size, self.device, non_blocking)
-        kv_host = lengths.tolist() if lengths is not None and lengths.device.type == "cpu" else None
+            pages = self._table(table, seq_lens, page_size, non_blocking)
+        kv_host = lengths.tolist() if lengths is not None and readable(lengths) else None
         mask = self._mask(masking, rows, pages.seq_lens, kv_host, non_blocking)
         rows = self._keep_rows(rows, non_blocking)
         return PagedPlan(
             table=pages, kv_layout=self._kv_layout, device=self.device, cu_seqlens_q=rows.indptr,
             max_seqlen_q=rows.longest, total_q=rows.total, custom_mask=mask, impl=self._impl, **fields,
         )  # fmt: skip
+
+    def _table(
+        self, table: tuple[Tensor, Tensor, Tensor], seq_lens: Tensor | None, page_size: int, non_blocking: bool
+    ) -> Table:
+        if seq_lens is None:
+            return csr_table(*table, page_size, self.device, non_blocking, "paged_kv_")
+        names = "paged_kv_indptr", "paged_kv_indices", "seq_lens"
+        return lengths_table(*table[:2], seq_lens, page_size, self.device, non_blocking, names)
 
     def run(
         self,

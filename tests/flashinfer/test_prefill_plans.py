@@ -236,10 +236,10 @@ def test_bad_prefill_input():
         ("qo_indptr: expected numbers that ascend", ValueError, (qo.flip(0), *table, 4, 2, 32, 16), {}),
         ("qo_indptr: expected an int32", TypeError, (qo.long(), *table, 4, 2, 32, 16), {}),
         ("paged_kv_indptr: expected shape", ValueError, (qo[:2], *table, 4, 2, 32, 16), {}),
-        ("indptr: expected numbers of at most", ValueError, (qo, table[0] * 2, *table[1:], 4, 2, 32, 16), {}),
-        ("last_page_len: expected 1..16", ValueError, (qo, *table[:2], table[2] + 16, 4, 2, 32, 16), {}),
+        ("paged_kv_indptr: expected numbers of at most", ValueError, (qo, table[0] * 2, *table[1:], 4, 2, 32, 16), {}),
+        ("paged_kv_last_page_len: expected 1..16", ValueError, (qo, *table[:2], table[2] + 16, 4, 2, 32, 16), {}),
         ("max_token_per_sequence", ValueError, (qo, *table, 4, 2, 32, 16), {"max_token_per_sequence": 19}),
-        ("kv_len_arr", ValueError, (qo, *table, 4, 2, 32, 16), {"seq_lens": batch.seq_lens + 30}),
+        ("seq_lens: expected 0", ValueError, (qo, *table, 4, 2, 32, 16), {"seq_lens": batch.seq_lens + 30}),
         ("pos_encoding_mode", ValueError, (qo, *table, 4, 2, 32, 16), {"pos_encoding_mode": "ROPE"}),
     ):
         with pytest.raises(kind, match=match):
@@ -289,7 +289,7 @@ def test_plans_that_buffers_do_not_hold():
     for match, (kv, qo), said in (
         ("qo_indptr: expected 3 entries", ([5, 5, 5], [1, 1, 1]), {}),
         ("qo_indptr: expected at most 14 rows", ([54, 60], [9, 6]), {}),
-        ("indices: expected at most 10", ([100, 100], [9, 5]), {}),
+        ("paged_kv_indices: expected at most 10", ([100, 100], [9, 5]), {}),
         ("custom_mask: expected at most 20", ([54, 60], [9, 5]), {"custom_mask": torch.ones(786, dtype=torch.bool)}),
     ):
         other = make_batch(kv, qo)
