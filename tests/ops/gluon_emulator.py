@@ -565,6 +565,8 @@ def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Any:
     keep = torch.as_tensor(_data(mask)).expand(where.shape)
     pointer.check(where[keep])
     fill = torch.full(where.shape, float(unwrap(other))).to(pointer.memory.dtype)
+    if not keep.any():  # of a tensor without elements, perhaps
+        return Tile(fill, pointer.offset.layout)
     return Tile(torch.where(keep, pointer.memory[torch.where(keep, where, 0)], fill), pointer.offset.layout)
 
 
