@@ -222,6 +222,7 @@ CASES = [
     Case("mask-big-r64-c64", (64, 64), (70, 130), heads=(1, 1), mask="big"),
     Case("mask-kv-heads", (4, 4), (10, 20), pattern="kv", mask="blocks"),
     Case("rope", (5, 4), (20, 30), positions="rope", causal=True),
+    Case("rope-more-queries", (4, 5), (30, 18), (2, 1), positions="rope"),
     Case("rope-dim80", (2, 7), (6, 20), dims=(80, 16), positions="rope"),
     Case("alibi-softcap", (3, 4), (20, 30), positions="alibi", softcap=3.0),
     Case("sinks-scale", sinks=True, scale=0.7, dims=(80, 96)),

@@ -92,11 +92,11 @@ def test_all_blocks_are_dense_attention(block: tuple[int, int]):
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("block", [(2, 3), (64, 64)])
 def test_numbers_of_no_block_are_skipped(block: tuple[int, int], impl: str, device: str):
-    """Also ones whose tokens would be past the range of int32."""
+    """Also ones whose first token is past the range of int32; three times one of them is 2 there."""
     rows, columns = block
     q = torch.randn(rows + 1, 2, 16, dtype=torch.float16, device=device)
     k, v = torch.randn(2, 3 * columns - 1, 2, 16, dtype=torch.float16, device=device).unbind()
-    wild = torch.tensor([-1, 0, 3, 2, 2**31 - 1, 2**30, -(2**31)], dtype=torch.int32, device=device)
+    wild = torch.tensor([-1, 0, 3, 2, 2**31 - 1, (2**32 + 2) // 3, -(2**31)], dtype=torch.int32, device=device)
     indptr = torch.tensor([0, 7, 7], dtype=torch.int32, device=device)
     lists = make_rows(indptr, wild, block, (rows + 1, 3 * columns - 1))
     if lists.lists is not None:  # a row of more entries than there are blocks
