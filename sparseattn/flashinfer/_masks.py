@@ -65,8 +65,8 @@ class MaskBuffers:
                 raise argument_error(name, f"a flat {dtype} tensor", got, kind=TypeError)
         self.mask, self.indptr = mask, indptr
 
-    def fill(self, mask: CustomMask, kv_lens: Tensor, q_lens: Tensor, non_blocking: bool = True) -> CustomMask:
-        """The buffers as a mask, with ``mask`` in them; bools are packed."""
+    def packed(self, mask: CustomMask, kv_lens: Tensor, q_lens: Tensor) -> CustomMask:
+        """``mask`` as the buffers can take it; bools are packed."""
         if self.mask is None or self.indptr is None:
             name = "custom_mask_buf" if self.mask is None else "mask_indptr_buf"
             raise argument_error(name, "a tensor", None, "CUDA graphs need buffers that stay.")
@@ -76,8 +76,16 @@ class MaskBuffers:
         assert offsets is not None
         offsets = offsets.int()
         check_fits("mask_indptr", self.indptr, offsets, exact=True)
-        fill("custom_mask", self.mask, bits, non_blocking)
-        fill("mask_indptr", self.indptr, offsets, non_blocking)
+        check_fits("custom_mask", self.mask, bits)
+        return CustomMask(bits, offsets)
+
+    def keep(self, packed: CustomMask, non_blocking: bool = True) -> CustomMask:
+        """The buffers as a mask, with what ``packed`` returned in them."""
+        assert self.mask is not None
+        assert self.indptr is not None
+        assert packed.offsets is not None
+        fill("custom_mask", self.mask, packed.mask, non_blocking)
+        fill("mask_indptr", self.indptr, packed.offsets, non_blocking)
         return CustomMask(self.mask, self.indptr)
 
 

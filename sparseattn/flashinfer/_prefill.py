@@ -119,23 +119,25 @@ class PrefillWrapper(Wrapper):
     def _mask(
         self, masking: Masking, rows: Rows, kv_lens: Tensor, kv_host: list[int] | None, non_blocking: bool
     ) -> CustomMask | None:
-        """The mask of a plan, where ``run`` will look for it."""
+        """The mask of a plan."""
         if not masking.any:
             return None
         mask = masking.prepare(rows, kv_lens, kv_host, self.device, non_blocking)
         if mask is None or not self.is_cuda_graph_enabled:
             return mask
-        return self._mask_buffers.fill(mask, kv_lens, rows.indptr.diff(), non_blocking)
+        return self._mask_buffers.packed(mask, kv_lens, rows.indptr.diff())
 
-    def _keep_rows(self, rows: Rows, non_blocking: bool) -> Rows:
-        """The same, in the caller's tensor if there is one; last, when all of a plan has turned out well."""
+    def _keep(self, rows: Rows, mask: CustomMask | None, non_blocking: bool) -> tuple[Rows, CustomMask | None]:
+        """The same, in the caller's tensors if there are any; last, when all of a plan has turned out well."""
         if not self.is_cuda_graph_enabled:
-            return rows
+            return rows, mask
+        if mask is not None:
+            mask = self._mask_buffers.keep(mask, non_blocking)
         fill("qo_indptr", self._qo_indptr_buf, rows.indptr, non_blocking)
         if self._most_rows is None:
             self._most_rows = rows.total
         self._least_rows = rows.total or 0
-        return rows._replace(indptr=self._qo_indptr_buf, total=None, lengths=None)
+        return rows._replace(indptr=self._qo_indptr_buf, total=None, lengths=None), mask
 
     def _variant(self, **options: Any) -> Any:
         """The plan with those options that are given and not as planned; the last such plan is kept."""

@@ -209,7 +209,7 @@ def cudnn_batch_prefill_with_kv_cache(
     if block_tables is not None:
         if actual_seq_lens_kv is None:
             raise argument_error("actual_seq_lens_kv", "lengths of the pages' contents", None)
-        table = dense_table(block_tables.reshape(batch, -1), actual_seq_lens_kv, k_cache.shape[2], q.device)
+        table = dense_table(block_tables.flatten(1), actual_seq_lens_kv, k_cache.shape[2], q.device)
         layout = "HND"
     else:
         per = k_cache.shape[1] * dim if elements else 1

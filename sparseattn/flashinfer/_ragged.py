@@ -74,7 +74,7 @@ class RaggedPlan:
         check_heads(self.num_qo_heads, self.num_kv_heads)
         self._arguments = self.options.arguments(self.num_qo_heads, self.dims[0], self.device)
         self._scale = self._arguments.pop("scale")
-        known = self.kv_host is not None and self.rows.lengths is not None  # nothing past the end is read
+        known = self.kv_host is not None and bool(self.rows.lengths)  # so nothing past the end is read
         self._plain = known and self.mask is None and self._arguments["positions"] is None
         self._plain_arguments = {n: value for n, value in self._arguments.items() if n != "positions"}
         # The largest page that all requests fill: fewer numbers to look up. Powers of two only, for few kernels.
@@ -292,14 +292,17 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         )
         kv_sizes = None if kv_host is None else [b - a for a, b in itertools.pairwise(kv_host)]
         mask = self._mask(masking, rows, lengths, kv_sizes, non_blocking)
-        if self.is_cuda_graph_enabled:
+        if self.is_cuda_graph_enabled:  # its buffers are filled last, when all of the plan has turned out well
+            check_heads(num_qo_heads, num_kv_heads)
+            options.arguments(num_qo_heads, head_dim_qk, self.device)
             check_fits("kv_indptr", self._kv_indptr_buf, starts, exact=True)
             fill("kv_indptr", self._kv_indptr_buf, starts, non_blocking)
             self._kv_lens_buf.copy_(lengths)
             starts, lengths, kv_host = self._kv_indptr_buf, self._kv_lens_buf, None
+        rows, mask = self._keep(rows, mask, non_blocking)
         self._planned = RaggedPlan(
-            self._keep_rows(rows, non_blocking), starts, lengths, kv_host, num_qo_heads, num_kv_heads,
-            (head_dim_qk, head_dim_vo or head_dim_qk), self._kv_layout, options, self.device, dtypes, mask, self._impl,
+            rows, starts, lengths, kv_host, num_qo_heads, num_kv_heads, (head_dim_qk, head_dim_vo or head_dim_qk),
+            self._kv_layout, options, self.device, dtypes, mask, self._impl,
         )  # fmt: skip
 
     def run(

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.flashinfer._common import Dtypes, Options, Table, csr_table, readable, resolve_dtypes, unsupported
+from sparseattn.flashinfer._common import (
+    Dtypes,
+    Options,
+    Table,
+    check_heads,
+    csr_table,
+    readable,
+    resolve_dtypes,
+    unsupported,
+)
 from sparseattn.flashinfer._prefill import Masking, PrefillWrapper, float8_scales
 from sparseattn.flashinfer._prefill_fronts import cudnn_batch_prefill_with_kv_cache as cudnn_batch_prefill_with_kv_cache
 from sparseattn.flashinfer._prefill_fronts import (
@@ -200,15 +209,21 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         lengths = seq_lens
         if lengths is None and masking.any and readable(table[0], table[2]):
             lengths = lengths_from_last_pages(table[0], table[2], page_size)
-        if self.is_cuda_graph_enabled:
-            pages = self._buffers.fill(*table, page_size, non_blocking)
-            if seq_lens is not None:
-                pages.seq_lens.copy_(self._table(table, seq_lens, page_size, non_blocking).seq_lens)
-        else:
+        graph = self.is_cuda_graph_enabled
+        pages = mask = None
+        if not graph or masking.any or seq_lens is not None:
             pages = self._table(table, seq_lens, page_size, non_blocking)
-        kv_host = lengths.tolist() if lengths is not None and readable(lengths) else None
-        mask = self._mask(masking, rows, pages.seq_lens, kv_host, non_blocking)
-        rows = self._keep_rows(rows, non_blocking)
+            kv_host = lengths.tolist() if lengths is not None and readable(lengths) else None
+            mask = self._mask(masking, rows, pages.seq_lens, kv_host, non_blocking)
+        if graph:  # its buffers are filled last, when all of the plan has turned out well
+            check_heads(fields["num_qo_heads"], fields["num_kv_heads"])
+            fields["options"].arguments(fields["num_qo_heads"], fields["head_dim"], self.device)
+            held = self._buffers.fill(*table, page_size, non_blocking)
+            if pages is not None:
+                held.seq_lens.copy_(pages.seq_lens)
+            pages = held
+        assert pages is not None
+        rows, mask = self._keep(rows, mask, non_blocking)
         return PagedPlan(
             table=pages, kv_layout=self._kv_layout, device=self.device, cu_seqlens_q=rows.indptr,
             max_seqlen_q=rows.longest, total_q=rows.total, custom_mask=mask, impl=self._impl, **fields,

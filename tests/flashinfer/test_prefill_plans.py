@@ -290,7 +290,8 @@ def test_plans_that_buffers_do_not_hold():
         ("qo_indptr: expected 3 entries", ([5, 5, 5], [1, 1, 1]), {}),
         ("qo_indptr: expected at most 14 rows", ([54, 60], [9, 6]), {}),
         ("paged_kv_indices: expected at most 10", ([100, 100], [9, 5]), {}),
-        ("custom_mask: expected at most 20", ([54, 60], [9, 5]), {"custom_mask": torch.ones(786, dtype=torch.bool)}),
+        ("custom_mask: expected at most 20", ([50, 60], [9, 5]), {"custom_mask": torch.ones(786, dtype=torch.bool)}),
+        ("pos_encoding_mode", ([50, 60], [9, 5]), {"pos_encoding_mode": "ROPE"}),
     ):
         other = make_batch(kv, qo)
         with pytest.raises(ValueError, match=match):

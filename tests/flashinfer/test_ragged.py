@@ -67,6 +67,7 @@ SAMPLES = [
     ([17, 9], [40, 30], (4, 2), (32, 32), torch.float32, None, {"window_left": 8, "softcap": 5.0, "scale": 0.3}),
     ([17, 9], [48, 32], (4, 2), (64, 64), torch.float16, E4M3, {"causal": True}),
     ([1, 1], [300, 20], (8, 2), (32, 32), torch.float16, None, {}),
+    ([0, 0], [3, 20], (8, 2), (32, 32), torch.float16, None, {}),
 ]
 
 
@@ -167,6 +168,15 @@ def test_forward_keeps_what_was_planned(device: str):
     batch.check(wrapper.forward(*tensors, False, "ALIBI"), **{**options, "causal": False, "positions": "ALIBI"})
     batch.check(wrapper.forward_return_lse(*tensors, window_left=3), **{**options, "window_left": 3})
     assert torch.equal(wrapper.run(*tensors), o)
+
+
+def test_no_requests(device: str):
+    for mode in ("NONE", "ROPE_LLAMA"):
+        wrapper = BatchPrefillWithRaggedKVCacheWrapper(torch.empty(16, device=device))
+        wrapper.plan(offsets([], device), offsets([], device), 4, 2, 32, pos_encoding_mode=mode)
+        nothing = torch.empty(0, 4, 32, device=device).half()
+        o, lse = wrapper.run(nothing, nothing[:, :2], nothing[:, :2], return_lse=True)
+        assert (o.shape, lse.shape) == ((0, 4, 32), (0, 4))
 
 
 def test_offsets_in_elements(device: str):
