@@ -278,6 +278,9 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             raise argument_error("window_left", f"{plan.options.window_left}, as planned", window_left)
         if q_len_per_req is not None and q_len_per_req != plan.max_seqlen_q:
             raise argument_error("q_len_per_req", f"{plan.max_seqlen_q}, as planned", q_len_per_req)
+        if isinstance(q, Tensor) and q.shape[0] != plan.total_q:
+            expected = f"{plan.total_q} rows, q_len_per_req = {plan.max_seqlen_q} a request, as planned"
+            raise argument_error("q", expected, f"shape {tuple(q.shape)}")
         return plan.run(
             q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, sinks=sinks, out=out, lse=lse,
             return_lse=return_lse,

@@ -154,8 +154,21 @@ def test_several_queries_a_request(q_len: int, device: str):
     assert torch.equal(wrapper.run(batch.q, batch.combined, q_len_per_req=q_len), wrapper.run(batch.q, batch.combined))
     with pytest.raises(ValueError, match="q_len_per_req: expected"):
         wrapper.run(batch.q, batch.combined, q_len_per_req=q_len + 1)
-    with pytest.raises(ValueError, match="q: expected shape"):
+    with pytest.raises(ValueError, match=r"q: expected .* rows, q_len_per_req"):
         wrapper.run(batch.q[:4], batch.combined)
+
+
+def test_scores_far_below_zero(device: str):
+    """Logits of -46341, which the historical -5e4 for masked ones was too near to, and an LSE of a coarse float32."""
+    q = torch.full((1, 4, 128), 64.0, dtype=torch.float16, device=device)
+    k = torch.full((17, 1, 2, 128), -64.0, dtype=torch.float16, device=device)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(torch.empty(16, device=device))
+    table = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 2], [15, 16], [1]))
+    wrapper.plan(*table, 4, 2, 128, 1)
+    o, lse = wrapper.run(q, (k, torch.ones_like(k)), return_lse=True)
+    assert (o == 1).all()
+    expected = torch.full((1, 4), (math.log(2) - 64 * 64 * 128 / 128**0.5) / math.log(2), device=device)
+    torch.testing.assert_close(lse, expected, rtol=1e-6, atol=0)
 
 
 def test_scales(device: str):

@@ -161,10 +161,13 @@ def _seen_values(values: Tensor, s: Tensor) -> Tensor:
 def _softmax(s: Tensor, values: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Outputs ``[rows, Hq, Dv]`` and LSE ``[Hq, rows]`` of scores ``[Hq, rows, n]``."""
     heads, rows, _ = s.shape
-    lse = s.logsumexp(-1)
-    top = lse.masked_fill(lse == -math.inf, 0)
+    top = s.amax(-1)
+    top = top.masked_fill(top == -math.inf, 0)
     weights = (s - top[..., None]).exp()
+    total = weights.sum(-1)  # by which outputs are divided: an LSE of huge scores is too coarse for that
+    lse = total.log() + top
     o = torch.bmm(weights.reshape(values.shape[1], -1, s.shape[-1]), values.transpose(0, 1)).view(heads, rows, -1)
+    o = o / total.clamp(min=torch.finfo(s.dtype).tiny)[..., None]
     if sinks is not None:
         o = o * torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])[..., None]
     return o.transpose(0, 1), lse
