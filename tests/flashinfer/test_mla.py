@@ -212,6 +212,14 @@ def test_by_triton(dims, device: str):
     case.check(wrapper.run(*case.q, *case.cache, return_lse=True), scale=SCALE)
 
 
+def test_runs_are_traced_whole():
+    case = Latent([37, 5], heads=4, dims=(64, 16))
+    wrapper = case.plan()
+    tensors = *(t.contiguous() for t in case.q), *case.cache
+    compiled = torch.compile(lambda *t: wrapper.run(*t, return_lse=True), fullgraph=True, backend="aot_eager")
+    case.check(compiled(*tensors), scale=SCALE)
+
+
 # ---- CUDA graphs ----
 
 CHANGES = (([37, 20, 90], [3, 17, 1]), ([1, 200, 0], [1, 4, 0]), ([16, 16, 16], [1, 1, 1]))

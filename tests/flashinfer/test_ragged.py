@@ -204,6 +204,16 @@ def test_ragged_by_triton(said: dict, device: str):
     batch.check(wrapper.run_return_lse(batch.q, batch.k, batch.v), **options)
 
 
+@pytest.mark.parametrize("mode", ["NONE", "ALIBI"])
+def test_runs_are_traced_whole(mode: str):
+    batch = Packed([20, 9], [37, 12])
+    wrapper = batch.plan(causal=True, pos_encoding_mode=mode)
+    compiled = torch.compile(
+        lambda *tensors: wrapper.run(*tensors, return_lse=True), fullgraph=True, backend="aot_eager"
+    )
+    batch.check(compiled(batch.q, batch.k, batch.v), causal=True, positions=mode)
+
+
 # ---- CUDA graphs ----
 
 
