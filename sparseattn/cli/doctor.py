@@ -114,7 +114,7 @@ def _device() -> Iterator[Finding]:
 
 def _implementations() -> Iterator[Finding]:
     """Ask every implementation of every operator whether it would run, and let the default one run."""
-    from sparseattn.ops import block_sparse
+    from sparseattn.ops import block_sparse, dispatch
     from sparseattn.ops.scores import api as scores
 
     section = "Implementations"
@@ -132,7 +132,7 @@ def _implementations() -> Iterator[Finding]:
         ("block_sparse", attention, lambda impl: block_sparse.unsupported_reason(q, k, k, impl=impl)),
         ("scores", select, lambda impl: scores.unsupported_reason(q, k, impl=impl)),
     )
-    implementations = {"block_sparse": block_sparse.IMPLEMENTATIONS, "scores": scores.IMPLEMENTATIONS}
+    implementations = {"block_sparse": block_sparse.IMPLEMENTATIONS, "scores": dispatch.IMPLEMENTATIONS}
     for name, call, unsupported in operators:
         for impl in implementations[name]:
             line = f"{name}, {impl}"
