@@ -138,6 +138,18 @@ def test_perturbed_future_keys_leave_no_trace(block: tuple[int, int], impl: str,
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_scores_far_from_zero(impl: str, device: str):
+    """Equal logits of -46341, and values of 1: an LSE in float32 is too coarse to divide by."""
+    q = torch.full((3, 4, 128), 64.0, dtype=torch.float16, device=device)
+    k = torch.full((7, 2, 128), -64.0, dtype=torch.float16, device=device)
+    pattern = [t.to(device) for t in dense((3, 7), (2, 3))]
+    o, lse = bsr_attention(q, k, torch.ones_like(k), *pattern, (2, 3), return_lse=True, impl=impl)
+    assert (o == 1).all()
+    expected = torch.full((4, 3), math.log(7) - 64 * 64 * 128 / 128**0.5, device=device)
+    torch.testing.assert_close(lse, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("name", ["r3-c7", "batch-own", "r64-c64", "r2-c320-one-row"])
 def test_strides_and_out(name: str, impl: str, device: str):
     problem = build(IDS[name], torch.float16, device)
@@ -361,6 +373,16 @@ def test_repeated(name: str, impl: str, device: str):
         assert torch.equal(o, expected[0])
         assert torch.equal(lse, expected[1])
         assert out is None or o is out
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_repeated_with_tensors_that_were_one(device: str):
+    """What was one tensor in the first call may be several in the next."""
+    x, y, z = torch.randn(3, 20, 2, 16, dtype=torch.float16, device=device).unbind()
+    rows = make_rows(*(t.to(device) for t in dense((20, 20), (4, 5))), (4, 5), (20, 20))
+    repeated = RepeatedRows(rows)
+    for tensors in ((x, x, x), (x, y, z), (y, z, z), (y, z, x), (z, x, z), (x, x, y)):
+        assert torch.equal(repeated(*tensors)[0], attend_rows(*tensors, rows))
 
 
 def test_repeated_differentiates_where_single_calls_do():

@@ -158,8 +158,12 @@ def _kept(p: BSRProblem, first: Tensor, owned: Tensor, rows: Tensor, token: Tens
 
 def _softmax(s: Tensor, values: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Outputs ``[n, R, Hkv, group, Dv]`` and LSE ``[n, Hkv, group, R]`` of scores ``[n, Hkv, group, R, keys]``."""
-    lse = s.logsumexp(-1)
-    weights = (s - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
+    top = s.amax(-1)
+    top = top.masked_fill(top == -math.inf, 0)
+    weights = (s - top[..., None]).exp()
+    total = weights.sum(-1)  # by which outputs are divided: an LSE of huge scores is too coarse for that
+    lse = total.log() + top
+    scale = 1 / total.clamp(min=torch.finfo(s.dtype).tiny)
     if sinks is not None:
-        weights = weights * torch.sigmoid(lse - sinks)[..., None]
-    return torch.einsum("nhgrk,nkhd->nrhgd", weights, values), lse
+        scale = scale * torch.sigmoid(lse - sinks)
+    return torch.einsum("nhgrk,nkhd->nrhgd", weights * scale[..., None], values), lse
