@@ -102,6 +102,9 @@ class RaggedPlan:
         return_lse: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of ``q`` ``[tokens, Hq, D]``; the output ``[tokens, Hq, Dv]``, and base-2 LSE ``[tokens, Hq]``."""
+        if not isinstance(q, Tensor) or not isinstance(k, Tensor) or not isinstance(v, Tensor):
+            got = ", ".join(type(t).__name__ for t in (q, k, v))
+            raise argument_error("q, k, v", "tensors", got, kind=TypeError)
         if self.kv_layout == "HND":
             k, v = k.transpose(0, 1), v.transpose(0, 1)
         form = (q.dtype, k.dtype, v.dtype, q.shape, k.shape, v.shape)

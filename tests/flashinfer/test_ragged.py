@@ -296,6 +296,7 @@ def test_bad_ragged_input():
         ("k: expected torch.float16, as planned", TypeError, lambda: wrapper.run(q, k.bfloat16(), v)),
         ("v: expected torch.float16, as planned", TypeError, lambda: wrapper.run(q, k, v.bfloat16())),
         ("q: expected shape", ValueError, lambda: wrapper.run(q[1:], k, v)),
+        ("q, k, v: expected tensors", TypeError, lambda: wrapper.run(q, (k, v), None)),
         ("k: expected 57 rows", ValueError, lambda: wrapper.run(q, k[:56], v[:56])),
         ("v: expected 57 rows", ValueError, lambda: wrapper.run(q, k, v[:-1])),
         ("k: expected 57 rows of 2 heads", ValueError, lambda: wrapper.run(q, k[:, :1], v)),
