@@ -40,19 +40,23 @@ class Packed(NamedTuple):
     max_seqlen: int
 
 
+Spans = tuple[tuple[int, int], ...]
+
+
 class Layout(NamedTuple):
     """Arguments that tell an operator or selector where the sequences lie.
 
     Attributes:
         arguments: ``ranges_*`` or ``cu_seqlens_*`` and ``max_seqlen_*`` keywords; empty when every row is whole.
         packed: Tensors must be flattened to ``[total, heads, head_dim]``.
+        spans: The valid keys ``[start, end)`` of every row, where the host knows them; else None.
+        seen: Tokens seen at the end of the call, this call's queries included, likewise.
     """
 
     arguments: dict[str, Any]
     packed: bool
-
-
-WHOLE = Layout({}, False)
+    spans: Spans | None = None
+    seen: int | None = None
 
 
 def row_mask(
@@ -111,12 +115,17 @@ def row_mask(
         end = start + (q_offset + q_length if causal else kv_length)
     else:
         seen = q_offset + q_length if causal else attention_mask.shape[-1]
+        start, end = _run_of_ones(attention_mask)
         if not _unreadable(attention_mask):
-            whole = _check_padding(attention_mask, seen, causal)
+            whole, seen, spans = _check_padding(attention_mask, start, end, seen, causal)
             known = isinstance(q_offset, int) and isinstance(kv_offset, int)
             if whole and known and (not causal or kv_offset + kv_length == seen):
                 return torch.empty(0, 1, 1, 4, dtype=torch.int32, device=attention_mask.device)
-        start, end = _run_of_ones(attention_mask)
+            ranges = _ranges(start, end, q_length, kv_length, q_offset, kv_offset, causal, local_size is not None)
+            if causal and isinstance(kv_offset, int):
+                clamped = (tuple(min(max(min(x, seen) - kv_offset, 0), kv_length) for x in span) for span in spans)
+                _known[ranges] = tuple(clamped), seen
+            return ranges
     return _ranges(start, end, q_length, kv_length, q_offset, kv_offset, causal, local_size is not None)
 
 
@@ -186,12 +195,13 @@ def resolve(
         lengths = {"max_seqlen_q": mask.max_seqlen, "max_seqlen_k": mask.max_seqlen}
         return Layout({"cu_seqlens_q": mask.cu_seqlens, "cu_seqlens_k": mask.cu_seqlens, **lengths}, True)
     if mask is None or mask.shape[0] == 0:
-        return WHOLE
+        return Layout({}, False, ((0, kv_length),) * batch, kv_length)
     rows = mask.view(-1, 4)
     # A mask made from another batch's metadata (beam search, expanded inputs) must not silently broadcast.
     if rows.shape[0] != batch:
         raise argument_error("attention_mask", f"{batch} rows like the query", rows.shape[0])
-    return Layout({"ranges_q": rows[:, :2].contiguous(), "ranges_k": rows[:, 2:].contiguous()}, False)
+    ranges = {"ranges_q": rows[:, :2].contiguous(), "ranges_k": rows[:, 2:].contiguous()}
+    return Layout(ranges, False, *(None, None) if _unreadable(mask) else _known.get(mask, (None, None)))
 
 
 def pack(sequence_ids: Tensor) -> Packed:
@@ -232,6 +242,8 @@ def packed_positions(position_ids: Tensor) -> Packed | None:
 
 
 _packed_memo: Any = WeakTensorKeyDictionary()
+# Of the ranges that ``row_mask`` returned: the spans of the keys, and how many tokens were seen.
+_known: Any = WeakTensorKeyDictionary()
 
 
 def _from_cu_seq_lens(
@@ -289,15 +301,22 @@ def _run_of_ones(mask: Tensor) -> tuple[Tensor, Tensor]:
     return start, start + count
 
 
-def _check_padding(mask: Tensor, seen: int | Tensor, causal: bool) -> bool:
-    """Refuse masks that are not one run of ones per row, or too short. True when nothing is masked. One device read."""
+def _check_padding(
+    mask: Tensor, start: Tensor, end: Tensor, seen: int | Tensor, causal: bool
+) -> tuple[bool, int, Spans]:
+    """Refuse masks that are not one run of ones per row, or too short. One device read.
+
+    Returns:
+        Whether nothing is masked, the tokens seen, and every row's run ``[start, end)``.
+    """
     rises = mask[:, 0].int() + (mask[:, 1:] & ~mask[:, :-1]).sum(-1)
-    short = torch.as_tensor(seen, device=mask.device) > mask.shape[-1]
-    whole, holes, too_short = torch.stack([mask.all(), (rises > 1).any(), short]).tolist()
-    if causal and too_short:
+    tokens = torch.as_tensor(seen, device=mask.device)
+    facts = torch.stack([mask.all(), (rises > 1).any(), tokens]).long()
+    whole, holes, tokens_seen, *runs = torch.cat([facts, start, end]).tolist()
+    if causal and tokens_seen > mask.shape[-1]:
         raise argument_error(
             "attention_mask",
-            f"a mask over all {int(seen)} tokens seen so far, cached ones included",
+            f"a mask over all {tokens_seen} tokens seen so far, cached ones included",
             f"width {mask.shape[-1]}",
         )
     if holes:
@@ -307,7 +326,8 @@ def _check_padding(mask: Tensor, seen: int | Tensor, causal: bool) -> bool:
             "a row with zeros between ones",
             "Generating after a right-padded prompt does this: set tokenizer.padding_side = 'left'.",
         )
-    return whole
+    rows = mask.shape[0]
+    return bool(whole), tokens_seen, tuple(zip(runs[:rows], runs[rows:], strict=True))
 
 
 def _unreadable(tensor: Tensor) -> bool:

@@ -34,6 +34,8 @@ class CallRecord:
         reason: Why a call ran dense although the method is another; None otherwise.
         q_len: Query rows of the call (of all sequences together when packed).
         k_len: Key rows, including the unused tail of a static cache.
+        landmarks: With method "landmark": how many complete blocks of keys had landmarks from earlier calls with the
+            same cache ("12 of 16 blocks kept"), or why all were computed. None for other methods.
         mask: The selected blocks, kept under ``record(masks=True)``.
         heads: Density, recall (mean, 5th percentile, worst row), deficit and output error of every query head, under
             ``record(fidelity=True)``; with ``fidelity="bounds"`` also what random and the best blocks would keep. None
@@ -45,6 +47,7 @@ class CallRecord:
     q_len: int
     k_len: int
     reason: str | None = None
+    landmarks: str | None = None
     mask: BlockMask | None = None
     heads: fidelity.HeadFidelity | None = None
     _density: Tensor | None = field(default=None, repr=False)
@@ -134,7 +137,7 @@ class CallRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers as plain, JSON-able values."""
-        names = ("layer", "method", "reason", "q_len", "k_len", "density", "recall", "output_error")
+        names = ("layer", "method", "reason", "landmarks", "q_len", "k_len", "density", "recall", "output_error")
         return {name: getattr(self, name) for name in (*names, "selection_seconds", "attention_seconds", "seconds")}
 
 

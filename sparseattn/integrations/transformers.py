@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from sparseattn import fidelity, selectors
 from sparseattn.errors import argument_error
-from sparseattn.integrations import layout, records
+from sparseattn.integrations import landmarks, layout, records
 from sparseattn.integrations.options import DENSE, AttentionOptions, implementation_name, method_names, resolve
 from sparseattn.masks import BlockMask
 from sparseattn.ops.block_sparse import block_sparse_attention
@@ -88,6 +88,7 @@ def attention_forward(
         TypeError: Options or masks of the wrong type, q, k, v of different dtypes.
     """
     _refuse_unsupported(dropout, kwargs)
+    own_key = key
     query, key, value = _same_dtype(module, query, key, value)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     q_len, k_len = query.shape[2], key.shape[2]
@@ -105,10 +106,13 @@ def attention_forward(
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     reason = _dense_reason(chosen, where.arguments.get("max_seqlen_q", q_len), window)
 
+    found = _landmarks(module, own_key, k, q_len, causal, where, chosen, reason is None)
+    known = {} if found is None or found.features is None else {"features": found.features}
+
     def select() -> BlockMask:
         with torch.no_grad():
             return selectors.get(chosen.method).select(
-                q, k, chosen.config, causal=causal, scale=scaling, layer=layer, impl=chosen.selector_impl,
+                q, k, chosen.config, causal=causal, scale=scaling, layer=layer, impl=chosen.selector_impl, **known,
                 **where.arguments,
             )  # fmt: skip
 
@@ -126,10 +130,25 @@ def attention_forward(
     if recorder is None:
         out = attend(select() if reason is None else None)
     else:
-        call = records.CallRecord(layer, chosen.method if reason is None else DENSE, q_len, k_len, reason)
+        how = None if found is None else found.how
+        call = records.CallRecord(layer, chosen.method if reason is None else DENSE, q_len, k_len, reason, how)
         corrected = chosen.mean_correction
         out = call.run(recorder, q.device, select if reason is None else None, attend, bounds, corrected)
     return out.view(query.shape[0], q_len, *out.shape[-2:]), None
+
+
+def _landmarks(
+    module: nn.Module, key: Tensor, k: Tensor, q_len: int, causal: bool, where: layout.Layout, chosen: AttentionOptions,
+    selects: bool,
+) -> landmarks.Found | None:  # fmt: skip
+    """The landmarks kept with the cache, for a call that selects by them; other calls are noted."""
+    if torch.compiler.is_compiling():
+        return None
+    if not selects or chosen.method != "landmark":
+        landmarks.note(module, key, q_len, where)
+        return None
+    with torch.no_grad():
+        return landmarks.find(module, key, k, q_len, causal, where, chosen.config, chosen.selector_impl)
 
 
 _PACKING = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
