@@ -84,7 +84,7 @@ def trtllm_batch_decode_with_kv_cache(
         enable_pdl: Accepted.
         backend: FlashInfer's names leave the choice to this library; "triton" or "reference" is run or refused.
         q_len_per_req: Queries of each request, its last tokens, causal among themselves.
-        o_scale: The output is divided by it.
+        o_scale: Accepted; ``bmm2_scale`` is ``v_scale / o_scale`` already.
         mask: Which of its request's drafts each draft token sees, see ``draft_mask``; takes the place of causality.
         max_q_len: Longest query length, with ``cum_seq_lens_q``.
         cum_seq_lens_q: int32 ``[B + 1]``, where each request's queries begin, if they are not equally many.
@@ -113,8 +113,7 @@ def trtllm_batch_decode_with_kv_cache(
     check_heads(query.shape[1], k.shape[1 if kv_layout == "HND" else 2])
     if bmm1_scale_log2 is not None:
         bmm1_scale = bmm1_scale_log2 * _LN2
-    values = bmm2_scale if o_scale in (None, 1.0) else bmm2_scale / o_scale
-    scales = fold_scales(1.0, bmm1_scale, None, values)
+    scales = fold_scales(1.0, bmm1_scale, None, bmm2_scale)
     arguments: dict[str, Any] = {
         "scale": scales.scale, "k_scale": scales.k, "v_scale": scales.v, "window": window_of(window_left),
         "impl": implementation(backend), "sinks": sinks_of(sinks),
