@@ -96,7 +96,8 @@ def _look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         return
     layer = layers[index] if index < len(layers) else None
     kept = None if layer is None else _kept.get(layer)
-    _call.set(_Call(weakref.ref(module), weakref.ref(cache), 0 if kept is None else kept.still(layer.keys)))
+    still = 0 if layer is None or kept is None else kept.still(layer.keys)
+    _call.set(_Call(weakref.ref(module), weakref.ref(cache), still))
 
 
 def find(
