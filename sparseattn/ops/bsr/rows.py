@@ -198,23 +198,22 @@ def _block_mask(rows: BlockRows, ascending: bool) -> BlockMask | None:
     """The rows as ascending lists, if block-sparse attention takes such blocks; numbers of no block are dropped."""
     if any(size % _LEAST_BLOCK or size > _MOST_BLOCK for size in rows.block_size):
         return None
-    nb, bounds = -(-rows.seq_lens[1] // rows.block_size[1]), rows.bounds
+    nb, bounds, nnz = -(-rows.seq_lens[1] // rows.block_size[1]), rows.bounds, rows.indices.shape[-1]
     csr = rows.indices.dim() == 1
-    width = min(nb, rows.indices.shape[-1])
-    first = bounds[..., :-1] if csr else None
-    counts = bounds[..., 1:] - bounds[..., :-1] if csr else bounds
-    if width == 0 or counts.numel() * width > _MOST_ENTRIES:
+    width = min(nb, nnz)
+    if width == 0 or bounds.numel() * width > _MOST_ENTRIES:
         return None
     if ascending:
         return BlockMask(bounds, rows.indices[..., :width], rows.block_size, rows.seq_lens)
-    entry = torch.arange(width, dtype=torch.int32, device=rows.device)
-    if first is not None:
-        where = (first[..., None] + entry).clamp(min=0, max=rows.indices.shape[0] - 1)
-        indices = rows.indices[where]
+    indices = rows.indices
+    at = torch.arange(width if csr else nnz, dtype=torch.int32, device=rows.device)
+    if csr:
+        at = at + bounds[..., :-1, None]
+        inside = at.clamp(0, nnz - 1)
+        indices = indices[inside]
+        listed = (at < bounds[..., 1:, None]) & (at == inside)
     else:
-        indices = rows.indices
-        entry = torch.arange(indices.shape[-1], dtype=torch.int32, device=rows.device)
-    listed = (entry < counts[..., None]) & (indices >= 0) & (indices < nb)
+        listed = at < bounds[..., None]
+    listed &= indices == indices.clamp(0, nb - 1)
     indices = torch.where(listed, indices, nb).sort(-1).values[..., :width]
-    counts = listed.sum(-1, dtype=torch.int32)
-    return BlockMask(counts, indices.clamp(max=nb - 1), rows.block_size, rows.seq_lens)
+    return BlockMask(listed.sum(-1, dtype=torch.int32), indices, rows.block_size, rows.seq_lens)
