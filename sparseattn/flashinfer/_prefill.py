@@ -94,7 +94,6 @@ class PrefillWrapper(Wrapper):
         self.is_cuda_graph_enabled = use_cuda_graph
         self._backend, self._impl = backend, implementation(backend)
         self._most_rows: int | None = None
-        self._last: tuple[Any, dict[str, Any], Any] | None = None
         if use_cuda_graph:
             if not isinstance(qo_indptr_buf, Tensor) or qo_indptr_buf.dtype != torch.int32:
                 raise argument_error("qo_indptr_buf", "an int32 tensor [B + 1] with use_cuda_graph", qo_indptr_buf)
@@ -138,16 +137,6 @@ class PrefillWrapper(Wrapper):
             self._most_rows = rows.total
         self._least_rows = rows.total or 0
         return rows._replace(indptr=self._qo_indptr_buf, total=None, lengths=None), mask
-
-    def _variant(self, **options: Any) -> Any:
-        """The plan with those options that are given and not as planned; the last such plan is kept."""
-        plan = self._plan()
-        changed = {n: o for n, o in options.items() if o is not None and o != getattr(plan.options, n)}
-        if not changed:
-            return plan
-        if self._last is None or self._last[0] is not plan or self._last[1] != changed:
-            self._last = plan, changed, plan.replaced(**changed)
-        return self._last[2]
 
     def _check_rows(self, q: Tensor) -> None:
         """Under CUDA graphs q may have more rows than the plan, which stay 0 (LSE -inf), but not fewer."""

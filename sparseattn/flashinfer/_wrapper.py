@@ -30,6 +30,8 @@ from sparseattn.flashinfer._common import (
 from sparseattn.masks import BlockMask
 from sparseattn.ops.paged import CustomMask, PagedCache, PageLists, RepeatedAttention, paged_attention
 
+_MOST_VARIANTS = 16
+
 
 class Wrapper:
     """Base of all wrappers: ``plan``, then ``run`` any number of times.
@@ -48,6 +50,7 @@ class Wrapper:
     def __init__(self, float_workspace_buffer: Tensor, kv_layout: str = "NHD") -> None:
         self._kv_layout = check_layout(kv_layout)
         self._planned: Any = None
+        self._variants: tuple[Any, dict[Any, Any]] | None = None
         self.reset_workspace_buffer(float_workspace_buffer)
 
     def reset_workspace_buffer(
@@ -88,10 +91,9 @@ class Wrapper:
         kwargs.update(zip(self._forward, args[self._tensors :], strict=False))
         kwargs.pop("use_fp16_qk_reduction", None)
         options = {n: kwargs.pop(n) for n in Options._fields if n in kwargs}
-        options = {n: value for n, value in options.items() if value is not None}
         kept = self._plan()
         try:
-            self._planned = kept.replaced(**options) if options else kept
+            self._planned = self._variant(**options)
             return self.run(*args[: self._tensors], **kwargs)
         finally:
             self._planned = kept
@@ -103,6 +105,20 @@ class Wrapper:
     def forward_return_lse(self, *args: Any, **kwargs: Any) -> Any:
         """``forward`` with ``return_lse=True``."""
         return self.forward(*args, **kwargs, return_lse=True)
+
+    def _variant(self, **options: Any) -> Any:
+        """The plan with other options, None being as planned. Those of a plan are kept, since layers take turns."""
+        plan = self._plan()
+        said = {n: value for n, value in options.items() if value is not None}
+        changed = plan.options._replace(**said) if said else plan.options
+        if changed == plan.options:
+            return plan
+        if self._variants is None or self._variants[0] is not plan or len(self._variants[1]) > _MOST_VARIANTS:
+            self._variants = plan, {}
+        known = self._variants[1]
+        if changed not in known:
+            known[changed] = plan.replaced(**said)
+        return known[changed]
 
     def _plan(self) -> Any:
         """What ``plan`` left."""
@@ -352,39 +368,6 @@ def as_results(
         return o
     sums = base2(natural, lse)
     return (o, sums) if return_lse else o
-
-
-def lengths_table(
-    indptr: Tensor,
-    indices: Tensor,
-    lengths: Tensor,
-    page_size: int,
-    device: torch.device,
-    non_blocking: bool = True,
-    names: tuple[str, str, str] = ("kv_indptr", "kv_indices", "kv_len_arr"),
-) -> Table:
-    """A table from CSR pages and lengths in tokens, int32 (or uint32) of B elements, wherever they lie.
-
-    ``names`` are those of the arguments.
-    """
-    lengths = lengths.reshape(-1)
-    if lengths.dtype == torch.uint32:
-        lengths = lengths.view(torch.int32)
-    check_indptr(names[0], indptr, indices.shape[0] if isinstance(indices, Tensor) else None)
-    if lengths.shape[0] != indptr.shape[0] - 1:
-        expected = f"{indptr.shape[0] - 1} lengths, one less than {names[0]}"
-        raise argument_error(names[2], expected, f"shape {tuple(lengths.shape)}")
-    if readable(indptr, lengths):
-        for b, (length, pages) in enumerate(zip(lengths.tolist(), indptr.diff().tolist(), strict=True)):
-            if not 0 <= length <= pages * page_size:
-                expected = f"0..{pages * page_size}, what {pages} pages of {page_size} tokens hold"
-                raise argument_error(names[2], expected, f"{length} (request {b})")
-    return Table(
-        index_tensor(names[2], lengths, device, 1, non_blocking),
-        None,
-        index_tensor(names[0], indptr, device, 1, non_blocking),
-        index_tensor(names[1], indices, device, 1, non_blocking),
-    )
 
 
 def query_rows(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.flashinfer._common import Dtypes, Options, check_dtype, dtype_of, readable, resolve_dtypes, unsupported
-from sparseattn.flashinfer._wrapper import PagedPlan, Wrapper, lengths_table, query_rows
+from sparseattn.flashinfer._lengths import lengths_table
+from sparseattn.flashinfer._wrapper import PagedPlan, Wrapper, query_rows
 from sparseattn.flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 
 _Dtype = torch.dtype | str | None
@@ -90,7 +91,7 @@ class BatchAttention(Wrapper):
         self._fits_tokens = not (
             readable(kv_indptr, kv_len_arr) and bool((kv_len_arr.reshape(-1) > kv_indptr.diff()).any())
         )
-        self._token_plan: PagedPlan | None = None
+        self._token_plan: tuple[PagedPlan, PagedPlan] | None = None
 
     def run(
         self,
@@ -124,9 +125,7 @@ class BatchAttention(Wrapper):
         if profiler_buffer is not None or kv_cache_sf is not None:
             hint = "There are no NVFP4 caches, and no profiler."
             unsupported(hint, profiler_buffer=profiler_buffer, kv_cache_sf=kv_cache_sf)
-        plan = self._plan_for(kv_cache)
-        if logits_soft_cap and logits_soft_cap != plan.options.logits_soft_cap:
-            plan = plan.replaced(logits_soft_cap=logits_soft_cap)
+        plan = self._plan_for(kv_cache, logits_soft_cap or None)
         if self._kv_dtype is not None:
             check_dtype("kv_cache", kv_cache if isinstance(kv_cache, Tensor) else kv_cache[0], self._kv_dtype)
         got = plan.run(q, kv_cache, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse, return_lse=True)
@@ -144,18 +143,18 @@ class BatchAttention(Wrapper):
         """
         return self.run(q, k if v is None else (k, v), **kwargs)[0]  # type: ignore[arg-type]
 
-    def _plan_for(self, kv_cache: Tensor | tuple[Tensor, Tensor]) -> PagedPlan:
-        """The plan, in pages of one token if that is what the cache has."""
-        plan: PagedPlan = self._plan()
+    def _plan_for(self, kv_cache: Tensor | tuple[Tensor, Tensor], cap: float | None) -> PagedPlan:
+        """The plan with that soft cap, if it is given, and in pages of one token if that is what the cache has."""
+        plan: PagedPlan = self._variant(logits_soft_cap=cap)
         one = kv_cache if isinstance(kv_cache, Tensor) else kv_cache[0]
         if plan.page_size == 1 or one.dim() != (4 if one is kv_cache else 3):
             return plan
         if not self._fits_tokens:
             hint = "Without an axis of pages, kv_indptr and kv_indices count tokens."
             raise argument_error("kv_cache", f"pages of {plan.page_size} tokens, as planned", "single tokens", hint)
-        if self._token_plan is None:
-            self._token_plan = replace(plan, page_size=1)
-        return self._token_plan
+        if self._token_plan is None or self._token_plan[0] is not plan:
+            self._token_plan = plan, replace(plan, page_size=1)
+        return self._token_plan[1]
 
 
 class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper):

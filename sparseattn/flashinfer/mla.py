@@ -20,6 +20,7 @@ from sparseattn.flashinfer._common import (
     unsupported,
 )
 from sparseattn.flashinfer._latent import Parts, joined_cache
+from sparseattn.flashinfer._lengths import lengths_table
 from sparseattn.flashinfer._mla_fronts import (
     trtllm_batch_decode_with_kv_cache_mla as trtllm_batch_decode_with_kv_cache_mla,
 )
@@ -29,7 +30,6 @@ from sparseattn.flashinfer._wrapper import (
     check_fits,
     check_results,
     fill,
-    lengths_table,
     query_rows,
 )
 from sparseattn.ops.paged import RepeatedAttention

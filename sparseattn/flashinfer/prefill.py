@@ -18,6 +18,7 @@ from sparseattn.flashinfer._common import (
     resolve_dtypes,
     unsupported,
 )
+from sparseattn.flashinfer._lengths import lengths_table
 from sparseattn.flashinfer._prefill import Masking, PrefillWrapper, float8_scales
 from sparseattn.flashinfer._prefill_fronts import cudnn_batch_prefill_with_kv_cache as cudnn_batch_prefill_with_kv_cache
 from sparseattn.flashinfer._prefill_fronts import (
@@ -28,7 +29,7 @@ from sparseattn.flashinfer._single_prefill import single_prefill_with_kv_cache a
 from sparseattn.flashinfer._single_prefill import (
     single_prefill_with_kv_cache_return_lse as single_prefill_with_kv_cache_return_lse,
 )
-from sparseattn.flashinfer._wrapper import PagedPlan, TableBuffers, lengths_table
+from sparseattn.flashinfer._wrapper import PagedPlan, TableBuffers
 from sparseattn.ops.paged import lengths_from_last_pages
 
 _Dtype = torch.dtype | str | None

@@ -184,6 +184,10 @@ def test_forward_keeps_what_was_planned(device: str):
     batch.check(wrapper.run(batch.q, cache, window_left=-1), **{**options, "window_left": -1})
     batch.check(wrapper.run(batch.q, cache, sm_scale=0.1), **{**options, "scale": 0.1})
     assert torch.equal(wrapper.run(batch.q, cache), o)
+    assert wrapper._variant(window_left=-1) is wrapper._variant(window_left=-1), "layers take turns"
+    for window_left in range(40):
+        wrapper._variant(window_left=window_left)
+    assert len(wrapper._variants[1]) <= 17
     wrapper.end_forward()
     wrapper.begin_forward(batch.qo_indptr, *batch.table, 4, 2, 32, 16)
     batch.check(wrapper.run_return_lse(batch.q, cache))
