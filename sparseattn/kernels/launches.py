@@ -28,7 +28,8 @@ class Launches:
     """
 
     def __init__(self, moving: dict[str, Tensor], staying: Iterable[Tensor | None]) -> None:
-        self._moving = [(name, t.data_ptr(), _storage(t)) for name, t in moving.items()]
+        self._moving = [(name, t.data_ptr(), _width(t), _storage(t)) for name, t in moving.items()]
+        self._ties: set[tuple[str, str, int]] = set()
         self._staying = {_storage(t) for t in staying if t is not None}
         self._scratch: list[tuple[str, tuple[int, ...], torch.dtype]] = []
         self._launches: list[tuple[Any, list[Any], list[tuple[int, str, int]]]] = []
@@ -43,7 +44,7 @@ class Launches:
         """``t``, a contiguous tensor that only the launches of the call use, made anew for every repetition."""
         name = f"scratch {len(self._scratch)}"
         self._scratch.append((name, tuple(t.shape), t.dtype))
-        self._moving.append((name, t.data_ptr(), _storage(t)))
+        self._moving.append((name, t.data_ptr(), _width(t), _storage(t)))
         return t
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
@@ -65,24 +66,39 @@ class Launches:
         return compiled
 
     def _find(self, t: Tensor) -> tuple[str, int] | None:
-        """Which moving tensor ``t`` is a view of, and how many bytes from its beginning; None if it stays."""
+        """Which moving tensor ``t`` is, or is columns of, and how many bytes from its beginning; None if it stays.
+
+        Tensors of a call may overlap, as an output written over the queries does. Then ``t`` may be of either, and what
+        was recorded holds for calls whose tensors lie like that.
+        """
         address, storage = t.data_ptr(), _storage(t)
-        views = [(address - start, name) for name, start, of in self._moving if of == storage and address >= start]
+        views = [
+            (address - start, name)
+            for name, start, width, of in self._moving
+            if of == storage and 0 <= address - start < width
+        ]
         if views:
             offset, name = min(reversed(views), key=lambda view: view[0])  # a later tensor may lie where one was freed
+            if not name.startswith("scratch"):
+                self._ties |= {(name, other, offset - far) for far, other in views if other != name}
             return name, offset
         if storage not in self._staying:
             self._complete = False
         return None
 
-    def repeat(self, device: torch.device, addresses: dict[str, int]) -> None:
+    def repeat(self, device: torch.device, addresses: dict[str, int]) -> bool:
         """Make the launches again, on the current stream.
 
         Args:
             device: For scratch tensors.
             addresses: Where each moving tensor begins. Their shapes, strides, dtypes and alignments must be the same,
                 and so must be the device.
+
+        Returns:
+            Whether they were made: not if tensors overlapped when they were recorded, and lie otherwise now.
         """
+        if any(addresses[other] - addresses[name] != apart for name, other, apart in self._ties):
+            return False
         kept = []
         for name, shape, dtype in self._scratch:
             kept.append(torch.empty(shape, dtype=dtype, device=device))
@@ -92,6 +108,12 @@ class Launches:
             for i, name, offset in slots:
                 values[i] = addresses[name] + offset
             start(*values)
+        return True
+
+
+def _width(t: Tensor) -> int:
+    """Bytes from the first column of a row to the end of the last."""
+    return ((t.shape[-1] - 1) * t.stride(-1) + 1) * t.element_size()
 
 
 def _storage(t: Tensor) -> int:

@@ -62,3 +62,16 @@ def check_sinks(sinks: Tensor, heads: int, q: Tensor) -> None:
         raise argument_error("sinks", f"shape ({heads},), a logit per query head", tuple(sinks.shape))
     if sinks.device != q.device:
         raise argument_error("sinks", f"device {q.device} like q", sinks.device)
+
+
+def starts_with(out: Tensor, *read: Tensor) -> bool:
+    """Whether ``out`` begins where one of the tensors does."""
+    place = out.data_ptr()
+    return place != 0 and any(t.data_ptr() == place for t in read)
+
+
+def check_apart(out: Tensor, *read: Tensor) -> None:
+    """Raise if ``out`` is one of the tensors that are read while it is written."""
+    if starts_with(out, *read):
+        hint = "Write into another tensor, or leave out away."
+        raise argument_error("out", "memory of its own", "that of q, k or v", hint)

@@ -154,16 +154,8 @@ def resolve_sequences(
             max_k = max_q if cu_seqlens_k is cu_seqlens_q else k.shape[0]
         else:
             max_k = int(max_seqlen_k)
-        return Sequences(
-            batch,
-            max_q,
-            max_k,
-            cu_seqlens_q[:-1],
-            cu_seqlens_q[1:],
-            cu_seqlens_k[:-1],
-            cu_seqlens_k[1:],
-            True,
-        )
+        starts_q, starts_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        return Sequences(batch, max_q, max_k, starts_q[:-1], starts_q[1:], starts_k[:-1], starts_k[1:], True)
 
     batch = q.shape[0]
     if k.shape[0] != batch:

@@ -139,6 +139,21 @@ def test_grouped_heads_are_repeated_keys(impl: str, device: str):
     assert_close(grouped, repeated)
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_strided_offsets_and_sinks(impl: str, device: str):
+    q, k, v = (torch.randn(50, heads, 16, dtype=torch.float16, device=device) for heads in (4, 2, 2))
+    cu = torch.tensor([[0, 9], [20, 9], [50, 9]], dtype=torch.int32, device=device)[:, 0]
+    sinks = torch.randn(4, 3, device=device)[:, 1].requires_grad_()
+    results = []
+    for offsets, sink in ((cu, sinks), (cu.contiguous(), sinks.detach().contiguous().requires_grad_())):
+        o = block_sparse_attention(
+            q.requires_grad_(), k, v, sinks=sink, cu_seqlens_q=offsets, max_seqlen_q=30, impl=impl
+        )
+        results.append((o, *torch.autograd.grad(o.float().square().sum(), (q, sink))))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+
+
 @implementations
 def test_packed_is_a_loop_over_sequences(impl: str, device: str):
     lengths = [33, 0, 48, 1]

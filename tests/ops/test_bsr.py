@@ -111,14 +111,16 @@ def test_numbers_of_no_block_are_skipped(block: tuple[int, int], impl: str, devi
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_wrong_offsets_read_nothing(impl: str, device: str):
-    q, k, v = torch.randn(3, 6, 1, 16, dtype=torch.float16, device=device).unbind()
+@pytest.mark.parametrize("size", [2, 64])
+def test_wrong_offsets_read_nothing(size: int, impl: str, device: str):
+    """What an offset names before the first or past the last block number is no block."""
+    q, k, v = torch.randn(3, 3 * size, 1, 16, dtype=torch.float16, device=device).unbind()
     indices = torch.tensor([0, 2], dtype=torch.int32, device=device)
-    indptr = torch.tensor([-5, 1, 0, 2**30], dtype=torch.int32, device=device)
-    o, lse = bsr_attention(q, k, v, indptr, indices, (2, 2), return_lse=True, impl=impl)
+    wrong = torch.tensor([-1, 1, 0, 2**30], dtype=torch.int32, device=device)
+    o, lse = bsr_attention(q, k, v, wrong, indices, (size, size), return_lse=True, impl=impl)
     right = torch.tensor([0, 1, 1, 3], dtype=torch.int32, device=device)
-    again = torch.tensor([0, 0, 2], dtype=torch.int32, device=device)
-    expected, expected_lse = bsr_attention(q, k, v, right, again, (2, 2), return_lse=True, impl=impl)
+    indices = torch.tensor([0, 0, 2], dtype=torch.int32, device=device)
+    expected, expected_lse = bsr_attention(q, k, v, right, indices, (size, size), return_lse=True, impl=impl)
     torch.testing.assert_close(o, expected)
     torch.testing.assert_close(lse, expected_lse)
 
@@ -383,6 +385,22 @@ def test_repeated_with_tensors_that_were_one(device: str):
     repeated = RepeatedRows(rows)
     for tensors in ((x, x, x), (x, y, z), (y, z, z), (y, z, x), (z, x, z), (x, x, y)):
         assert torch.equal(repeated(*tensors)[0], attend_rows(*tensors, rows))
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_strided_sinks_and_outputs_among_the_inputs(impl: str, device: str):
+    q, k, v = torch.randn(3, 20, 2, 16, dtype=torch.float16, device=device).unbind()
+    rows = make_rows(*(t.to(device) for t in dense((20, 20), (4, 5))), (4, 5), (20, 20))
+    sinks = torch.randn(2, 2, device=device)[:, 0]
+    o = attend_rows(q, k, v, rows, sinks=sinks, impl=impl)
+    assert torch.equal(o, attend_rows(q, k, v, rows, sinks=sinks.contiguous(), impl=impl))
+    repeated = RepeatedRows(rows, impl=impl)
+    repeated(q, k, v, out=torch.empty_like(q))
+    for out in (q, k, v):
+        with pytest.raises(ValueError, match="out: expected memory of its own"):
+            attend_rows(q, k, v, rows, out=out, impl=impl)
+        with pytest.raises(ValueError, match="out: expected memory of its own"):
+            repeated(q, k, v, out=out)
 
 
 def test_repeated_differentiates_where_single_calls_do():

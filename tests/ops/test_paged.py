@@ -229,6 +229,41 @@ def test_a_short_custom_mask_hides_and_reads_nothing_outside(impl: str, device: 
     assert_close_to_oracle(o, oracle[0], eager[0], "o")
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("name", ["mixed", "decode-window-sinks", "custom-big"])
+@pytest.mark.parametrize("form", ["dense", "csr"])
+def test_tables_with_strides(form: str, name: str, impl: str, device: str):
+    """Columns of larger tensors: nothing between their entries is read."""
+    problem = build(replace(IDS[name], form=form), torch.float16, device)
+    cache, kwargs = problem.cache, problem.kwargs
+
+    def spread(t: torch.Tensor | None) -> torch.Tensor | None:
+        if t is None:
+            return None
+        wide = torch.full((*t.shape, 3), -(2**20), dtype=t.dtype, device=t.device)
+        wide[..., 1] = t
+        return wide[..., 1]
+
+    names = ("seq_lens", "page_table", "indptr", "indices")
+    strided = replace(cache, **{n: spread(getattr(cache, n)) for n in names})
+    given = {n: spread(kwargs.get(n)) for n in ("cu_seqlens_q", "sinks")}
+    expected = paged_attention(problem.q, cache, **kwargs, impl=impl, return_lse=True)
+    got = paged_attention(problem.q, strided, **(kwargs | given), impl=impl, return_lse=True)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_the_output_has_memory_of_its_own(impl: str, device: str):
+    problem = build(IDS["mixed"], torch.float16, device)
+    for out in (problem.q, problem.q.clone()):
+        if out is problem.q:
+            with pytest.raises(ValueError, match="out: expected memory of its own"):
+                paged_attention(problem.q, problem.cache, **problem.kwargs, out=out, impl=impl)
+        else:
+            assert paged_attention(problem.q, problem.cache, **problem.kwargs, out=out, impl=impl) is out
+
+
 @pytest.mark.parametrize("bounds", [(9, 3, 0), (5, 0, 3), (-4, 2, 100)])
 def test_bounds_out_of_order_stay_inside(bounds: tuple[int, ...], device: str):
     """Results mean nothing then, but nothing outside of the tensors is read or written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,23 @@ def test_append(impl: str, form: str, layout: str, device: str):
         for i in range(4):  # the others have no sequence, no position or no page
             expected[pages[int(b[i])][int(at[i]) // 4], int(at[i]) % 4] = source[i]
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("form", ["dense", "csr"])
+def test_append_by_tables_with_strides(impl: str, form: str, device: str):
+    if impl == "triton":
+        pytest.importorskip("triton", reason="needs Triton")
+    k, v = (torch.randn(3, 2, 8, device=device, dtype=torch.float16) for _ in range(2))
+    cache, other = (small_cache(device, form=form) for _ in range(2))
+    append_kv(cache, k, v, impl=impl)
+    names = ("page_table",) if form == "dense" else ("indptr", "indices")
+    spread = {
+        n: torch.stack([getattr(other, n)] * 2 + [torch.zeros_like(getattr(other, n))], -1)[..., 1] for n in names
+    }
+    append_kv(replace(other, **spread), k, v, impl=impl)
+    assert torch.equal(other.k, cache.k)
+    assert torch.equal(other.v, cache.v)
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])

@@ -83,6 +83,12 @@ def test_every_form_is_checked():
         attention(q.clone().requires_grad_(), k, v)
     with pytest.raises(ValueError, match="sinks"):
         attention(q, k, v, sinks=torch.zeros(3))
+    with pytest.raises(ValueError, match="gradient"):
+        attention(q, k, v, sinks=torch.zeros(q.shape[1], requires_grad=True))
+    out = torch.empty_like(q)
+    attention(q, k, v, out=out)
+    with pytest.raises(ValueError, match="out: expected memory of its own"):
+        attention(q, k, v, out=q)
     empty = attention(q, k[:0], v[:0])
     assert (empty[0] == 0).all()
     assert (empty[1] == -torch.inf).all()
@@ -100,6 +106,21 @@ def test_contents_of_tables_and_masks_may_change(custom: str, device: str):
     got, new = attention(q, k, v), repeated(problem, "reference")(q, k, v)
     assert torch.equal(got[0], new[0])
     assert torch.equal(got[1], new[1])
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_joined_latent_queries_and_strided_sinks(impl: str, device: str):
+    if impl == "triton":
+        pytest.importorskip("triton", reason="needs Triton")
+    problem = build(IDS["mla"], torch.float16, device)
+    attention, cache, scale = repeated(problem, impl), problem.cache, problem.kwargs["scale"]
+    tensors, rest = parts(problem)
+    sinks = torch.randn(2, problem.q.shape[1], 2, device=device)[..., 0]
+    for sink in sinks:
+        expected = repeated(problem, impl)(*tensors, **rest, scale=scale, sinks=sink.contiguous())
+        got = attention(problem.q, cache.k, cache.v, k_rope=cache.k_rope, scale=scale, sinks=sink)
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
 
 
 def test_nothing_of_a_call_is_kept_alive():

@@ -140,6 +140,7 @@ def attend(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run the forward operator, tied to the backward one only if a gradient will be asked for."""
+    sinks = None if sinks is None else sinks.contiguous()  # kernels count on it
     wanted = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     if not (torch.is_grad_enabled() and wanted):
         return _forward_op(q, k, v, sinks, impl, *g)

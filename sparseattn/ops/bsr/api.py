@@ -254,7 +254,7 @@ def make_call(q: Tensor, k: Tensor, v: Tensor, rows: BlockRows, impl: str, given
         rows.indices,
         rows.mask,
         rows.mask_offsets,
-        given.sinks,
+        None if given.sinks is None else given.sinks.contiguous(),
         check_slopes(given.positions, heads, q),
         k_tensor,
         v_tensor,

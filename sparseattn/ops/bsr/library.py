@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseattn.ops.arguments import check_apart
 from sparseattn.ops.bsr.problem import SCHEMA, BSRProblem
 from sparseattn.ops.dispatch import implementations, require
 
@@ -20,6 +21,7 @@ _LIBRARY.define(f"bsr_attention(Tensor q, Tensor(a!) out, Tensor(b!) lse, str im
 def _attend(q: Tensor, out: Tensor, lse: Tensor, impl: str, *problem: Any) -> None:
     p = BSRProblem(*problem)
     module = require(PACKAGE, impl, implementations(impl, q), q, p)
+    check_apart(out, q, p.k, p.v)
     if q.numel() == 0 or p.k.numel() == 0 or p.indices.numel() == 0:
         out.zero_()
         lse.fill_(-math.inf)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.kernels.launches import Launches
+from sparseattn.ops.arguments import check_apart
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.bsr.api import Options, attend_lists, attend_rows, check_output, make_call, sums_for
 from sparseattn.ops.bsr.library import PACKAGE
@@ -88,7 +89,8 @@ class RepeatedRows:
             known.module.attend(*_batched(q, out, lse), known.problem._replace(k=k, v=v))
             return out, lse
         places = {"q": at_q, "k": at_k, "v": at_v, "out": out.data_ptr(), "lse": lse.data_ptr()}
-        known.launches.repeat(q.device, places)
+        if not known.launches.repeat(q.device, places):
+            return self._first(key, q, k, v, scale, k_scale, v_scale, out)
         return out, lse
 
     def _first(
@@ -113,6 +115,7 @@ class RepeatedRows:
         assert p is not None
         if out is None:
             out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+        check_apart(out, q, k, v)
         lse = sums_for(q)
         tensors = _batched(q, out, lse)
         module = require(PACKAGE, self._impl, implementations(self._impl, q), tensors[0], p)

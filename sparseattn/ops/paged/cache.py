@@ -185,6 +185,14 @@ class PagedCache:
             None if self.k_rope is None else self.k_rope.transpose(1, 2),
         )
 
+    def table(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """``page_table``, ``indptr`` and ``indices`` as kernels read them: the entries of a row side by side."""
+        rows = self.page_table
+        if rows is not None and rows.stride(1) != 1:
+            rows = rows.contiguous()
+        indptr, indices = (None if t is None else t.contiguous() for t in (self.indptr, self.indices))
+        return rows, indptr, indices
+
     def validate(self) -> PagedCache:
         """Check the contents of the table and return the cache. Waits for the device.
 

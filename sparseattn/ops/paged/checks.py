@@ -57,12 +57,10 @@ def make_problem(
     counts, indices, block_q, block_kv = _lists(mask, cache, heads, max_q, main)
     problem = PagedProblem(
         *cache.views(),
-        cache.seq_lens,
-        cache.page_table,
-        cache.indptr,
-        cache.indices,
-        cu_seqlens_q,
-        sinks,
+        cache.seq_lens.contiguous(),
+        *cache.table(),
+        None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
+        None if sinks is None else sinks.contiguous(),
         check_slopes(positions, heads, main),
         *_custom_mask(custom_mask, cache, cu_seqlens_q, main),
         k_tensor,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseattn.ops.arguments import check_apart
 from sparseattn.ops.dispatch import implementations, require
 from sparseattn.ops.paged.problem import SCHEMA, PagedProblem
 
@@ -20,6 +21,7 @@ _LIBRARY.define(f"paged_attention(Tensor q, Tensor? q_rope, Tensor(a!) out, Tens
 def _attend(q: Tensor, q_rope: Tensor | None, out: Tensor, lse: Tensor, impl: str, *problem: Any) -> None:
     p = PagedProblem(*problem)
     module = require(PACKAGE, impl, implementations(impl, q), q, q_rope, p)
+    check_apart(out, q, p.k, p.v)
     if q.numel() == 0 or p.k.numel() == 0 or p.batch == 0:
         out.zero_()
         lse.fill_(-math.inf)

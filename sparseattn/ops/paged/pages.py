@@ -60,6 +60,7 @@ def append_kv(
     if (k_rope is None) != (cache.k_rope is None):
         raise argument_error("k_rope", "given exactly if the cache has it", "None" if k_rope is None else "a tensor")
     batch_indices, positions = _places(cache, n, batch_indices, positions, cu_seqlens)
+    table = cache.table()
     scales = (k_scale, v_scale, k_scale)
     for name, target, source, scale in zip(("k", "v", "k_rope"), targets, (k, v, k_rope), scales, strict=True):
         if source is None or target is None:
@@ -69,10 +70,7 @@ def append_kv(
             raise argument_error(name, expected, f"shape {tuple(source.shape)} on {source.device}")
         source = _as_cached(name, source, target, scale)
         width = _WIDTHS[target.element_size()]  # a copy of bits: no kernel has to know the dtype
-        _append(
-            target.view(width), source.view(width), batch_indices, positions, cache.page_table, cache.indptr,
-            cache.indices, cache.batch, impl,
-        )  # fmt: skip
+        _append(target.view(width), source.view(width), batch_indices, positions, *table, cache.batch, impl)
 
 
 def _places(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparseattn.kernels.launches import Launches
 from sparseattn.masks import BlockMask
+from sparseattn.ops.arguments import check_apart, starts_with
 from sparseattn.ops.dispatch import implementations, require
 from sparseattn.ops.paged.api import output_for, paged_attention
 from sparseattn.ops.paged.cache import PagedCache
@@ -100,10 +101,12 @@ class RepeatedAttention:
         Returns:
             The output (``out``, if given), and the natural-log LSE ``[Hq, total_q]``.
         """
-        if isinstance(k_scale, Tensor) or isinstance(v_scale, Tensor) or self._unusual(q, k, v):
+        if isinstance(k_scale, Tensor) or isinstance(v_scale, Tensor) or self._unusual(q, k, v, q_rope, k_rope, sinks):
             return self._ordinary(q, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, out)
         key = (*_form(q), *_form(k), *_form(v), k.data_ptr() == v.data_ptr(), scale, k_scale, v_scale)
         key += tuple(None if t is None else _form(t) for t in (q_rope, k_rope, sinks, out))
+        if out is not None:
+            key += (starts_with(out, q, k, v),)
         known = self._known.get(key)
         if known is None:
             return self._first(key, q, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, out)
@@ -119,15 +122,23 @@ class RepeatedAttention:
             return out, lse
         known.module.clear(out, lse, known.problem)
         moving = _moving(q, q_rope, k, v, k_rope, sinks, out, lse)
-        known.launches.repeat(q.device, {name: t.data_ptr() for name, t in moving.items()})
+        if not known.launches.repeat(q.device, {name: t.data_ptr() for name, t in moving.items()}):
+            return self._first(key, q, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, out)
         return out, lse
 
-    def _unusual(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    def _unusual(
+        self, q: Tensor, k: Tensor, v: Tensor, q_rope: Tensor | None, k_rope: Tensor | None, sinks: Tensor | None
+    ) -> bool:
         """Whether a call must be an ordinary one."""
         return (
             torch.compiler.is_compiling()
             or not type(q) is type(k) is type(v) is Tensor
-            or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+            or (q_rope is None) != (k_rope is None)
+            or (sinks is not None and not sinks.is_contiguous())
+            or (
+                torch.is_grad_enabled()
+                and any(t is not None and t.requires_grad for t in (q, k, v, q_rope, k_rope, sinks))
+            )
         )
 
     def _ordinary(
@@ -169,6 +180,7 @@ class RepeatedAttention:
             o["window"], o["softcap"], sinks, o["positions"], o["custom_mask"], k_scale, v_scale, o["mask"], o["impl"],
         )  # fmt: skip
         out = output_for(out, main, v.shape[-1])
+        check_apart(out, q, k, v)
         lse = _sums(q)
         module = require(PACKAGE, o["impl"], implementations(o["impl"], main), main, rest, p)
         if q.numel() == 0 or k.numel() == 0 or p.batch == 0:
