@@ -19,8 +19,9 @@ from sparseattn.errors import argument_error
 from sparseattn.ops.block_sparse import IMPLEMENTATIONS
 
 DENSE = "dense"
+AUTO = "auto"
 DEFAULT_METHOD = "landmark"
-IMPLS = ("auto", *IMPLEMENTATIONS)
+IMPLS = (AUTO, *IMPLEMENTATIONS)
 
 Flat = Mapping[str, Any]
 
@@ -33,8 +34,10 @@ class AttentionOptions:
         method: A name in ``selectors.SELECTORS``, or ``"dense"``: plain attention by this library's operator.
         method_options: Fields of the method's config dataclass, e.g. ``{"tau": 0.3, "block_size": 128}``; in the
             flat form they stand beside the other keys.
-        min_seq_len: Select blocks for calls of at least this many queries. Shorter ones, decoding above all, are dense:
-            below about a thousand queries selecting costs more than it saves.
+        min_seq_len: Select blocks for calls of at least this many queries; shorter ones, decoding above all, are dense.
+            ``"auto"``: the shortest prompt for which the method was measured to be no slower than dense attention on
+            this kind of device, 8192 tokens on GPUs and 1024 elsewhere that nobody measured. Chunks of prompts are then
+            judged by queries and keys: see ``integrations.break_even``.
         dense_layers: Layer indices that always run dense.
         layers: Options of single layers, flat: ``{3: {"method": "streaming"}, 4: {"tau": 0.1}}``.
         sliding_layers: What layers do whose sliding window hides keys: ``"dense"`` runs them by the windowed dense
@@ -47,18 +50,19 @@ class AttentionOptions:
 
     method: str = DEFAULT_METHOD
     method_options: Flat = field(default_factory=dict)
-    min_seq_len: int = 1024
+    min_seq_len: int | str = AUTO
     dense_layers: tuple[int, ...] = ()
     layers: Mapping[int, Flat] = field(default_factory=dict)
     sliding_layers: str = DENSE
     mean_correction: bool = False
-    impl: str = "auto"
+    impl: str = AUTO
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method not in method_names():
             raise argument_error("method", f"one of {', '.join(method_names())}", repr(self.method))
-        if not isinstance(self.min_seq_len, int) or isinstance(self.min_seq_len, bool) or self.min_seq_len < 1:
-            raise argument_error("min_seq_len", "an int of at least 1", repr(self.min_seq_len))
+        length = self.min_seq_len
+        if length != AUTO and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+            raise argument_error("min_seq_len", "'auto' or an int of at least 1", repr(length))
         if self.sliding_layers not in (DENSE, "sparse"):
             raise argument_error("sliding_layers", "'dense' or 'sparse'", repr(self.sliding_layers))
         if not isinstance(self.mean_correction, bool):

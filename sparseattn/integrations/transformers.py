@@ -224,7 +224,7 @@ def _in_force(
     """The options of this call, and who records it."""
     config = _config_options(module)
     if torch.compiler.is_compiling():
-        return _traced_options(method, layer, config, call), None
+        return getattr(_Traced, _traced_options(method, layer, config, call)), None
     if torch._C._current_graph_task_id() != -1:
         # Gradient checkpointing computes the layer again, on autograd's own thread or after the ``with options(...)``
         # block: it must do as the forward did, or the gradient is that of another function.
@@ -241,9 +241,16 @@ def _in_force(
 _forward_options: WeakKeyDictionary[nn.Module, dict[bool, AttentionOptions]] = WeakKeyDictionary()
 
 
+class _Traced:
+    """Options that compiled graphs were traced with, as attributes: where the compiler can find and call them."""
+
+
 @torch._dynamo.assume_constant_result
 def _traced_options(
     method: str | None, layer: int | None, config: dict[str, Any] | None, call: dict[str, Any] | None
-) -> AttentionOptions:
-    """Options while tracing: looked up once, then part of the compiled graph."""
-    return resolve(method, config, call).for_layer(layer)
+) -> str:
+    """Options while tracing: looked up once, then part of the compiled graph. Their name in ``_Traced``."""
+    found = resolve(method, config, call).for_layer(layer)
+    name = f"options_{id(found)}"  # which stay, and are as many as differ
+    setattr(_Traced, name, found)
+    return name

@@ -199,3 +199,13 @@ def test_compiled_decoding(name: str) -> None:
     with everything_selected():
         compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
         torch.testing.assert_close(decode(compiled), decode(model))
+
+
+@pytest.mark.parametrize("method", ["landmark", "xattention", "heads"])
+def test_compiled_prefill_selects_what_eager_does(method: str) -> None:
+    model = make_model("llama", num_hidden_layers=1)
+    ids, mask = tokens(1, 256), torch.ones(1, 256, dtype=torch.long)
+    with hf.options(method=method, block_size=64, min_seq_len=16):
+        expected = model(ids, attention_mask=mask, use_cache=False).logits  # its hook must not be in the way either
+        compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(ids, attention_mask=mask, use_cache=False).logits, expected)
