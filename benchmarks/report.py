@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import paged_report
+from benchmarks import paged_report, selector_report
 from benchmarks.harness import RESULTS, Row
 from sparseattn.testing.timing import break_even
 
@@ -233,27 +233,18 @@ def breakeven(rows: list[Row]) -> str:
     return f"{title}\n\n{table(header, lines)}\n\n{where(rows)}."
 
 
-def xattention(rows: list[Row]) -> str:
-    rows = [row for row in rows if row["bench"] == "xattention" and row.get("kinds", ["blend"]) == ["blend"]]
-    sparse = [row for row in rows if row["impl"] == "sparseattn"]
-    if not sparse:
+def selectors(rows: list[Row], name: str, *, shortest: int = 0, best: bool = False) -> str:
+    """The table of a set of selectors; ``shortest`` and ``best`` as :func:`selector_report.lines` takes them."""
+    rows = selector_report.of_set(rows, name)
+    if name == "short":
+        header, body = selector_report.short_lines(rows, milliseconds)
+    else:
+        header, body = selector_report.table_of(rows, milliseconds, shortest=shortest, best=best)
+    if not body:
         return ""
-    dense = {row["n"]: row["ms"] for row in rows if row["impl"] == "cudnn_dense"}
-    phases = {(row["n"], row["stride"], row["threshold"], row["phase"]): row for row in sparse}
-    lines = []
-    for n, stride, threshold in sorted({key[:3] for key in phases}):
-        select, attend, both = (phases.get((n, stride, threshold, p)) for p in ("selection", "attention", "both"))
-        if not (select and attend and both):
-            continue
-        cells = [milliseconds(row["ms"]) for row in (select, attend, both)]
-        rival = [milliseconds(dense[n]), f"{dense[n] / both['ms']:.1f}x"] if n in dense else ["", ""]
-        quality = [f"{both['selected']:.1%}", f"{both['recall']:.3f}"]
-        lines.append([thousand(n), stride, threshold, *quality, *cells, *rival])
-    header = ["tokens", "stride", "threshold", "density", "recall", "selection ms", "attention ms", "both ms"]
-    return (
-        "XAttention on structured queries and keys (sinks, local bands, columns, topics): blocks kept, attention mass "
-        "they hold, and time.\n\n" + table([*header, "cuDNN dense ms", "speed-up"], lines) + f"\n\n{where(sparse)}."
-    )
+    dense = selector_report.dense_line(rows, milliseconds, shortest)
+    parts = [selector_report.TITLES[name], table(header, body), " ".join(filter(None, (dense, f"{where(rows)}.")))]
+    return "\n\n".join(parts)
 
 
 def ttft(rows: list[Row]) -> str:
@@ -299,14 +290,16 @@ def joined(parts: Iterable[str], otherwise: str) -> str:
 def tables(rows: list[Row]) -> str:
     """The main tables, in markdown."""
     otherwise = "No rows yet: `python -m benchmarks.block_sparse` on a GPU writes some."
-    return joined((block_sparse(rows), xattention(rows), ttft(rows)), otherwise)
+    long = selectors(rows, "table", shortest=32768, best=True)
+    return joined((block_sparse(rows), long, ttft(rows)), otherwise)
 
 
 def details(rows: list[Row]) -> str:
     """The tables of the other sets, in markdown."""
     otherwise = "No rows of these sets yet: `python -m benchmarks.block_sparse --set shared` on a GPU writes some."
-    served = [paged(rows, name) for name in paged_report.TABLES]
-    return joined([one(rows) for one in (shared, short, dims, blocks, flashinfer, breakeven)] + served, otherwise)
+    found = [one(rows) for one in (shared, short, dims, blocks, flashinfer, breakeven)]
+    found += [selectors(rows, name) for name in selector_report.TITLES]
+    return joined(found + [paged(rows, name) for name in paged_report.TABLES], otherwise)
 
 
 def inject(document: str, text: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.masks import BlockMask
+from sparseattn.masks.columns import scatter_columns
 from sparseattn.testing.tolerance import assert_close_to_oracle
 
 
@@ -25,21 +26,22 @@ class Selected(NamedTuple):
         block_size: Tokens of a block, (queries, keys); the last one of a row or column may have fewer or more.
         causal: Whether query i sees key j only if ``j <= i + offset``.
         offset: ``Sk - Sq``.
+        columns: int32 [1, H, MB, C], single keys beside the blocks of as many heads, -1 where a row has fewer; or None.
     """
 
     blocks: Tensor | None
     block_size: tuple[int, int] = (1, 1)
     causal: bool = True
     offset: int = 0
+    columns: Tensor | None = None
 
     @classmethod
     def of(cls, mask: BlockMask) -> Selected:
-        """What a mask of whole rows, without a window and without columns, selects."""
+        """What a mask of whole rows and without a window selects."""
         assert mask.window is None
-        assert mask.column_indices is None
         assert not mask.ragged
         sq, sk = mask.seq_lens
-        return cls(mask.to_blocks(), mask.block_size, bool(mask.causal), sk - sq)
+        return cls(mask.to_blocks(), mask.block_size, bool(mask.causal), sk - sq, mask.column_indices)
 
     def visible(self, rows: Tensor, cols: Tensor, heads: int) -> Tensor:
         """Whether query ``rows`` [R] see keys ``cols`` [C]: bool [Hq or 1, R, C]."""
@@ -50,9 +52,13 @@ class Selected(NamedTuple):
         if self.blocks is None:
             return seen
         (mb, nb), (block_q, block_kv) = self.blocks.shape[2:], self.block_size
-        blocks = self.blocks[0][:, (rows // block_q).clamp(max=mb - 1)]
-        blocks = blocks[:, :, (cols // block_kv).clamp(max=nb - 1)]
-        return blocks.repeat_interleave(heads // blocks.shape[0], 0) & seen
+        of_rows = (rows // block_q).clamp(max=mb - 1)
+        listed = self.blocks[0][:, of_rows][:, :, (cols // block_kv).clamp(max=nb - 1)]
+        if self.columns is not None:
+            single = self.columns[0][:, of_rows]
+            keys = int(cols.max()) + 1 if len(cols) else 0
+            listed |= scatter_columns(single.masked_fill(single >= keys, -1), keys)[:, :, cols]
+        return listed.repeat_interleave(heads // listed.shape[0], 0) & seen
 
     def end(self, rows: Tensor, keys: int) -> int:
         """One past the last key that any of the ascending ``rows`` sees."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import block_sparse, first_call, harness, report, sets, xattention
+from benchmarks import block_sparse, first_call, harness, report, sets
 from benchmarks.rivals import IMPLEMENTATIONS, Implementation, Prepared
 from sparseattn.testing.workloads import Problem
 
@@ -142,24 +142,6 @@ def test_breakeven_measures_what_the_report_compares() -> None:
 
 
 # ---- the other benchmarks ----
-
-
-def test_xattention_rows(tmp_path: Path) -> None:
-    out = tmp_path / "rows.jsonl"
-    rows = xattention.main(["--quick", *CPU, "--n", "512", "--block", "64", "--stride", "8", "--out", str(out)])
-    assert not [row for row in rows if "error" in row]
-    phases = {row["phase"]: row for row in rows if row["impl"] == "sparseattn"}
-    assert set(phases) == {"selection", "attention", "both"}
-    assert phases["selection"]["gate"]["mass"][0] >= 0.89
-    assert 0 < phases["both"]["recall"] <= 1
-    assert phases["both"]["kinds"] == ("blend",)
-
-
-def test_xattention_on_other_heads(tmp_path: Path) -> None:
-    arguments = ["--quick", *CPU, "--n", "512", "--block", "64", "--stride", "8", "--kinds", "local", "sink"]
-    rows = xattention.main([*arguments, "--out", str(tmp_path / "rows.jsonl")])
-    assert not [row for row in rows if "error" in row]
-    assert {row["kinds"] for row in rows} == {("local", "sink")}
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import harness, paged, paged_report, paged_sets, report
+from benchmarks import harness, paged, paged_report, paged_sets, report, selector_report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,18 +86,6 @@ def test_details() -> None:
     assert ["forward", "128 x 64", "**sparseattn** (Gluon)", "410 (0.244 ms)"] in found
     assert ["12800", "by head", "**sparseattn** (Gluon)", "310 (0.323 ms + 0.012 ms)"] in found
     assert ["12800", "by head", "FlashInfer, variable blocks", "210 (0.476 ms + 37 ms)"] in found
-
-
-def test_the_xattention_table_is_of_blended_heads() -> None:
-    def phase(name: str, ms: float, **more: Any) -> harness.Row:
-        common = {"bench": "xattention", "phase": name, "stride": 8, "threshold": 0.9, "recall": 0.9, "ms": ms}
-        return {**row("sparseattn", 1, n=32768), **common, **more}
-
-    rows = [phase(name, 2.0) for name in ("selection", "attention", "both")]
-    assert lines(report.xattention(rows))[1][:3] == ["32K", "8", "0.9"]
-    others = [{**one, "kinds": ["sink", "needle"], "ms": 7.0} for one in rows]
-    assert report.xattention([*rows, *others]) == report.xattention(rows)
-    assert report.xattention(others) == ""
 
 
 def test_break_even_is_read_from_the_rows() -> None:
@@ -187,4 +175,5 @@ def test_readme_and_docs_show_the_committed_rows() -> None:
 
 def test_every_committed_row_has_a_name() -> None:
     for one in report.read(harness.RESULTS.glob("*.jsonl")):
-        assert one["impl"] in (paged_report.NAMES if one["bench"] == "paged" else report.NAMES)
+        names = {"paged": paged_report.NAMES, "selectors": selector_report.NAMES}.get(one["bench"], report.NAMES)
+        assert one["impl"] in names

@@ -62,6 +62,23 @@ def test_the_last_block_may_be_longer() -> None:
     assert not seen[0, 4:, :3].any()
 
 
+@pytest.mark.parametrize("heads", [4, 2])
+def test_columns_beside_the_blocks(heads: int) -> None:
+    q, k, v = make_qkv(1, 64, 96, 4, 2, 16, dtype=torch.float64)
+    mask = random_block_mask((64, 96), (16, 16), heads, density=0.3)
+    columns = torch.tensor([5, 30, 61, 90]).expand(1, heads, 4, 4).clone()
+    columns[:, 1, :, 2:] = -1
+    mask = mask.with_columns(columns.int())
+    assert (mask.column_indices >= 0).any()
+    rows = sampled.sample(64, 20, CPU)
+    got, lse = sampled.attend(q, k, v, sampled.Selected.of(mask), rows, torch.float64)
+    o, expected = dense_attention(q, k, v, mask.to_dense())
+    torch.testing.assert_close(got, o[0, rows])
+    torch.testing.assert_close(lse, expected[0, :, rows])
+    few = sampled.attend(q, k, v, sampled.Selected.of(mask), rows[:1], torch.float64)[0]  # fewer keys than columns name
+    torch.testing.assert_close(few, o[0, rows[:1]])
+
+
 def test_sample_has_both_ends() -> None:
     for n, count in ((1, 1), (2, 5), (100, 8)):
         rows = sampled.sample(n, min(n, count), CPU)
