@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -215,6 +217,14 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             impl=self._impl,
         )
 
+    def _with_rows(self, plan: PagedPlan, rows: int) -> PagedPlan:
+        """The plan for another number of queries a request, as old code says it at ``run``."""
+        batch = plan.table.seq_lens.shape[0]
+        if self._buffers is not None or isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            expected = f"{plan.max_seqlen_q}, as planned"
+            raise argument_error("q_len_per_req", expected, rows, "A captured graph has one shape.")
+        return replace(plan, cu_seqlens_q=self._cu_seqlens(batch, rows), max_seqlen_q=rows, total_q=batch * rows)
+
     def _cu_seqlens(self, batch: int, rows: int) -> Tensor | None:
         """Where each request's queries begin; the same tensor as long as the shape is, for captured graphs."""
         if rows == 1:
@@ -256,7 +266,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             enable_pdl: Accepted.
             window_left: None, or as planned.
             sinks: float32 ``[Hq]``, logits that join the softmax denominator only.
-            q_len_per_req: None, or as planned.
+            q_len_per_req: Deprecated: instead of ``plan``'s; None as planned.
             skip_softmax_threshold_scale_factor: Accepted: nothing is skipped, results are those of exact attention.
             kv_cache_sf: None: NVFP4 caches are not served.
 
@@ -277,7 +287,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         if window_left is not None and window_left != plan.options.window_left:
             raise argument_error("window_left", f"{plan.options.window_left}, as planned", window_left)
         if q_len_per_req is not None and q_len_per_req != plan.max_seqlen_q:
-            raise argument_error("q_len_per_req", f"{plan.max_seqlen_q}, as planned", q_len_per_req)
+            plan = self._planned = self._with_rows(plan, q_len_per_req)
         if isinstance(q, Tensor) and q.shape[0] != plan.total_q:
             expected = f"{plan.total_q} rows, q_len_per_req = {plan.max_seqlen_q} a request, as planned"
             raise argument_error("q", expected, f"shape {tuple(q.shape)}")

@@ -151,9 +151,10 @@ def test_several_queries_a_request(q_len: int, device: str):
     batch = make_batch([40, 3, 0, 64], [q_len] * 4, device=device)
     wrapper = planned(batch, q_len_per_req=q_len, window_left=20, device=device)
     batch.check(wrapper.run(batch.q, batch.combined, return_lse=True), causal=True, window_left=20)
-    assert torch.equal(wrapper.run(batch.q, batch.combined, q_len_per_req=q_len), wrapper.run(batch.q, batch.combined))
+    late = planned(batch, window_left=20, device=device)
+    assert torch.equal(late.run(batch.q, batch.combined, q_len_per_req=q_len), wrapper.run(batch.q, batch.combined))
     with pytest.raises(ValueError, match="q_len_per_req: expected"):
-        wrapper.run(batch.q, batch.combined, q_len_per_req=q_len + 1)
+        wrapper.run(batch.q, batch.combined, q_len_per_req=0)
     with pytest.raises(ValueError, match=r"q: expected .* rows, q_len_per_req"):
         wrapper.run(batch.q[:4], batch.combined)
 
@@ -320,6 +321,8 @@ def test_buffers_follow_plans(device: str):
         wrapper.plan(*make_batch([700, 1, 1], device=device).table, 4, 2, 32, 16)
     with pytest.raises(ValueError, match="q_len_per_req"):
         wrapper.plan(*batch.table, 4, 2, 32, 16, q_len_per_req=2)
+    with pytest.raises(ValueError, match="q_len_per_req: expected 1, as planned"):
+        wrapper.run(batch.q, batch.combined, q_len_per_req=2)
     batch.check(wrapper.run(batch.q, batch.combined))
 
 
