@@ -43,6 +43,8 @@ NAMES = {
     "sdpa_cudnn": "sdpa, cuDNN forced",
 }
 OURS = ("sparseattn_gluon", "sparseattn_triton")
+#: What ships in the package.
+BREAK_EVEN = Path(__file__).parents[1] / "sparseattn" / "integrations" / "break_even.json"
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
@@ -351,6 +353,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--docs", type=Path, help="rewrite the tables of the other sets in this one")
     parser.add_argument("--plot", type=Path, help="write a PNG")
+    parser.add_argument(
+        "--break-even", type=Path, nargs="?", const=BREAK_EVEN,
+        help="rewrite from which length on models select blocks, as rows of benchmarks.selectors --set short say",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     rows = read(options.rows or RESULTS.glob("*.jsonl"))
     print(tables(rows), details(rows), sep="\n\n")
@@ -360,6 +366,9 @@ def main(argv: list[str] | None = None) -> None:
         document.write_text(inject(document.read_text(encoding="utf-8"), text), encoding="utf-8")
     if options.plot:
         plot(rows, options.plot)
+    if options.break_even:
+        found = json.dumps(selector_report.break_even(rows), indent=1)
+        options.break_even.write_text(found + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ def inspect(
 ) -> None:
     """Draw the blocks a method selects for a prompt, and write density and recall of every layer and head."""
     need("viz", "matplotlib")
-    options = parse_options(method, option or ())
+    # Which blocks a method would choose is the question here, not from which length on that pays.
+    options = parse_options(method, ("min_seq_len=1024", *(option or ())))
     if method == "dense":
         raise UserError("--method: expected a method that selects blocks, got 'dense'.")
     text = read_prompt(prompt_file)

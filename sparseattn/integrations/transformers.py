@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from sparseattn import fidelity, selectors
 from sparseattn.errors import argument_error
-from sparseattn.integrations import landmarks, layout, records
+from sparseattn.integrations import break_even, landmarks, layout, records
 from sparseattn.integrations.options import DENSE, AttentionOptions, implementation_name, method_names, resolve
 from sparseattn.masks import BlockMask
 from sparseattn.ops.block_sparse import block_sparse_attention
@@ -104,7 +104,7 @@ def attention_forward(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if where.packed:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    reason = _dense_reason(chosen, where.arguments.get("max_seqlen_q", q_len), window)
+    reason = _dense_reason(chosen, q, *_lengths(where, q_len, k_len), causal, window)
 
     found = _landmarks(module, own_key, k, q_len, causal, where, chosen, reason is None)
     known = {} if found is None or found.features is None else {"features": found.features}
@@ -207,12 +207,34 @@ def _config_options(module: nn.Module) -> dict[str, Any] | None:
     return getattr(getattr(module, "config", None), PREFIX, None)
 
 
-def _dense_reason(chosen: AttentionOptions, q_len: int, window: tuple[int, int] | None) -> str | None:
+def _lengths(where: layout.Layout, q_len: int, k_len: int) -> tuple[int, int]:
+    """Queries and keys of a call's longest sequence, as far as the host knows them."""
+    known = where.arguments
+    if where.packed:
+        return known["max_seqlen_q"], known["max_seqlen_k"]
+    if where.seen is not None:
+        return q_len, where.seen
+    # A static cache may be much longer than what it holds.
+    return q_len, min(q_len, k_len) if known else k_len
+
+
+def _dense_reason(
+    chosen: AttentionOptions, q: Tensor, q_len: int, k_len: int, causal: bool, window: tuple[int, int] | None
+) -> str | None:
     """Why this call selects no blocks, or None if it does."""
     if chosen.method == DENSE:
         return DENSE
-    if q_len < chosen.min_seq_len:
-        return f"fewer than min_seq_len={chosen.min_seq_len} queries"
+    least = chosen.min_seq_len
+    if isinstance(least, int):
+        if q_len < least:
+            return f"fewer than min_seq_len={least} queries"
+    elif not break_even.pays(break_even.tokens(chosen.method, q.device), q_len, k_len, causal):
+        reason = break_even.reason(chosen.method, q.device)
+        if q_len > 1 and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"sparseattn runs short prompts dense: {reason}. min_seq_len=N selects from N tokens on."
+            )
+        return reason
     if window is not None and chosen.sliding_layers == DENSE:
         return "sliding window"
     return None

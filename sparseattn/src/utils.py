@@ -123,7 +123,8 @@ class FastPrefillConfig:
         vertical_size: Columns that "minfer" keeps.
         slash_size: Diagonals that "minfer" keeps.
         adaptive_budget: Share of the keys that "minfer" keeps instead of these two, a fifth as columns.
-        min_seq_len: In a model, prompts of fewer tokens run dense.
+        min_seq_len: In a model, prompts of fewer tokens run dense. "auto": where dense attention is the faster one, as
+            ``sparseattn.options`` knows it.
 
     Raises:
         ValueError: A value that the method does not take; the message names it.
@@ -140,7 +141,7 @@ class FastPrefillConfig:
     vertical_size: int = 1000
     slash_size: int = 6096
     adaptive_budget: float | None = None
-    min_seq_len: int = 1024
+    min_seq_len: int | str = "auto"
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:

@@ -44,7 +44,7 @@ def test_json(invoke, prompt: tuple[Path, str]) -> None:
 def test_says_when_a_prompt_is_too_short_to_be_sparse(invoke, prompt: tuple[Path, str]) -> None:
     result = invoke("run", "retrieval-d64", "--prompt-file", prompt[0], "--max-new-tokens", 1, "--device", "cpu")
     assert result.exit_code == 0
-    assert "Some layers ran dense: fewer than min_seq_len=1024 queries." in result.stdout
+    assert "Some layers ran dense: below the break-even of landmark on cpu, 1024 tokens (assumed)." in result.stdout
 
 
 @pytest.mark.parametrize(

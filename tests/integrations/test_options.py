@@ -14,7 +14,7 @@ def test_defaults() -> None:
     chosen = resolve()
     assert chosen == AttentionOptions()
     assert chosen.method == "landmark"
-    assert chosen.min_seq_len == 1024
+    assert chosen.min_seq_len == "auto"
     assert chosen.config.tau == 0.3
 
 
@@ -105,7 +105,8 @@ def test_json_round_trip() -> None:
         ({"method": "streaming", "threshold": 0.5}, "of method 'streaming'.*num_sink_tokens.*got threshold"),
         ({"tau": 1.5}, r"tau: expected .*\[0, 1\]"),
         ({"tau": float("nan")}, r"tau: expected .*\[0, 1\]"),
-        ({"min_seq_len": 0}, "min_seq_len: expected an int of at least 1, got 0"),
+        ({"min_seq_len": 0}, "min_seq_len: expected 'auto' or an int of at least 1, got 0"),
+        ({"min_seq_len": "always"}, "min_seq_len"),
         ({"min_seq_len": True}, "min_seq_len"),
         ({"dense_layers": "01"}, "dense_layers: expected a list of layer indices, got '01'"),
         ({"dense_layers": [-1]}, "dense_layers: expected layer indices of at least 0, got -1"),
