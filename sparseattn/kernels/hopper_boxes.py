@@ -96,8 +96,8 @@ def key_boxes(list_ptr, tile, entries, source, F: gl.constexpr):
 
 
 @gluon.jit
-def load_key_boxes(desc, start, rows, counts, head, full, tile, F: gl.constexpr):
-    """Fill a tile with the boxes of ``key_boxes``; they arrive at ``full``.
+def load_key_boxes(desc, start, rows, counts, head, col, full, tile, F: gl.constexpr):
+    """Fill a tile with the boxes of ``key_boxes``, from column ``col`` on; they arrive at ``full``.
 
     ``start`` is how many rows a page has from the one before, or where the sequence's rows begin.
     """
@@ -114,4 +114,4 @@ def load_key_boxes(desc, start, rows, counts, head, full, tile, F: gl.constexpr)
         count = gl.sum(gl.where(lanes == i, counts, 0), 0)
         for panel in gl.static_range(PANELS):
             box = view(boxes.index(panel * COUNT + i), desc.dtype, desc.block_type.shape, desc.layout)
-            async_load(desc, box_coordinates(row, count, 0, head, panel * 64), full, box)
+            async_load(desc, box_coordinates(row, count, 0, head, col + panel * 64), full, box)

@@ -223,7 +223,7 @@ def load_keys(
     buffer = tiles.index(stage)
     mbarrier.expect(full.index(stage), F.TILE_N * buffer.shape[1] * 2)
     if F.BOXED:
-        load_key_boxes(desc, start, row, held, head, full.index(stage), buffer, F)
+        load_key_boxes(desc, start, row, held, head, 0, full.index(stage), buffer, F)
     elif F.GATHER:
         first = tile * (F.TILE_N // F.BLOCK_KV)
         load_boxes(desc, start, length, list_ptr, first, entries - 1, head, full.index(stage), buffer, F.BLOCK_KV)

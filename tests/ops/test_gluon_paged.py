@@ -15,7 +15,10 @@ from sparseattn.ops.paged.checks import make_problem
 from sparseattn.testing import assert_close_to_oracle, random_block_mask
 
 gluon = pytest.importorskip("sparseattn.ops.paged.gluon", reason="needs Triton")
-KERNEL = gluon.forward_kernel
+KERNELS = [
+    (module, name, getattr(module, name))
+    for module, name in ((gluon, "forward_kernel"), (gluon.gluon_latent, "latent_kernel"))
+]
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available() and not ON_HOPPER, reason="needs a Hopper GPU, or none")
 DEVICE = "cuda" if ON_HOPPER else "cpu"
@@ -34,10 +37,19 @@ HOPPER_CASES = [
 ]
 
 
+LATENT_CASES = [
+    Case("latent-shares-page16", ((1, 50), (1, 0), (1, 1), (1, 300)), (128, 1), (512, 512), rope_dim=64, scale=0.05,
+         form="latent-joined", sinks=True),
+    Case("latent-mixed", ((3, 50), (0, 9), (9, 200)), (16, 1), (512, 512), 64, rope_dim=64, scale=0.05, form="latent"),
+    Case("latent-lost-pages-window", ((2, 30), (2, 200)), (32, 1), (512, 512), 32, rope_dim=64, scale=0.05,
+         form="latent", lost=True, window=(60, 0), softcap=3.0),
+]  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch: pytest.MonkeyPatch):
     """The kernel under the emulator where there is no GPU, and shares of one tile: short sequences are cut, too."""
-    monkeypatch.setattr(gluon, "_LEAST_TILES", 1)
+    monkeypatch.setattr(gluon.gluon_plans, "LEAST_TILES", 1)
     if not ON_HOPPER:
         emulate(monkeypatch, 0)
         monkeypatch.setattr(gluon, "unsupported_reason", gluon.refusal)
@@ -47,7 +59,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch, order: int) -> None:
     """Copies finish in another order for every ``order``."""
     from gluon_emulator import Emulated
 
-    monkeypatch.setattr(gluon, "forward_kernel", Emulated(KERNEL, order=order))
+    for module, name, kernel in KERNELS:
+        monkeypatch.setattr(module, name, Emulated(kernel, order=order))
 
 
 def attend(problem: Problem, **more: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +76,7 @@ def check(problem: Problem, seen: list[torch.Tensor] | None = None, **more: obje
     assert (o[(oracle[1] == -math.inf).T.to(o.device)] == 0).all()
 
 
-@pytest.mark.parametrize("case", CASES + HOPPER_CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + HOPPER_CASES + LATENT_CASES, ids=str)
 def test_matches_the_book(case: Case) -> None:
     problem = build(case, torch.float16, DEVICE)
     reason = unsupported_reason(problem.q, problem.cache, **problem.kwargs, impl="gluon")
@@ -86,6 +99,16 @@ def test_grid(page: int, heads: tuple[int, int], dims: tuple[int, int], lengths:
     for index, dtype in enumerate((torch.float16, torch.bfloat16)):
         form, layout = ("dense", "combined")[index], ("HND", "NHD")[index]
         check(build(Case("grid", lengths, heads, dims, page, layout, form), dtype, DEVICE))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", [8, 16, 64, 128])
+@pytest.mark.parametrize("heads", [8, 16, 64, 128])
+@pytest.mark.parametrize("lengths", [LONG, MIXED, ((128, 128), (300, 1500)), ((1, 20000), (2, 3))])
+def test_latent_grid(page: int, heads: int, lengths: tuple[tuple[int, int], ...]) -> None:
+    for dtype, form in ((torch.float16, "latent"), (torch.bfloat16, "latent-joined")):
+        case = Case("grid", lengths, (heads, 1), (512, 512), page, form=form, rope_dim=64, scale=0.1)
+        check(build(case, dtype, DEVICE))
 
 
 # ---- lists: block masks and pages ----
@@ -148,6 +171,17 @@ def test_page_lists(list_heads: int) -> None:
             poison_unlisted(problem, allowed)
         counts = torch.full(lists.shape[:2], read, dtype=torch.int32, device=DEVICE) if read < 4 else None
         check(problem, allowed, mask=PageLists(lists.to(DEVICE), counts))
+
+
+@pytest.mark.parametrize("page", [16, 128])
+def test_latent_page_lists(page: int) -> None:
+    case = Case("latent-lists", ((1, 40), (1, 300)), (16, 1), (512, 512), page, rope_dim=64, scale=0.1, form="latent")
+    problem = build(case, torch.float16, DEVICE)
+    pages = torch.tensor([[[2, -1, 0]]], dtype=torch.int32)
+    seen = torch.zeros(1, 1, 1, 3 * page, dtype=torch.bool)
+    seen[..., :page] = seen[..., 2 * page :] = True
+    seen = torch.nn.functional.pad(seen, (0, max(0, 304 - 3 * page)))
+    check(problem, listed(seen, case), mask=PageLists(pages.to(DEVICE)))
 
 
 def test_counts_past_a_list_read_no_other() -> None:
@@ -259,7 +293,7 @@ def test_every_key_tile_has_one_share(
         problem.q, problem.cache, *(kwargs[n] for n in names), None, None, None, None, None, "auto"
     )  # fmt: skip
     cut = gluon.plan(q, p, 4)
-    records, counter, merges, spans = (t.cpu() for t in gluon._schedule(q, p, cut))
+    records, counter, merges, spans = (t.cpu() for t in gluon.gluon_plans.schedule(q, p, cut))
     claimed, count, merged = counter.tolist()
     assert claimed == 0
     tile_n = cut.tiles.tile_n

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparseattn.kernels.hopper import async_load, async_reduce_add, load_rows, ring, store_rows, view
+from sparseattn.kernels.hopper import async_load, async_reduce_add, load_rows, opaque_zero, ring, store_rows, view
 from sparseattn.kernels.walks import (
     HEAD,
     MASKED_STEPS,
@@ -44,16 +44,6 @@ LENGTHS = [
 ]  # fmt: skip
 # A query row that no key is seen from.
 NEVER: gl.constexpr = gl.constexpr(1 << 30)
-
-
-@gluon.jit
-def opaque_zero():
-    """A 0 that no pass sees through.
-
-    Descriptors of tiles that stay in place are loop invariants; hoisted, they cost registers that the loop does not
-    have. Indexed by this, they are computed where they are used.
-    """
-    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

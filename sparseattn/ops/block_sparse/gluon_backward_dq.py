@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparseattn.kernels.hopper import load_rows, next_stage, ring, store_rows
+from sparseattn.kernels.hopper import load_rows, next_stage, opaque_zero, ring, store_rows
 from sparseattn.kernels.walks import (
     HEAD,
     MASKED_STEPS,
@@ -31,7 +31,6 @@ from sparseattn.ops.block_sparse.gluon_backward import (
     LENGTHS,
     field,
     next_place,
-    opaque_zero,
     post_tile,
     probabilities,
     step_row,

@@ -1,0 +1,186 @@
+"""How the Hopper kernels cut paged attention into tiles and shares: sizes from shapes, the rest on the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from sparseattn.kernels import LAUNCH
+from sparseattn.kernels.hopper_tiles import Tiles
+from sparseattn.ops.paged.gluon_schedule import merge_shares_kernel, page_gaps_kernel, paged_schedule_kernel
+from sparseattn.ops.paged.problem import PagedProblem
+
+NO_LIMIT = 2**30
+# The fewest key tiles of a share, and records that a program of the schedule makes.
+LEAST_TILES = 4
+RECORDS = 32
+# Rows of a tile up to which a call waits for memory whatever its kernel does with the tiles that arrive.
+FEW_ROWS = 16
+
+
+class Plan(NamedTuple):
+    """How a call is cut, by shapes alone.
+
+    Attributes:
+        tiles: Configuration of the kernel.
+        pack: Query heads in a row tile.
+        tokens: Query tokens of a row tile.
+        rows: Rows of a row tile that can be in use.
+        target: Shares of keys that all row tiles together should make; 0: keys are not cut.
+        least: Keys of a share at least.
+        limit: Keys of a sequence that a row tile can see, at most.
+        merged: Every row tile leaves sums, even one of one share.
+        records: Row tiles and shares, at most.
+        places: Shares that leave sums, at most.
+        merges: Row tiles of several shares, at most.
+        programs: Size of the grid.
+    """
+
+    tiles: Tiles
+    pack: int
+    tokens: int
+    rows: int
+    target: int
+    least: int
+    limit: int
+    merged: bool
+    records: int
+    places: int
+    merges: int
+    programs: int
+
+
+def refusal(q: Tensor, p: PagedProblem) -> str | None:
+    """What none of the kernels take, or None."""
+    if q.dtype not in (torch.bfloat16, torch.float16) or p.k.dtype != q.dtype:
+        return f"the Gluon kernels take bfloat16 and float16 queries and caches, not {q.dtype} and {p.k.dtype}"
+    for given, what in (
+        (p.rope_theta > 0, "RoPE"),
+        (p.slopes is not None, "ALiBi"),
+        (p.custom_mask is not None, "custom masks"),
+    ):
+        if given:
+            return f"the Gluon kernels take no {what}"
+    if p.scale <= 0:
+        return f"the Gluon kernels need a positive scale, not {p.scale}"
+    if p.page_size % 8:
+        return f"the Gluon kernels take pages of multiples of 8 tokens, not {p.page_size}"
+    if table_of(p).numel() * p.page_size >= 2**31:
+        return "the Gluon kernels count positions of all pages of a table in 31 bits"
+    return None
+
+
+def refused_blocks(p: PagedProblem, tile_n: int) -> str | None:
+    """Why key tiles of ``tile_n`` keys cannot be made of the lists' blocks, or None."""
+    if p.list_indices is not None and p.block_kv % tile_n and (p.block_kv % 8 or tile_n % p.block_kv):
+        return f"the Gluon kernels take KV blocks of 8, 16, 32, 64 or multiples of {tile_n} here, not {p.block_kv}"
+    return None
+
+
+def table_of(p: PagedProblem) -> Tensor:
+    """The page numbers, in rows that kernels can walk."""
+    table = p.page_table if p.page_table is not None else p.indices
+    assert table is not None
+    return table if table.stride(-1) == 1 else table.contiguous()
+
+
+def make_plan(q: Tensor, p: PagedProblem, tiles: Tiles, pack: int, tokens: int, processors: int) -> Plan:
+    """Count tiles and shares of row tiles of ``tokens`` queries of ``pack`` heads."""
+    heads_k = p.k.shape[2]
+    group = q.shape[1] // heads_k
+    rows = min(tokens, max(1, p.max_q)) * pack
+
+    limit = NO_LIMIT
+    if p.window_left >= 0 and (p.causal or p.window_right >= 0):
+        limit = p.window_left + p.max_q + max(p.window_right, 0) + 1
+    if p.list_indices is not None:
+        limit = min(limit, max(1, p.list_indices.shape[-1] * p.block_kv))
+    row_tiles_ = p.batch if p.cu_seqlens_q is None else q.shape[0] // tokens + p.batch
+    row_tiles_ *= heads_k * triton.cdiv(group, pack)
+    programs = processors * tiles.programs
+    target = (4 if rows <= FEW_ROWS else 2) * programs
+    least = LEAST_TILES * tiles.tile_n
+    if min(limit, table_of(p).shape[-1] * p.page_size) <= least or (p.batch == 1 and row_tiles_ >= target):
+        target = 0
+    # A share more than the first begins only where one of `target` ends; a sequence that is cut has twice them at most.
+    records = row_tiles_ + target
+    merged = group % pack > 0  # a tensor map would store the heads of the next group, too
+    places = records if merged else min(2 * target, records)
+    merges = row_tiles_ if merged else min(target, row_tiles_)
+    programs = min(programs, records)
+    return Plan(tiles, pack, tokens, rows, target, least, limit, merged, records, places, merges, programs)
+
+
+def lists_of(p: PagedProblem, stand_in: Tensor) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
+    """Lists as kernel arguments: counts, indices, and (list rows per batch entry, per head, list width)."""
+    if p.list_counts is None or p.list_indices is None:
+        return stand_in, stand_in, (0, 0, 0)
+    batch, heads, rows = p.list_counts.shape
+    width = p.list_indices.shape[-1]
+    indices = p.list_indices if width else p.list_counts  # counts are limited by the width, so none of it is read
+    return p.list_counts, indices, (0 if batch == 1 else heads * rows, rows, width)
+
+
+def schedule(q: Tensor, p: PagedProblem, cut: Plan, careful: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Records, counter, merges and spans of ``paged_schedule_kernel``; ``careful`` kernels hide keys in every tile."""
+    heads, heads_k = q.shape[1], p.k.shape[2]
+    # Rows of whole 16 bytes: pointers of another alignment would be another kernel.
+    sizes = ((cut.records, 8), (3,), (max(1, cut.merges), 8), (5, triton.cdiv(p.batch, 4) * 4))
+    records, counter, merges, spans = (torch.empty(s, dtype=torch.int32, device=q.device) for s in sizes)
+    cu, indptr = (counter if t is None else t for t in (p.cu_seqlens_q, p.indptr))
+    table = table_of(p)
+    batch = (q.shape[0], p.max_q, table.stride(0) if p.indptr is None else 0, table.shape[-1])
+    csr, ragged = p.indptr is not None, p.cu_seqlens_q is not None
+    counts, indices, strides = lists_of(p, counter)
+    chunks = triton.cdiv(heads // heads_k, cut.pack)
+    list_heads = 1 if p.list_indices is None else p.list_indices.shape[1]
+    # Page lists come in any order, and few rows wait for memory anyway: all of their tiles take the careful path.
+    gaps = not careful and cut.rows > FEW_ROWS and not (p.list_indices is not None and p.block_q == 0)
+    gap = torch.empty((2, p.batch), dtype=torch.int32, device=q.device) if gaps else counter
+    if gaps:
+        page_gaps_kernel[(p.batch,)](
+            gap, cu, p.seq_lens, indptr, table, p.batch, *batch, p.k.shape[0],
+            PAGE=p.page_size, CSR=csr, RAGGED=ragged, WIDTH=1024, num_warps=4, **LAUNCH,
+        )  # fmt: skip
+    paged_schedule_kernel[(triton.cdiv(cut.records, RECORDS),)](
+        records, counter, merges, spans, cu, p.seq_lens, indptr, gap, counts, indices,
+        p.batch, *batch, cut.records, cut.places, cut.merges, *strides, heads_k, cut.limit, max(1, cut.target),
+        cut.least, p.window_left, p.window_right, spans.stride(0),
+        TOKENS=cut.tokens, BLOCK_Q=p.block_q or NO_LIMIT, BLOCK_KV=p.block_kv, TILE_N=cut.tiles.tile_n,
+        PAGE=p.page_size, HEADS=chunks, MASK_GROUP=heads_k * chunks // list_heads, TILES=RECORDS,
+        MASKED=p.list_indices is not None, CSR=csr, CAUSAL=p.causal, WINDOW=windowed(p), RAGGED=ragged,
+        SPLIT=cut.target > 0, MERGED=cut.merged, GAPS=gaps, num_warps=4, **LAUNCH,
+    )  # fmt: skip
+    return records, counter, merges, spans
+
+
+def places(cut: Plan, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Memory for the sums of shares: outputs float32 [places, rows, dim], and their maxima and sums."""
+    part = torch.empty((max(1, cut.places), cut.rows, dim), dtype=torch.float32, device=device)
+    return part, torch.empty((max(1, cut.places), 2, cut.rows), dtype=torch.float32, device=device)
+
+
+def merge(
+    part: Tensor, sums: Tensor, merges: Tensor, counter: Tensor, o: Tensor, lse: Tensor, p: PagedProblem, cut: Plan
+) -> None:
+    """Outputs and LSE of row tiles whose keys were cut."""
+    if not cut.merges:
+        return
+    few, dim = cut.rows <= FEW_ROWS, o.shape[-1]
+    merge_shares_kernel[(cut.merges, cut.rows)](
+        part, sums, merges, counter, o, lse, lse if p.sinks is None else p.sinks, o.stride(), o.shape[0], cut.rows,
+        DV=dim, BLOCK_DV=triton.next_power_of_2(dim), GROUP=o.shape[1] // p.k.shape[2], PACK=cut.pack,
+        SHARES=32 if few else 8, SINKS=p.sinks is not None, num_warps=4 if few or dim > 256 else 1, **LAUNCH,
+    )  # fmt: skip
+
+
+def windowed(p: PagedProblem) -> bool:
+    return p.window_left >= 0 or p.window_right >= 0
+
+
+def mask_group(q: Tensor, p: PagedProblem) -> int:
+    """Query heads that share a list."""
+    return q.shape[1] if p.list_indices is None else q.shape[1] // p.list_indices.shape[1]
