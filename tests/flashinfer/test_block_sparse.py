@@ -338,7 +338,21 @@ def test_mask_layout_bad_input():
     assert convert_bsr_mask_layout(mask[:0], indptr[:1]).shape == (0,)
 
 
-# ---- what must not wait for the device ----
+# ---- what torch.compile takes, and what must not wait for the device ----
+
+
+def test_compile(device: str):
+    p = pattern((4, 6), (30, 45), density=0.5, device=device)
+    w = wrapper(device)
+    w.plan(*p.geometry, causal=True)
+    inputs = [t.nan_to_num(0) for t in (p.q, p.k, p.v)]
+
+    def run(*tensors: Tensor) -> Any:
+        return w.run(*tensors, return_lse=True)
+
+    expected = run(*inputs)
+    for x, y in zip(torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs), expected, strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.gpu
