@@ -112,6 +112,7 @@ def item_mask(
         device: Of the call.
     """
     batch = len(q_lens)
+    prefix_len_ptr = prefix_len_ptr.reshape(-1)  # of one request, it may come without its axis
     if prefix_len_ptr.shape != (batch,):
         raise argument_error("prefix_len_ptr", f"shape ({batch},)", f"shape {tuple(prefix_len_ptr.shape)}")
     if token_pos_in_items_ptr is None or token_pos_in_items_ptr.dim() != 1 or token_pos_in_items_ptr.numel() == 0:
