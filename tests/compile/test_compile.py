@@ -28,7 +28,7 @@ SKIPPED = {
     "newest": rf"^(forward|dkdv|dq)-((dense|plain)-{RARE}.*/80|dense-{RARE}.*/90|.*{RARE}.*/100)|"
     r"^extra-.*/100|^(dkdv|dq)-variable.*/100",
     "oldest": r"-dense-|64x64|192x128|256x256|-ragged|(-plain|-means|-variable|cells-64|cells-96).*/100|"
-    r"landmark.*/(80|100)|landmark_score-(all|fp8)|"
+    r"landmark.*/(80|100)|bsr-(r16|r64|everything).*/(80|100)|landmark_score-(all|fp8)|"
     r"^extra-.*/100|(last-query|row-lse|descend|row-top|block-lists).*/(80|100)|query-mass.*fp32|descend-last",
 }
 
