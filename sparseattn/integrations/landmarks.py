@@ -182,8 +182,8 @@ def _layer_of(module: nn.Module, key: Tensor) -> tuple[Any, int, str]:
     layer = cache.layers[index] if index < len(cache.layers) else None
     if layer is None or type(layer) not in (DynamicLayer, StaticLayer):
         return layer, 0, f"a cache layer of another kind ({type(layer).__name__})"
-    if key.is_inference():
-        return layer, 0, "inference mode, whose tensors have no version"
+    if key.is_inference() or torch.is_inference_mode_enabled():
+        return layer, 0, "inference mode, which keeps no versions"
     if layer.keys is not key:
         return layer, 0, "keys that are not the cache's own"
     return layer, call.still, ""

@@ -127,3 +127,23 @@ def test_a_million_tokens_need_less_than_four_gibibytes(call, fake_gpu) -> None:
     live, mask = peak_of(call)
     lists = 4 * mask.kv_indices.numel()
     assert lists <= live.now <= live.peak < 4 * GIB, f"{live.peak / GIB:.2f} GiB, lists {lists / GIB:.2f}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["landmark", "flashprefill", "bound", "xattention", "flexprefill", "minference"])
+def test_a_million_tokens_on_a_gpu(method: str) -> None:
+    options = {"flashprefill": {"num_last_tokens": 0}, "xattention": {"stride": 16}}.get(method, {})
+    config, select = selectors.configure(method, options), selectors.get(method).select
+    q = torch.randn(1, TOKENS, 32, 128, dtype=torch.bfloat16, device="cuda")
+    k = torch.randn(1, TOKENS, 8, 128, dtype=torch.bfloat16, device="cuda")
+    select(q[:, :4096], k[:, :4096], config)  # what is made once and stays
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    mask = select(q, k, config)
+    assert torch.cuda.max_memory_allocated() - before < 4 * GIB
+    if method in ("landmark", "flashprefill", "bound"):
+        # Offsets beyond 2^31 elements: the last rows are those of a chunk, whose queries lie at the start.
+        chunk = select(q[:, -4096:].clone(), k, config)
+        assert torch.equal(chunk.kv_num_blocks, mask.kv_num_blocks[:, :, -32:])
+        listed = torch.arange(mask.kv_indices.shape[-1], device="cuda") < chunk.kv_num_blocks[..., None]
+        assert torch.equal(chunk.kv_indices[listed], mask.kv_indices[:, :, -32:][listed])
