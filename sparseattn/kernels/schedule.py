@@ -119,7 +119,8 @@ def _key_tiles(
     part = tl.cdiv(count, splits)
     skip = tl.minimum(share * part, count)
     length = tl.where(m0 <= m1, tl.minimum(part, count - skip), -1)
-    return base, count, base + skip, length, entries, row
+    first = base + tl.where(skip < count, skip, 0)  # an empty share looks at the first tile, not past the last
+    return base, count, first, length, entries, row
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, "num_row_tiles", "splits"])

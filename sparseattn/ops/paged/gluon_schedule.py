@@ -142,6 +142,7 @@ def paged_schedule_kernel(
     part = tl.cdiv(total, shares)
     skip = tl.minimum(share * part, total)
     length = tl.minimum(part, total - skip)
+    start = base + tl.where(skip < total, skip, 0)  # an empty share looks at the first tile, not past the last
     late = length
     early = e * 0
     if GAPS:
@@ -153,7 +154,7 @@ def paged_schedule_kernel(
         else:
             hi = tl.where(lead > 0, 0, hi)
         late, early = cut_tiles(
-            index_ptr + row * idx_width, entries, inside, base, total, base + skip, length, lo, hi, BLOCK_KV, TILE_N,
+            index_ptr + row * idx_width, entries, inside, base, total, start, length, lo, hi, BLOCK_KV, TILE_N,
             MASKED, WINDOW, False,
         )  # fmt: skip
 
@@ -166,7 +167,7 @@ def paged_schedule_kernel(
     tl.store(record + 2, b, mask=inside)
     tl.store(record + 3, place, mask=inside)
     tl.store(record + 4, tl.where(kept, length, -1), mask=inside)
-    tl.store(record + 5, base + skip, mask=inside)
+    tl.store(record + 5, start, mask=inside)
     tl.store(record + 6, late, mask=inside)
     tl.store(record + 7, early, mask=inside)
     one = inside & (local == 0)
