@@ -163,6 +163,10 @@ def test_nothing_to_merge(device: str):
     merged, merged_lse = merge_states(o, lse)
     assert merged.shape == (0, 3, 8)
     assert merged_lse.shape == (3, 0)
+    for batch, length in ((0, 4), (2, 0)):
+        o, lse = torch.zeros(batch, length, 3, 8, device=device), torch.zeros(batch, 3, length, device=device)
+        assert merge_state(o, lse, o, lse)[0].shape == o.shape
+        merge_state_(o, lse, o, lse, mask=torch.ones(batch, length, dtype=torch.bool, device=device))
 
 
 BAD = {

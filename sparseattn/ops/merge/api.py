@@ -107,11 +107,12 @@ def merge_state_(
         if mask.shape != o.shape[:-2] or mask.device != o.device:
             expected = f"shape {tuple(o.shape[:-2])} on {o.device}, an entry per row"
             raise argument_error("mask", expected, f"shape {tuple(mask.shape)} on {mask.device}")
-        mask = mask.reshape(-1, mask.shape[-1])
+        mask = mask.reshape(math.prod(mask.shape[:-1]), mask.shape[-1])
     if torch.is_grad_enabled() and any(t.requires_grad for t in (o, lse, o_other, lse_other)):
         raise argument_error("o", "tensors without gradients", "one that requires them", "Use merge_state.")
     try:  # a copy here would swallow the result
-        rows, sums = o.view(-1, *o.shape[-3:]), lse.view(-1, *lse.shape[-2:])
+        batch = math.prod(o.shape[:-3])
+        rows, sums = o.view(batch, *o.shape[-3:]), lse.view(batch, *lse.shape[-2:])
     except RuntimeError:
         raise argument_error("o", "leading dimensions that a view can flatten", f"strides {o.stride()}") from None
     _merge_in_place(rows, sums, _stack(o_other, 3)[0], _stack(lse_other, 2)[0], mask, base, impl)
@@ -161,7 +162,7 @@ def _check(
 
 def _stack(t: Tensor, rank: int) -> Tensor:
     """``t`` as ``[1, batch, *last rank dimensions]``."""
-    return t.reshape(1, -1, *t.shape[-rank:]) if t.dim() != rank else t[None, None]
+    return t.reshape(1, math.prod(t.shape[:-rank]), *t.shape[-rank:]) if t.dim() != rank else t[None, None]
 
 
 def _flat_lse(lse: Tensor) -> Tensor:
