@@ -53,7 +53,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         custom_mask_buf: uint8, packed bits, if plans have masks.
         mask_indptr_buf: int32 [B + 1], with it.
         backend: FlashInfer's names, all of which mean this library's choice; or "triton", "reference". "cudnn" says
-            that ``qo_indptr`` counts elements instead of tokens.
+            that ``qo_indptr`` counts elements instead of tokens, and that the cache is "HND", which FlashInfer's takes
+            by the name of "NHD".
         jit_args: Must be None.
         jit_kwargs: Must be None.
 
@@ -86,6 +87,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             float_workspace_buffer, kv_layout, use_cuda_graph, qo_indptr_buf, custom_mask_buf, mask_indptr_buf, backend,
             jit_args=jit_args, jit_kwargs=jit_kwargs,
         )  # fmt: skip
+        if backend == "cudnn":
+            self._kv_layout = "HND"
         if use_cuda_graph:
             self._buffers = TableBuffers(
                 paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf, "buf", "paged_kv_"

@@ -206,8 +206,8 @@ def test_lengths_that_are_said(device: str):
 
 
 def test_offsets_in_elements(device: str):
-    """As FlashInfer's cuDNN backend counts."""
-    batch = make_batch([54, 97], [9, 20], device=device)
+    """As FlashInfer's cuDNN backend counts, whose caches are "HND" by the name of "NHD"."""
+    batch = make_batch([54, 97], [9, 20], layout="HND", device=device)
     wrapper = BatchPrefillWithPagedKVCacheWrapper(torch.empty(16, device=device), backend="cudnn")
     wrapper.plan(batch.qo_indptr * 4 * 32, *batch.table, 4, 2, 32, 16, causal=True)
     batch.check(wrapper.run(batch.q, batch.combined, return_lse=True), causal=True)
