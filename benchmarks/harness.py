@@ -21,7 +21,9 @@ from sparseattn.testing.timing import environment, package_version
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 #: Distributions whose versions belong to a row; others' come with torch.
-RIVALS = ("flash-attn-4", "nvidia-cutlass-dsl", "flashinfer-python", "flashprefill")
+RIVALS = (
+    "flash-attn-4", "nvidia-cutlass-dsl", "flashinfer-python", "flashprefill", "flex_prefill", "minference", "xattn",
+)  # fmt: skip
 
 
 def commit_here() -> str | None:
