@@ -136,7 +136,7 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
 
         Args:
             qo_indptr: int32 [B + 1], rows of q of each request, ascending from 0.
-            kv_indptr: int32 [B + 1], ascending from 0: which of ``kv_indices`` a request owns.
+            kv_indptr: int32 [B + 1] or more, ascending from 0: which of ``kv_indices`` a request owns.
             kv_indices: int32, page numbers.
             kv_len_arr: int32 [B], tokens of each request.
             num_heads: Hq.
@@ -154,6 +154,7 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         if dtypes[1] not in (dtypes[0], *FLOAT8):
             raise argument_error("kv_data_type", f"{dtypes[0]} like q_data_type, or float8", dtypes[1], kind=TypeError)
         rows, longest, total = query_rows(qo_indptr, self.device)
+        kv_indptr = kv_indptr[: kv_len_arr.numel() + 1]  # as in FlashInfer, more entries than requests are not read
         table = lengths_table(kv_indptr, kv_indices, kv_len_arr, page_size, self.device)
         if table.seq_lens.shape[0] != rows.shape[0] - 1:
             expected = f"{rows.shape[0] - 1} requests like qo_indptr"
