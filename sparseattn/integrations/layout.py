@@ -16,7 +16,7 @@ recompiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparseattn.errors import argument_error
-
-_USE_SDPA = "Use attn_implementation='sdpa' (or 'eager') for it: model.set_attn_implementation('sdpa')."
+from sparseattn.integrations.mask_patterns import USE_SDPA, read_pattern, refuse_own_sparsity
 
 
 class Packed(NamedTuple):
@@ -98,12 +97,12 @@ def row_mask(
     Raises:
         ValueError: A pattern or padding mask that row ranges cannot express.
     """
-    _refuse_own_sparsity(config)
+    refuse_own_sparsity(config)
     if use_vmap:
         raise argument_error(
-            "attention mask", "plain causal or sliding attention", "an extra or/and mask function", _USE_SDPA
+            "attention mask", "plain causal or sliding attention", "an extra or/and mask function", USE_SDPA
         )
-    causal, packed = _read_pattern(mask_function, local_size, config)
+    causal, packed = read_pattern(mask_function, local_size, config)
     if packed is not None:
         return pack(packed)
     if attention_mask is None:
@@ -183,7 +182,7 @@ def resolve(
     if not (mask is None or isinstance(mask, Packed) or is_ours):
         got = f"a {mask.dtype} mask of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         kind = ValueError if isinstance(mask, Tensor) else TypeError
-        raise argument_error("attention_mask", "None or a 2-D padding mask [batch, seq]", got, _USE_SDPA, kind)
+        raise argument_error("attention_mask", "None or a 2-D padding mask [batch, seq]", got, USE_SDPA, kind)
 
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         if is_ours and mask.shape[0] > 0:
@@ -340,72 +339,3 @@ def _bidirectional() -> None:
 
 
 _bidirectional.__name__ = "bidirectional_mask_function"
-
-# Patterns row ranges express, by the name of the Transformers function that builds them. The window itself comes to the
-# layer as sliding_window.
-_EXPRESSIBLE = {
-    "causal_mask_function",
-    "bidirectional_mask_function",
-    "sliding_window_overlay",
-    "sliding_window_bidirectional_overlay",
-    "packed_sequence_mask_function",
-    "remap_positions_for_packed_sequence",
-}
-_REASONS = {
-    "chunked_overlay": "chunked attention (config.attention_chunk_size)",
-    "blockwise_overlay": "blocks of bidirectional tokens (images), from block_sequence_ids or token_type_ids",
-}
-
-
-def _read_pattern(
-    function: Callable[..., Any] | None, local_size: int | None, config: Any
-) -> tuple[bool, Tensor | None]:
-    """Whether the pattern is causal, and the sequence of each token if it is packed. Refuses everything else."""
-    if function is None:
-        return True, None
-    if torch.compiler.is_compiling():
-        # Closures cannot be opened while tracing: go by what can be seen. Packing is left to the attention function.
-        name = function.__name__
-        chunked = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
-        if name == "or_mask" or chunked:
-            raise argument_error("attention mask", "causal or sliding attention", "another pattern", _USE_SDPA)
-        return name != "bidirectional_mask_function" and getattr(config, "is_causal", True), None
-    causal, packed = True, None
-    for name, leaf in _leaves(function):
-        if name not in _EXPRESSIBLE:
-            got = _REASONS.get(name, f"a mask function {name!r}")
-            raise argument_error("attention mask", "causal, sliding, padded or packed attention", got, _USE_SDPA)
-        causal = causal and "bidirectional" not in name
-        if name == "packed_sequence_mask_function":
-            packed = _captured(leaf)["packed_sequence_mask"]
-    return causal, packed
-
-
-def _leaves(function: Callable[..., Any]) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The patterns that Transformers' ``and_masks`` joined, each with the name of the function that built it."""
-    name = getattr(function, "__qualname__", type(function).__name__).split(".")[0]
-    joined = ("and_masks", "or_masks", "remap_positions_for_packed_sequence", "add_offsets_to_mask_function")
-    if name in joined:
-        inner = _captured(function)
-        for part in inner.get("mask_functions", (inner.get("mask_function"),)):
-            yield from _leaves(part)
-    if name not in joined or name == "or_masks":  # a union is a pattern of its own; its parts tell what for
-        yield name, function
-
-
-def _captured(function: Callable[..., Any]) -> dict[str, Any]:
-    cells = getattr(function, "__closure__", None) or ()
-    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
-
-
-def _refuse_own_sparsity(config: Any) -> None:
-    kinds = {"indexed_attention", "deepseek_sparse_attention", "qwen_sparse_attention", "minimax_m3_sparse"}
-    kinds |= {"compressed_sparse_attention", "heavily_compressed_attention"}
-    found = kinds.intersection(getattr(config, "layer_types", None) or ())
-    if found:
-        raise argument_error(
-            "config.layer_types",
-            "full and sliding attention",
-            ", ".join(sorted(found)),
-            f"The model selects tokens itself. {_USE_SDPA}",
-        )

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from sparseattn.kernels.attention import LOG2E, sequence_span
-from sparseattn.ops.scores.lists_triton import within_cap, write_list
+from sparseattn.ops.scores.landmark_triton_choice import capped_list
 
 _LENGTHS = ["max_q", "max_k", "num_rows", "num_columns", "feature_blocks", "bounds_stride_b", "first_row",
             "rows_here", "width", "max_blocks", "items"]  # fmt: skip
@@ -170,13 +170,8 @@ def score_kernel(
                 tl.debug_barrier()
 
         if LISTS:
-            least = tl.full((), 0, tl.int32)
-            ties = tl.full((), 0, tl.int32)
-            if CAPPED:
-                num_free = tl.maximum(recent - FIRST, 0)
-                allowed = max_blocks - (visible - num_free)
-                if num_free > allowed:
-                    least, ties = within_cap(score_row, FIRST, recent, least, ties, tl.maximum(allowed, 0), BLOCK_S)
+            least = tl.full((), 0, tl.int32)  # the key of 0
             list_ptr = indices_ptr + row * width
-            tl.store(counts_ptr + row, write_list(score_row, list_ptr, FIRST, recent, visible, least, ties, BLOCK_S))
+            count = capped_list(score_row, list_ptr, least, recent, visible, max_blocks, FIRST, CAPPED, BLOCK_S)
+            tl.store(counts_ptr + row, count)
             tl.debug_barrier()  # the next item's scores take the place of these
