@@ -100,14 +100,14 @@ def test_matches_the_oracle(case: Case) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("blocks", [(1, 1), (3, 7), (20, 50), (60, 130)])
 @pytest.mark.parametrize("heads", [((2, 2), 2), ((8, 2), 2), ((8, 2), 8), ((4, 1), 1)])
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (192, 128)])
-@pytest.mark.parametrize("causal", [False, True])
-def test_grid(blocks: tuple[int, int], heads: tuple[tuple[int, int], int], dims: tuple[int, int], causal: bool) -> None:
-    case = Case("grid", (1500, 2100), blocks, *heads, mask_batch=2, batch=2, dims=dims, causal=causal)
-    for dtype in (torch.float16, torch.bfloat16):
-        check(case, dtype)
+def test_grid(heads: tuple[tuple[int, int], int], dims: tuple[int, int]) -> None:
+    """Every head dimension with every kind of heads; sizes of blocks, and with them of tiles, in turn."""
+    causal = dims[0] >= 192
+    for blocks in ((3, 7), (20, 50)) if causal else ((1, 1), (60, 130)):
+        case = Case("grid", (1500, 2100), blocks, *heads, mask_batch=2, batch=2, dims=dims, causal=causal)
+        check(case, torch.float16 if heads[1] == 2 else torch.bfloat16)
 
 
 @pytest.mark.gpu
