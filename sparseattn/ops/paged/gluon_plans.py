@@ -64,6 +64,10 @@ def refusal(q: Tensor, p: PagedProblem) -> str | None:
     ):
         if given:
             return f"the Gluon kernels take no {what}"
+    # What a problem grows behind these fields means nothing to the kernels until somebody teaches them.
+    for name in p._fields[p._fields.index("v_factor") + 1 :]:
+        if getattr(p, name) is not None:
+            return f"the Gluon kernels take no {name}"
     if p.scale <= 0:
         return f"the Gluon kernels need a positive scale, not {p.scale}"
     if p.page_size % 8:
