@@ -51,9 +51,11 @@ class Rival:
     prepare: Callable[[Problem], Prepared]
     listed: Callable[[Problem, Any], sampled.Selected] | None = None
 
-    def missing(self) -> str | None:
-        """Why it is not installed here, or None; imports nothing."""
-        return None if find_spec(self.package) else f"{self.package} is not installed"
+    def missing(self, device: torch.device) -> str | None:
+        """Why it does not run here, or None; imports nothing."""
+        if not find_spec(self.package):
+            return f"{self.package} is not installed"
+        return None if device.type == "cuda" else f"{self.package} needs a CUDA GPU"
 
 
 def measure_rival(problem: Problem, rival: Rival, budget_ms: float, *, oracle: bool = True) -> Row:
@@ -70,9 +72,7 @@ def measure_rival(problem: Problem, rival: Rival, budget_ms: float, *, oracle: b
         ArithmeticError: A selection lacks a diagonal.
         AssertionError: An output is wrong in the first rows.
     """
-    reason = rival.missing()
-    if reason is None and problem.device.type != "cuda":
-        reason = f"{rival.package} needs a CUDA GPU"
+    reason = rival.missing(problem.device)
     if reason is not None:
         raise Unsupported(reason)
     prepared = rival.prepare(problem)

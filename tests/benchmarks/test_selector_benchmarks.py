@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,11 +177,85 @@ def test_authors_code_needs_its_package_and_a_gpu(monkeypatch: pytest.MonkeyPatc
         assert (one.listed is None) == (one.phase == "both")
 
 
+def dense(q: Any, k: Any, v: Any) -> Any:
+    """Output ``[1, S, H, D]`` of dense causal attention."""
+    return sampled.attend(q, k, v, sampled.Selected(None), torch.arange(q.shape[1]), torch.float32)[0][None]
+
+
+class FakeFlashPrefill:
+    """Lists every tile, and attends accordingly."""
+
+    def __init__(self, *, k_block_m: int, causal: bool, **options: Any) -> None:
+        assert (k_block_m, causal, options["k_block_n"]) == (128, True, 128)
+
+    def index_select(self, q: Any, k: Any, pages: Any, lengths: Any, offsets: Any, *, q_lens: Any, **_: Any) -> Any:
+        (n,), (heads, kv_heads) = q_lens, (q.shape[1], k.shape[2])
+        assert k.shape[:2] == (n, 1)
+        assert pages.tolist() == [list(range(n))]
+        assert (lengths.tolist(), offsets.tolist()) == ([n], [0, n])
+        tiles = n * heads // kv_heads // 128
+        cu = torch.arange(kv_heads * tiles + 1, dtype=torch.int32) * (n // 64)
+        idx = torch.arange(n // 64, dtype=torch.int32).repeat(kv_heads * tiles)
+        return SimpleNamespace(block_sparse_cu=cu, block_sparse_idx=idx, total_q_tiles=tiles)
+
+    def block_sparse_attention(self, q: Any, k: Any, v: Any, pages: Any, *_: Any, max_seqlen_q: int) -> Any:
+        assert pages is None
+        assert max_seqlen_q == q.shape[0]
+        return dense(q[None], k, v)[0]
+
+
+def fake_packages() -> dict[str, ModuleType]:
+    """Every author's package, attending everything."""
+
+    def heads_first(q: Any, k: Any, v: Any, *_: Any, **options: Any) -> Any:
+        assert q.shape == k.shape
+        if options:  # XAttention's says its density
+            print("density: 1")
+        return dense(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    def estimate(q: Any, k: Any, *, stride: int, chunk_size: int, **_: Any) -> Any:
+        padded = -(-q.shape[2] // chunk_size) * chunk_size // 128
+        return None, torch.ones(1, q.shape[1], padded, padded, dtype=torch.bool).tril()
+
+    contents = {
+        "flex_prefill": {"flex_prefill_attention": lambda q, k, v, gamma, tau, min_budget: dense(q, k, v)},
+        "minference.modules.minference_forward": {"minference_prefill_forward": heads_first},
+        "xattn.src.Xattention": {"Xattention_prefill": heads_first, "xattn_estimate": estimate},
+        "flashprefill": {"FlashPrefill": FakeFlashPrefill},
+    }
+    found = {}
+    for name, functions in contents.items():
+        for end in range(1, len(name.split(".")) + 1):
+            part = ".".join(name.split(".")[:end])
+            found[part] = ModuleType(part)
+        vars(found[name]).update(functions)
+    return found
+
+
+def test_authors_code_is_called_as_it_wants(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, module in fake_packages().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(rivals.Rival, "missing", lambda self, device: None)
+    for rival in rivals.RIVALS.values():
+        found = rivals.measure_rival(problem(256), rival, 1.0)
+        assert found["ms"] > 0, rival.name
+        assert found["gate"]
+        if rival.phase == "both":
+            assert found["output_error"] < 1e-4
+        else:
+            assert (found["selected"], found["recall_min"]) == (1.0, pytest.approx(1.0, abs=1e-4))
+    assert capsys.readouterr().out == ""
+
+
 def test_lists_of_packed_rows() -> None:
     # 2 query heads on 1 KV head: a tile of 128 packed rows is 64 tokens. 192 tokens are 3 tiles of 3 times 64 keys.
-    index = type("Index", (), {"total_q_tiles": 3})()
-    index.block_sparse_cu = torch.tensor([0, 1, 3, 5, 99], dtype=torch.int32)
-    index.block_sparse_idx = torch.tensor([0, 0, 1, 1, 2, 7], dtype=torch.int32)
+    index = SimpleNamespace(
+        total_q_tiles=3,
+        block_sparse_cu=torch.tensor([0, 1, 3, 5, 99], dtype=torch.int32),
+        block_sparse_idx=torch.tensor([0, 0, 1, 1, 2, 7], dtype=torch.int32),
+    )
     selected = rivals._flashprefill_blocks(problem(192), index)
     assert selected.block_size == (64, 64)
     assert selected.blocks is not None
