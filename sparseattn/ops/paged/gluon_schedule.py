@@ -57,6 +57,16 @@ def share_keys(
     return tl.maximum(tl.minimum(keys, 0x40000000).to(tl.int32), least)
 
 
+@triton.jit
+def store_merge(merge, row, rows, head, place, shares, inside):
+    """Note a row tile whose shares ``merge_shares_kernel`` has to merge."""
+    tl.store(merge, row, mask=inside)
+    tl.store(merge + 1, rows, mask=inside)
+    tl.store(merge + 2, head, mask=inside)
+    tl.store(merge + 3, place, mask=inside)
+    tl.store(merge + 4, shares, mask=inside)
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def paged_schedule_kernel(
     record_ptr, counter_ptr, merge_ptr, span_ptr, cu_ptr, lens_ptr, indptr_ptr, gap_ptr, count_ptr, index_ptr,
@@ -160,13 +170,13 @@ def paged_schedule_kernel(
 
     merged = (shares > 1) | MERGED
     place = tl.where(merged, places_before + local, -1)
-    kept = inside & (place < max_places)  # bounds out of order could ask for more
+    length = tl.where(place < max_places, length, -1)  # bounds out of order could ask for more
     record = record_ptr + e.to(tl.int64) * 8
     tl.store(record, m, mask=inside)
     tl.store(record + 1, head, mask=inside)
     tl.store(record + 2, b, mask=inside)
     tl.store(record + 3, place, mask=inside)
-    tl.store(record + 4, tl.where(kept, length, -1), mask=inside)
+    tl.store(record + 4, length, mask=inside)
     tl.store(record + 5, start, mask=inside)
     tl.store(record + 6, late, mask=inside)
     tl.store(record + 7, early, mask=inside)
@@ -179,12 +189,8 @@ def paged_schedule_kernel(
     if SPLIT or MERGED:
         merge = merges_before + tile
         one = inside & (share == 0) & merged & (merge < max_merges)
-        merge_at = merge_ptr + merge.to(tl.int64) * 8
-        tl.store(merge_at, q_start + m0, mask=one)
-        tl.store(merge_at + 1, m1 + 1 - m0, mask=one)
-        tl.store(merge_at + 2, head, mask=one)
-        tl.store(merge_at + 3, place, mask=one)
-        tl.store(merge_at + 4, tl.where(place + shares <= max_places, shares, 0), mask=one)
+        shares = tl.where(place + shares <= max_places, shares, 0)
+        store_merge(merge_ptr + merge.to(tl.int64) * 8, q_start + m0, m1 + 1 - m0, head, place, shares, one)
 
 
 @triton.jit(do_not_specialize=[*NUMBERS[:5], "num_pages"])
