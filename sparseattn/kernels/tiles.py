@@ -9,6 +9,24 @@ from sparseattn.kernels.attention import key_range
 LENGTHS = ["max_q", "max_k", "mask_stride_b", "mask_stride_h", "idx_width", "lse_stride_b", "lse_stride_h"]
 WINDOW = ["window_left", "window_right"]
 
+SEQUENCES: tl.constexpr = tl.constexpr(128)  # of a batch, looked at together
+
+
+@triton.jit
+def slot_tile(start_ptr, slot, batch, PACK: tl.constexpr, TILE: tl.constexpr):
+    """Sequence of a slot of packed rows, ``PACK`` a token, and which of its tiles of ``TILE`` rows it is.
+
+    Sequence b owns the slots from ``start[b] * PACK // TILE + b`` on: always enough for its rows, and never those of
+    another, ``rows // TILE + batch`` in all. A tile may lie past its sequence's end.
+    """
+    b = slot * 0 - 1
+    for c in range(0, batch, SEQUENCES):
+        offs = c + tl.arange(0, SEQUENCES)
+        first = tl.load(start_ptr + offs, mask=offs < batch, other=0) * PACK // TILE + offs
+        b += tl.sum(((first <= slot) & (offs < batch)).to(tl.int32), 0)
+    b = tl.maximum(b, 0)
+    return b, tl.maximum(slot - (tl.load(start_ptr + b) * PACK // TILE + b), 0)
+
 
 @triton.jit
 def list_length(count_ptr, list_ptr):

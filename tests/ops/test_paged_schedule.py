@@ -8,10 +8,12 @@ import torch
 triton = pytest.importorskip("triton", reason="needs Triton")
 tl = pytest.importorskip("triton.language", reason="needs Triton")
 schedule = pytest.importorskip("sparseattn.ops.paged.triton_schedule", reason="needs Triton")
+tiles = pytest.importorskip("sparseattn.kernels.tiles", reason="needs Triton")
 
-first_item, item_share, share_length, slot_tile = (
-    getattr(schedule, name) for name in ("first_item", "item_share", "share_length", "slot_tile")
+first_item, item_share, share_length = (
+    getattr(schedule, name) for name in ("first_item", "item_share", "share_length")
 )
+slot_tile = tiles.slot_tile
 
 
 @triton.jit
@@ -25,8 +27,8 @@ def probe_items(lens_ptr, out_ptr, batch, limit, target, least):
 
 
 @triton.jit
-def probe_slots(cu_ptr, out_ptr, batch, TOKENS: tl.constexpr):
-    b, tile = slot_tile(cu_ptr, tl.program_id(0), batch, TOKENS, True)
+def probe_slots(cu_ptr, out_ptr, batch, PACK: tl.constexpr, TILE: tl.constexpr):
+    b, tile = slot_tile(cu_ptr, tl.program_id(0), batch, PACK, TILE)
     tl.store(out_ptr + tl.program_id(0) * 2, b)
     tl.store(out_ptr + tl.program_id(0) * 2 + 1, tile)
 
@@ -51,14 +53,14 @@ def test_items_share_out_the_keys(batch: int, limit: int, target: int, device: s
     assert (out[first:, 0] == batch).all()
 
 
-@pytest.mark.parametrize("tokens", [1, 32])
-def test_slots_cover_every_row_once(tokens: int, device: str):
-    lengths = torch.randint(0, 70, (130,), generator=torch.Generator().manual_seed(tokens)).tolist()
-    lengths = [n * (n % 3 > 0) // (1 if tokens == 32 else 8) for n in lengths]
+@pytest.mark.parametrize(("pack", "tile"), [(1, 1), (1, 32), (7, 32)])
+def test_slots_cover_every_row_once(pack: int, tile: int, device: str):
+    lengths = torch.randint(0, 70, (130,), generator=torch.Generator().manual_seed(tile)).tolist()
+    lengths = [n * (n % 3 > 0) // (1 if tile == 32 else 8) for n in lengths]
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=device)
-    slots = sum(lengths) // tokens + len(lengths)
+    slots = sum(lengths) * pack // tile + len(lengths)
     out = torch.full((slots, 2), -1, dtype=torch.int32, device=device)
-    probe_slots[(slots,)](cu, out, len(lengths), tokens)
-    tiles = [pair for pair in out.tolist() if pair[1] * tokens < lengths[pair[0]]]
-    assert sorted(tiles) == [[b, t] for b, n in enumerate(lengths) for t in range(-(-n // tokens))]
+    probe_slots[(slots,)](cu, out, len(lengths), pack, tile)
+    found = [pair for pair in out.tolist() if pair[1] * tile < lengths[pair[0]] * pack]
+    assert sorted(found) == [[b, t] for b, n in enumerate(lengths) for t in range(-(-n * pack // tile))]
     assert (out[:, 1] >= 0).all()

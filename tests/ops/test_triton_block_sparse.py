@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -176,3 +178,31 @@ def test_tiles_past_the_end_of_the_last_block_read_nothing(
 
     for got, expected in zip(run("triton", True), run("reference", False), strict=True):
         torch.testing.assert_close(got, expected, atol=4e-3, rtol=4e-3)
+
+
+def test_packed_launches_are_as_large_as_the_rows_need(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """However long the longest sequence is said to be: a length that nobody gave would launch batch times as much."""
+    programs = {}
+
+    class Spy:
+        def __init__(self, name: str) -> None:
+            self.kernel, self.name = getattr(triton_impl, name), name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            programs[self.name] = math.prod(grid)
+            return self.kernel[grid]
+
+    names = ("forward_kernel", "preprocess_kernel", "dq_kernel", "dkdv_kernel")
+    for name in names:
+        monkeypatch.setattr(triton_impl, name, Spy(name))
+    q, k, v = (t[0].requires_grad_() for t in make_qkv(1, 640, 640, 1, 1, 16, device=device))
+    cu = torch.arange(0, 641, 64, dtype=torch.int32, device=device)
+    results = []
+    for longest in (None, 64):
+        o = block_sparse_attention(q, k, v, cu_seqlens_q=cu, max_seqlen_q=longest, impl="triton")
+        results.append((o, *torch.autograd.grad(o.square().sum(), (q, k, v))))
+        rows = [triton_impl.config_for(kernel, 16, 4, 8) for kernel in ("forward", "dq", "dkdv")]
+        tiles = (rows[0].block_m, 64, rows[1].block_m, rows[2].block_n)
+        assert programs == {name: 640 // tile + 10 for name, tile in zip(names, tiles, strict=True)}
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)

@@ -57,7 +57,8 @@ def block_sparse_attention(
         sinks: Learnable logits [Hq], any float dtype, that join the softmax denominator only.
         cu_seqlens_q: int32 [B + 1], cumulative query lengths of packed tensors.
         cu_seqlens_k: int32 [B + 1], cumulative key lengths; default ``cu_seqlens_q``.
-        max_seqlen_q: Longest packed query length; default ``total_q``, which is right but launches more.
+        max_seqlen_q: Longest packed query length; default ``total_q``, which is right, but with it "gluon" looks for
+            many tiles that nobody has, and "triton" is slower where all sequences have few queries.
         max_seqlen_k: Longest packed key length; default ``total_k``.
         ranges_q: int32 [B, 2], valid rows ``[start, end)`` of every row of a padded batch (left or right padding).
             Rows outside give output 0, LSE -inf and gradient 0.

@@ -99,6 +99,7 @@ def _common(q: Tensor, k: Tensor, v: Tensor, g: Geometry, tiles: Tiles, *others:
         "BLOCK_Q": g.block_q if masked else tiles.block_m,
         "BLOCK_KV": g.block_kv if masked else tiles.block_n,
         "MASKED": masked,
+        "PACKED": g.packed,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
         **LAUNCH,
@@ -110,9 +111,19 @@ def _pieces(pieces: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int]:
     return (stand_in, 0) if pieces is None else (pieces, pieces.shape[1])
 
 
-def _row_tiles(pieces: Tensor | None, rows: int, block: int, tile: int) -> int:
-    """Row tiles of a launch: of all ``rows``, or of the pieces of variable blocks of up to ``block`` rows each."""
-    return triton.cdiv(rows, tile) if pieces is None else pieces.shape[1] * (block // tile)
+def _grid(
+    t: Tensor, longest: int, pieces: Tensor | None, block: int, g: Geometry, tile: int, pack: int = 1
+) -> tuple[int, int]:
+    """Tiles of ``tile`` rows, ``pack`` a token of ``t``, that a launch has, and sequences beside each other.
+
+    Sequences that are packed lie one after the other: as many tiles as all need, however long the ``longest`` is.
+    Variable blocks have ``pieces`` of up to ``block`` rows.
+    """
+    if pieces is not None:
+        return pieces.shape[1] * (block // tile), g.batch
+    if g.packed:
+        return t.shape[0] * pack // tile + g.batch, min(g.batch, 1)
+    return triton.cdiv(longest * pack, tile), g.batch
 
 
 def _variable_facts(g: Geometry, walked: int) -> dict[str, object]:
@@ -172,11 +183,11 @@ def forward(
     counts, indices, mask_b, mask_h, width = list_arguments(g.kv_num_blocks, g.kv_indices, lse)
     extra = prepare_extra(k, v, g, lse)
     chunk = 1 if pack > 1 else heads // k.shape[-2]
-    row_tiles = _row_tiles(g.row_pieces, g.max_q * pack, g.block_q, config.block_m)
-    forward_kernel[(row_tiles * chunk, heads // pack // chunk, g.batch * splits)](
+    row_tiles, beside = _grid(q, g.max_q, g.row_pieces, g.block_q, g, config.block_m, pack)
+    forward_kernel[(row_tiles * chunk, heads // pack // chunk, beside * splits)](
         q, k, v, o_out, lse_out, lse if sinks is None else sinks, counts, indices, *_pieces(g.row_pieces, lse),
         *g.spans(lse), *extra, *(g.strides(t) for t in (q, k, v, o)), *g.lse_strides(q),
-        mask_b, mask_h, width, g.max_q, g.max_k, splits, o.numel(), lse.numel(),
+        mask_b, mask_h, width, g.max_q, g.max_k, g.batch, splits, o.numel(), lse.numel(),
         g.scale, g.softcap, g.window_left, g.window_right,
         **_common(q, k, v, g, config), **extra_facts("forward", q, v, g), **_variable_facts(g, config.block_n),
         PACK=pack, CHUNK=chunk, SINKS=sinks is not None and splits == 1, SPLIT=splits > 1,
@@ -222,15 +233,16 @@ def backward(
     dsink = torch.zeros_like(lse) if sinks is not None else lse
     lse_b, lse_h = g.lse_strides(q)
     spans = g.spans(lse)
-    preprocess_kernel[(triton.cdiv(g.max_q, 64), heads, g.batch)](
+    tiles_64, beside = _grid(q, g.max_q, None, 0, g, 64)
+    preprocess_kernel[(tiles_64, heads, beside)](
         o, do, lse, lse if dlse is None else dlse.contiguous(), lse if sinks is None else sinks,
         norm, delta, dsink, *spans[:2],
-        g.strides(o), g.strides(do), lse_b, lse_h, g.max_q,
+        g.strides(o), g.strides(do), lse_b, lse_h, g.max_q, g.batch,
         DV=v.shape[-1], BLOCK_DV=_padded(v.shape[-1]), BLOCK_M=64, SINKS=sinks is not None, DLSE=dlse is not None,
-        RAGGED_Q=ragged_q, num_warps=4, **LAUNCH,
+        RAGGED_Q=ragged_q, PACKED=g.packed, num_warps=4, **LAUNCH,
     )  # fmt: skip
 
-    numbers = (g.max_q, g.max_k, g.scale, g.softcap, g.window_left, g.window_right)
+    numbers = (g.max_q, g.max_k, g.batch, g.scale, g.softcap, g.window_left, g.window_right)
     inputs = tuple(g.strides(t) for t in (q, k, v, do))
     group = heads // heads_k
     if g.key_pieces is not None and g.key_pieces.shape[0] > heads_k:
@@ -240,8 +252,8 @@ def backward(
     config = _tiles("dq", q, v, g, tiles[1])
     extra = prepare_extra(k, v, g, lse)
     counts, indices, mask_b, mask_h, width = list_arguments(g.kv_num_blocks, g.kv_indices, lse)
-    row_tiles = _row_tiles(g.row_pieces, g.max_q, g.block_q, config.block_m)
-    dq_kernel[(row_tiles * group, heads_k, g.batch)](
+    row_tiles, beside = _grid(q, g.max_q, g.row_pieces, g.block_q, g, config.block_m)
+    dq_kernel[(row_tiles * group, heads_k, beside)](
         q, k, v, do, norm, delta, dq, counts, indices, *_pieces(g.row_pieces, lse), *spans, *extra,
         *inputs, g.strides(dq), lse_b, lse_h, mask_b, mask_h, width, *numbers,
         **_common(q, k, v, g, config, do), **extra_facts("dq", q, v, g),
@@ -266,11 +278,11 @@ def _key_gradients(
     counts, indices, mask_b, mask_h, width = list_arguments(g.q_num_blocks, g.q_indices, norm)
     chunk = math.gcd(heads_k, 2)
     lse_b, lse_h = (0, norm.stride(0)) if g.packed else norm.stride()[:2]
-    row_tiles = _row_tiles(g.key_pieces, g.max_k, g.block_kv, config.block_n)
-    dkdv_kernel[(row_tiles * chunk, heads_k // chunk, g.batch)](
+    key_tiles, beside = _grid(k, g.max_k, g.key_pieces, g.block_kv, g, config.block_n)
+    dkdv_kernel[(key_tiles * chunk, heads_k // chunk, beside)](
         q, k, v, do, norm, delta, dk, dv, counts, indices, *_pieces(g.key_pieces, norm), *spans,
         *(g.strides(t) for t in (q, k, v, do, dk, dv)), lse_b, lse_h, mask_b, mask_h, width,
-        g.max_q, g.max_k, g.scale, g.softcap, g.window_left, g.window_right,
+        g.max_q, g.max_k, g.batch, g.scale, g.softcap, g.window_left, g.window_right,
         **_common(q, k, v, g, config, do), **_variable_facts(g, config.block_m), CHUNK=chunk,
     )  # fmt: skip
 
@@ -303,6 +315,7 @@ def _sum_key_gradients(
 def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[Any, Any], int, int]]:
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
     everything = dict.fromkeys(("MASKED", "CAUSAL", "WINDOW", "SOFTCAP", "SINKS", "RAGGED_Q", "RAGGED_K"), True)
+    everything["PACKED"] = True
     variants: dict[str, dict[str, Any]] = {
         "plain": {"MASKED": True, "CAUSAL": True},
         "dense": {"CAUSAL": True},

@@ -13,28 +13,40 @@ from sparseattn.kernels.attention import (
     visible,
 )
 from sparseattn.kernels.gradients import row_numbers
-from sparseattn.kernels.tiles import LENGTHS, WINDOW, key_tiles, list_length, load_rows, tile_start, whole_tiles
+from sparseattn.kernels.tiles import (
+    LENGTHS,
+    WINDOW,
+    key_tiles,
+    list_length,
+    load_rows,
+    slot_tile,
+    tile_start,
+    whole_tiles,
+)
 from sparseattn.kernels.tilings import piece_rows, tile_first, tiles_between
 from sparseattn.ops.block_sparse.extra import EXTRA
 from sparseattn.ops.block_sparse.extra_backward import dq_columns, dq_means
 
 
-@triton.jit(do_not_specialize=["max_q", "lse_stride_b", "lse_stride_h"])
+@triton.jit(do_not_specialize=["max_q", "batch", "lse_stride_b", "lse_stride_h"])
 def preprocess_kernel(
     o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, norm_ptr, delta_ptr, dsink_ptr, q_start_ptr, q_end_ptr,
-    stride_o, stride_do, lse_stride_b, lse_stride_h, max_q,
+    stride_o, stride_do, lse_stride_b, lse_stride_h, max_q, batch,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, SINKS: tl.constexpr, DLSE: tl.constexpr,
-    RAGGED_Q: tl.constexpr,
+    RAGGED_Q: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One program: per-row numbers of ``BLOCK_M`` query rows that both gradient kernels need.
 
-    Grid (row tiles, heads, batch). Writes ``norm``, ``delta`` and each row's share of the sink gradient: see
-    ``row_numbers``.
+    Grid (row tiles, heads, batch), ``PACKED`` (slots, heads): see ``slot_tile``. Writes ``norm``, ``delta`` and each
+    row's share of the sink gradient: see ``row_numbers``.
     """
     b = tl.program_id(2)
+    tile = tl.program_id(0)
     head = tl.program_id(1)
+    if PACKED:
+        b, tile = slot_tile(q_start_ptr, tile, batch, 1, BLOCK_M)
     q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     norm, delta, share, lse_at, row_in = row_numbers(
         o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, b, head, q_start, q_len, row, stride_o, stride_do,
         lse_stride_b, lse_stride_h, DV, BLOCK_DV, SINKS, DLSE,
@@ -200,27 +212,30 @@ def _row_range(n0, n1, q_len, offset, window_left, window_right, CAUSAL: tl.cons
     return row_lo, tl.maximum(row_hi, 0)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, "num_pieces"])
+@triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, "batch", "num_pieces"])
 def dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, norm_ptr, delta_ptr, dk_ptr, dv_ptr, count_ptr, index_ptr, piece_ptr, num_pieces,
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
     stride_q, stride_k, stride_v, stride_do, stride_dk, stride_dv, lse_stride_b, lse_stride_h,
-    mask_stride_b, mask_stride_h, idx_width, max_q, max_k, scale, softcap, window_left, window_right,
+    mask_stride_b, mask_stride_h, idx_width, max_q, max_k, batch, scale, softcap, window_left, window_right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     GROUP: tl.constexpr, MASK_GROUP: tl.constexpr, CHUNK: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    VARIABLE: tl.constexpr, BLOCK_S: tl.constexpr,
+    VARIABLE: tl.constexpr, BLOCK_S: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of ``BLOCK_N`` keys of one KV head, over every query head of its group.
 
-    Grid (key tiles * CHUNK, KV heads / CHUNK, batch). Walks the transposed lists (which query blocks attend this key
-    block); nothing is accumulated across programs, so the result is deterministic. ``VARIABLE`` blocks have the pieces
-    and tiles of their transposed tiling, with one partition of the keys for all query heads of the group.
+    Grid (key tiles * CHUNK, KV heads / CHUNK, batch), ``PACKED`` (slots * CHUNK, KV heads / CHUNK). Walks the
+    transposed lists (which query blocks attend this key block); nothing is accumulated across programs, so the result
+    is deterministic. ``VARIABLE`` blocks have the pieces and tiles of their transposed tiling, with one partition of
+    the keys for all query heads of the group.
     """
     tile, head_k = schedule(CHUNK)
     b = tl.program_id(2)
+    if PACKED:
+        b, tile = slot_tile(k_start_ptr, tile, batch, 1, BLOCK_N)
     b64 = b.to(tl.int64)
     q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)
     k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, RAGGED_K)
@@ -333,30 +348,30 @@ def _dq_tiling(
     return dq
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, *EXTRA, "num_pieces"])
+@triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, *EXTRA, "batch", "num_pieces"])
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, norm_ptr, delta_ptr, dq_ptr, count_ptr, index_ptr, piece_ptr, num_pieces,
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
     column_count_ptr, column_ptr, mean_k_ptr, mean_v_ptr, bits_ptr, taken_ptr, column_width, num_blocks, taken_stride_b,
     stride_q, stride_k, stride_v, stride_do, stride_dq, lse_stride_b, lse_stride_h,
-    mask_stride_b, mask_stride_h, idx_width, max_q, max_k, scale, softcap, window_left, window_right,
+    mask_stride_b, mask_stride_h, idx_width, max_q, max_k, batch, scale, softcap, window_left, window_right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     GROUP: tl.constexpr, MASK_GROUP: tl.constexpr, CHUNK: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr, MEANS: tl.constexpr, BLOCK_E: tl.constexpr, VARIABLE: tl.constexpr, BLOCK_S: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ of ``BLOCK_M`` query rows of one head, over the key blocks and extra keys they attend.
 
-    Grid (row tiles * CHUNK, query heads / CHUNK, batch).
+    Grid (row tiles * CHUNK, query heads / CHUNK, batch), ``PACKED`` (slots * CHUNK, query heads / CHUNK).
     """
     tile, head = schedule(CHUNK)
-    if VARIABLE:
-        tile = num_pieces * (BLOCK_Q // BLOCK_M) - 1 - tile
-    else:
-        tile = tl.cdiv(max_q, BLOCK_M) - 1 - tile
+    tile = tl.num_programs(0) // CHUNK - 1 - tile
     b = tl.program_id(2)
+    if PACKED:
+        b, tile = slot_tile(q_start_ptr, tile, batch, 1, BLOCK_M)
     b64 = b.to(tl.int64)
     head_k = (head // GROUP).to(tl.int64)
     q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, RAGGED_Q)

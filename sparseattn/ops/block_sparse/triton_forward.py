@@ -15,9 +15,11 @@ from sparseattn.kernels.attention import (
     visible,
     with_sink,
 )
-from sparseattn.kernels.tiles import LENGTHS, WINDOW, key_tiles, load_rows, tile_start, whole_tiles
+from sparseattn.kernels.tiles import LENGTHS, WINDOW, key_tiles, load_rows, slot_tile, tile_start, whole_tiles
 from sparseattn.kernels.tilings import piece_rows, tile_first, tiles_between
 from sparseattn.ops.block_sparse.extra import EXTRA, attend_columns, attend_means
+
+SHARES = ["num_splits", "split_stride_o", "split_stride_lse"]
 
 
 @triton.jit
@@ -105,15 +107,13 @@ def _attend_tiling(
     return acc, m_i, l_i
 
 
-@triton.jit(
-    do_not_specialize=[*LENGTHS, *WINDOW, *EXTRA, "num_pieces", "num_splits", "split_stride_o", "split_stride_lse"]
-)
+@triton.jit(do_not_specialize=[*LENGTHS, *WINDOW, *EXTRA, *SHARES, "batch", "num_pieces"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sinks_ptr, count_ptr, index_ptr, piece_ptr, num_pieces,
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
     column_count_ptr, column_ptr, mean_k_ptr, mean_v_ptr, bits_ptr, taken_ptr, column_width, num_blocks, taken_stride_b,
     stride_q, stride_k, stride_v, stride_o, lse_stride_b, lse_stride_h,
-    mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_splits, split_stride_o, split_stride_lse,
+    mask_stride_b, mask_stride_h, idx_width, max_q, max_k, batch, num_splits, split_stride_o, split_stride_lse,
     scale, softcap, window_left, window_right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
@@ -121,24 +121,26 @@ def forward_kernel(
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr, MEANS: tl.constexpr, BLOCK_E: tl.constexpr, VARIABLE: tl.constexpr, BLOCK_S: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """One program: ``BLOCK_M`` query rows of one head against their key blocks, then their extra keys.
 
-    Grid (row tiles * CHUNK, heads / CHUNK, batch * splits). ``PACK`` > 1 packs a GQA group's heads into the rows of a
-    tile (row = token * PACK + head within the group) and the head axis counts KV heads; ``SPLIT`` gives each program a
-    share of the key tiles and leaves its unnormalised float32 sums to ``combine_kernel``. ``VARIABLE`` blocks have
-    pieces of rows and tiles of keys (see ``Tiling``), of which short ones are read ``BLOCK_S`` keys at a time.
+    Grid (row tiles * CHUNK, heads / CHUNK, batch * splits); ``PACKED`` (slots * CHUNK, heads / CHUNK, splits): as many
+    tiles as the rows of all sequences need, however long the longest is (see ``slot_tile``). ``PACK`` > 1 packs a GQA
+    group's heads into the rows of a tile (row = token * PACK + head within the group) and the head axis counts KV
+    heads; ``SPLIT`` gives each program a share of the key tiles and leaves its unnormalised float32 sums to
+    ``combine_kernel``. ``VARIABLE`` blocks have pieces of rows and tiles of keys (see ``Tiling``), of which short ones
+    are read ``BLOCK_S`` keys at a time.
     """
     tile, head = schedule(CHUNK)  # long rows of a causal mask start first, short ones end a launch
-    if VARIABLE:
-        tile = num_pieces * (BLOCK_Q // BLOCK_M) - 1 - tile
-    else:
-        tile = tl.cdiv(max_q * PACK, BLOCK_M) - 1 - tile
+    tile = tl.num_programs(0) // CHUNK - 1 - tile
     b = tl.program_id(2)
     split = b * 0
     if SPLIT:
         b = tl.program_id(2) // num_splits
         split = tl.program_id(2) % num_splits
+    if PACKED:
+        b, tile = slot_tile(q_start_ptr, tile, batch, PACK, BLOCK_M)
     b64 = b.to(tl.int64)
     head_q = head * PACK
     head_k = head_q // GROUP

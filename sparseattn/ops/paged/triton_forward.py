@@ -15,7 +15,8 @@ from sparseattn.kernels.attention import (
     with_sink,
 )
 from sparseattn.kernels.rows import custom_seen, load_page_rows
-from sparseattn.ops.paged.triton_schedule import first_item, item_share, query_span, share_length, shares_of, slot_tile
+from sparseattn.kernels.tiles import slot_tile
+from sparseattn.ops.paged.triton_schedule import first_item, item_share, query_span, share_length, shares_of
 
 # Arguments that change with the batch: specialising on them would compile a kernel per length.
 LENGTHS = ["total_q", "batch", "table_width", "num_pages", "list_rows", "list_width", "list_stride_b", "bits"]
@@ -158,7 +159,10 @@ def paged_kernel(
             return
     else:
         # The last slots are the last tiles of their sequences, which see the most keys: they start first.
-        b, tile = slot_tile(cu_ptr, tl.num_programs(0) - 1 - item, batch, TOKENS, RAGGED_Q)
+        b = tl.num_programs(0) - 1 - item
+        tile = item * 0
+        if RAGGED_Q:
+            b, tile = slot_tile(cu_ptr, b, batch, 1, TOKENS)
     q_start, q_len = query_span(cu_ptr, b, total_q, RAGGED_Q)
     first = tile * TOKENS
     if (first >= q_len) | (q_len < rows_from) | (q_len > rows_to):

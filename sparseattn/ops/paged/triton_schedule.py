@@ -9,7 +9,7 @@ unequal sequences is balanced, and the number of items depends on shapes alone.
 import triton
 import triton.language as tl
 
-CHUNK: tl.constexpr = tl.constexpr(128)  # sequences looked at together
+from sparseattn.kernels.tiles import SEQUENCES as CHUNK
 
 
 @triton.jit
@@ -21,25 +21,6 @@ def query_span(cu_ptr, b, total_q, RAGGED: tl.constexpr):
         start = tl.maximum(tl.load(cu_ptr + b), 0)
         length = tl.minimum(tl.load(cu_ptr + b + 1), total_q) - start
     return start, length
-
-
-@triton.jit
-def slot_tile(cu_ptr, slot, batch, TOKENS: tl.constexpr, RAGGED: tl.constexpr):
-    """Sequence of a slot and which of its tiles it is.
-
-    Sequence b owns the slots from ``cu[b] // TOKENS + b`` on: always enough for its rows, and never those of another.
-    """
-    b = slot
-    tile = slot * 0
-    if RAGGED:
-        b = slot * 0 - 1
-        for c in range(0, batch, CHUNK):
-            offs = c + tl.arange(0, CHUNK)
-            first = tl.load(cu_ptr + offs, mask=offs < batch, other=0) // TOKENS + offs
-            b += tl.sum(((first <= slot) & (offs < batch)).to(tl.int32), 0)
-        b = tl.maximum(b, 0)
-        tile = tl.maximum(slot - (tl.load(cu_ptr + b) // TOKENS + b), 0)
-    return b, tile
 
 
 @triton.jit
