@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.flashinfer._checks import check_count
 from sparseattn.flashinfer._common import FLOAT8, Dtypes, Options, as_queries, check_dtype, check_output, fold_scales
 from sparseattn.flashinfer._wrapper import as_results
 from sparseattn.masks.lists import compact
@@ -109,6 +110,8 @@ def listed_rows(
     device: torch.device, indptr: Tensor | None, indices: Tensor | None, n: int, columns: int, non_blocking: bool
 ) -> tuple[Tensor, Tensor]:
     """``indptr`` and ``indices`` on the device; contents are checked where they lie on the CPU."""
+    check_count("N", n, 0)
+    check_count("C", columns, 1)
     for name, t in (("indptr", indptr), ("indices", indices)):
         if not isinstance(t, Tensor) or t.dtype != torch.int32:
             got = t.dtype if isinstance(t, Tensor) else type(t).__name__

@@ -7,7 +7,6 @@ they name out of range is never read (a key without a page is hidden, see ``Page
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -15,6 +14,16 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.flashinfer._checks import check_count as check_count
+from sparseattn.flashinfer._checks import check_dtype as check_dtype
+from sparseattn.flashinfer._checks import check_heads as check_heads
+from sparseattn.flashinfer._checks import check_indptr as check_indptr
+from sparseattn.flashinfer._checks import check_last_pages as check_last_pages
+from sparseattn.flashinfer._checks import check_output as check_output
+from sparseattn.flashinfer._checks import described as described
+from sparseattn.flashinfer._checks import number_of as number_of
+from sparseattn.flashinfer._checks import readable as readable
+from sparseattn.flashinfer._checks import unsupported as unsupported
 from sparseattn.ops.paged import ALiBi, PagedCache, RoPE, lengths_from_last_pages
 
 LAYOUTS = ("NHD", "HND")
@@ -92,36 +101,6 @@ def resolve_dtypes(
     return Dtypes(q, kv, o)
 
 
-def check_dtype(name: str, t: Tensor, planned: torch.dtype) -> None:
-    """Raise unless ``t`` has the dtype that the plan declared."""
-    if t.dtype != planned:
-        raise argument_error(name, f"{planned}, as planned", t.dtype, "Say the dtype in plan().", kind=TypeError)
-
-
-def check_heads(num_qo_heads: int, num_kv_heads: int) -> None:
-    """Raise unless query heads are a positive multiple of KV heads."""
-    if num_kv_heads < 1 or num_qo_heads < 1 or num_qo_heads % num_kv_heads:
-        raise argument_error("num_qo_heads", f"a multiple of num_kv_heads = {num_kv_heads}", num_qo_heads)
-
-
-def check_output(name: str, t: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
-    """Raise unless ``t``, where a caller wants a result, is None or has this shape, dtype and ``like``'s device."""
-    if t is None:
-        return
-    if t.dtype != dtype:
-        raise argument_error(name, f"{dtype}", t.dtype, kind=TypeError)
-    if tuple(t.shape) != tuple(shape) or t.device != like.device:
-        raise argument_error(name, f"shape {tuple(shape)} on {like.device}", f"shape {tuple(t.shape)} on {t.device}")
-
-
-def unsupported(hint: str, **arguments: object) -> None:
-    """Raise if one of the arguments, which would change results and which nothing here serves, is given."""
-    for name, value in arguments.items():
-        if value is not None:
-            got = "a tensor" if isinstance(value, Tensor) else repr(value)
-            raise argument_error(name, "None (not supported)", got, hint)
-
-
 # ---- masks and positions ----
 
 
@@ -179,9 +158,10 @@ class Options(NamedTuple):
 
     def arguments(self, heads: int, head_dim: int, device: torch.device) -> dict[str, Any]:
         """The same as ``causal``, ``scale``, ``window``, ``softcap`` and ``positions`` of ``paged_attention``."""
+        check_count("head_dim", head_dim, 1)
         return {
             "causal": bool(self.causal),
-            "scale": head_dim**-0.5 if self.sm_scale is None else float(self.sm_scale),
+            "scale": head_dim**-0.5 if self.sm_scale is None else number_of("sm_scale", self.sm_scale),
             "window": window_of(self.window_left),
             "softcap": softcap_of(self.logits_soft_cap),
             "positions": positions_of(self.pos_encoding_mode, self.rope_scale, self.rope_theta, heads, device),
@@ -194,7 +174,7 @@ class Options(NamedTuple):
 def _parts(value: float | Tensor | None) -> tuple[float, Tensor | None]:
     """A scale as a number and a flat float32 tensor, one of them neutral; a single element on the CPU is read."""
     if not isinstance(value, Tensor):
-        return 1.0 if value is None else float(value), None
+        return 1.0 if value is None else number_of("scale", value), None
     if value.numel() == 1 and value.device.type == "cpu":
         return float(value), None
     return 1.0, value.float().reshape(-1)
@@ -233,9 +213,16 @@ def fold_scales(
 
 def as_queries(q: Tensor, factor: Tensor | None = None) -> Tensor:
     """Queries as the operators take them: float8 goes up to bfloat16 (exact), then times ``factor`` [Hq], if given."""
+    if not isinstance(q, Tensor) or q.dim() < 2:
+        raise argument_error("q", "a tensor [..., num_qo_heads, head_dim]", described(q), kind=TypeError)
     if q.dtype in FLOAT8:
         q = q.to(torch.bfloat16)
-    return q if factor is None else (q * factor[:, None]).to(q.dtype)
+    if factor is None:
+        return q
+    if factor.shape[0] != q.shape[-2] or factor.device != q.device:
+        expected = f"a number, or a tensor of 1 or {q.shape[-2]} elements on {q.device}"
+        raise argument_error("q_scale", expected, f"shape {tuple(factor.shape)} on {factor.device}")
+    return (q * factor[:, None]).to(q.dtype)
 
 
 def base2(lse: Tensor, out: Tensor | None = None) -> Tensor:
@@ -276,7 +263,10 @@ def split_cache(
         k, v = cache
     else:
         raise argument_error(name, "a tensor, or keys and values", type(cache).__name__, kind=TypeError)
-    if k.dim() == 3:
+    for t in (k, v):
+        if not isinstance(t, Tensor):
+            raise argument_error(name, "tensors of keys and values", type(t).__name__, kind=TypeError)
+    if k.dim() == v.dim() == 3:
         axis = 1 if kv_layout == "NHD" else 2
         k, v = k.unsqueeze(axis), v.unsqueeze(axis)
     return k, v
@@ -290,37 +280,6 @@ def index_tensor(name: str, t: Tensor, device: torch.device, rank: int = 1, non_
     if t.dim() != rank:
         raise argument_error(name, f"a {rank}-D tensor", f"shape {tuple(t.shape)}")
     return t if t.device == device else t.to(device, non_blocking=non_blocking)
-
-
-def readable(*tensors: Tensor) -> bool:
-    """Whether contents can be looked at without waiting for a device, and are there at all."""
-    return all(t.device.type == "cpu" for t in tensors) and not torch.compiler.is_compiling()
-
-
-def check_indptr(name: str, indptr: Tensor, end: int | None = None) -> None:
-    """Raise unless an ``indptr`` on the CPU ascends from 0, to at most ``end`` if that is given."""
-    if indptr.dim() != 1 or indptr.shape[0] < 1:
-        raise argument_error(name, "[batch + 1]", f"shape {tuple(indptr.shape)}")
-    if not readable(indptr):
-        return
-    bounds = indptr.tolist()
-    if bounds[0] != 0 or any(a > b for a, b in itertools.pairwise(bounds)):
-        raise argument_error(name, "numbers that ascend from 0", bounds)
-    if end is not None and bounds[-1] > end:
-        raise argument_error(name, f"numbers of at most {end}", bounds[-1])
-
-
-def _check_last_pages(name: str, indptr: Tensor, last_page_len: Tensor, page_size: int) -> None:
-    """Raise unless lengths of last pages on the CPU are 1..page_size, where there is a page."""
-    if last_page_len.shape[0] != indptr.shape[0] - 1:
-        expected = f"shape ({indptr.shape[0] - 1},), one less than indptr"
-        raise argument_error(name, expected, f"shape {tuple(last_page_len.shape)}")
-    if not readable(indptr, last_page_len):
-        return
-    bounds = indptr.tolist()
-    for b, length in enumerate(last_page_len.tolist()):
-        if bounds[b] < bounds[b + 1] and not 1 <= length <= page_size:
-            raise argument_error(name, f"1..{page_size}", f"{length} (request {b})")
 
 
 class Table(NamedTuple):
@@ -348,8 +307,8 @@ def csr_table(
 
     A request without pages has length 0, whatever ``last_page_len`` says of it. ``prefix`` is of the arguments' names.
     """
-    check_indptr(f"{prefix}indptr", indptr, indices.shape[0] if isinstance(indices, Tensor) else None)
-    _check_last_pages(f"{prefix}last_page_len", indptr, last_page_len, page_size)
+    check_indptr(f"{prefix}indptr", indptr, indices.numel() if isinstance(indices, Tensor) else None)
+    check_last_pages(f"{prefix}last_page_len", indptr, last_page_len, page_size)
     indptr = index_tensor(f"{prefix}indptr", indptr, device, 1, non_blocking)
     indices = index_tensor(f"{prefix}indices", indices, device, 1, non_blocking)
     last_page_len = index_tensor(f"{prefix}last_page_len", last_page_len, device, 1, non_blocking)
@@ -358,6 +317,8 @@ def csr_table(
 
 def dense_table(block_tables: Tensor, seq_lens: Tensor, page_size: int, device: torch.device) -> Table:
     """A table from ``block_tables`` int32 [B, max_pages] and ``seq_lens`` int32 (or uint32) of B elements."""
+    if not isinstance(seq_lens, Tensor):
+        raise argument_error("seq_lens", "an int32 tensor", type(seq_lens).__name__, kind=TypeError)
     if seq_lens.dtype == torch.uint32:
         seq_lens = seq_lens.view(torch.int32)
     lengths = index_tensor("seq_lens", seq_lens.reshape(-1), device)
@@ -366,7 +327,9 @@ def dense_table(block_tables: Tensor, seq_lens: Tensor, page_size: int, device: 
         expected = f"{lengths.shape[0]} rows like seq_lens"
         raise argument_error("block_tables", expected, f"shape {tuple(block_tables.shape)}")
     if readable(seq_lens) and lengths.numel():
-        longest = int(seq_lens.max())
+        shortest, longest = (int(t) for t in seq_lens.aminmax())
+        if shortest < 0:
+            raise argument_error("seq_lens", "lengths of at least 0", shortest)
         if longest > pages.shape[1] * page_size:
             expected = f"pages for {longest} tokens, the longest of seq_lens"
             raise argument_error("block_tables", expected, f"{pages.shape[1]} of {page_size} tokens")
@@ -378,11 +341,13 @@ def dense_cache(k: Tensor, v: Tensor, kv_layout: str = "NHD") -> PagedCache:
 
     Views of ``k`` and ``v``, any strides.
     """
+    for name, t in (("k", k), ("v", v)):
+        if not isinstance(t, Tensor) or t.dim() != 3:
+            raise argument_error(name, f"[L, Hkv, D] or [Hkv, L, D] ({kv_layout})", described(t), kind=TypeError)
     if check_layout(kv_layout) == "HND":
         k, v = k.transpose(0, 1), v.transpose(0, 1)
-    for name, t in (("k", k), ("v", v)):
-        if t.dim() != 3 or t.shape[0] != k.shape[0]:
-            raise argument_error(name, f"[L, Hkv, D] or [Hkv, L, D] ({kv_layout})", f"shape {tuple(t.shape)}")
+    if v.shape[0] != k.shape[0]:
+        raise argument_error("v", f"{k.shape[0]} tokens like k", v.shape[0])
     length = k.shape[0]
     page = math.gcd(length, 256) if length else 1
     pages = torch.arange(length // page, dtype=torch.int32, device=k.device)[None]

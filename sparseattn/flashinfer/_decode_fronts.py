@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.flashinfer._checks import described
 from sparseattn.flashinfer._common import (
     as_queries,
     check_heads,
@@ -17,6 +18,7 @@ from sparseattn.flashinfer._common import (
     dtype_of,
     fold_scales,
     implementation,
+    number_of,
     split_cache,
     unsupported,
     window_of,
@@ -110,7 +112,8 @@ def trtllm_batch_decode_with_kv_cache(
     if not uses_shared_paged_kv_idx:
         raise argument_error("uses_shared_paged_kv_idx", "True", False, "Keys and values have one page table.")
     k, v = pages_of(kv_cache, kv_layout)
-    check_heads(query.shape[1], k.shape[1 if kv_layout == "HND" else 2])
+    q = as_queries(query)
+    check_heads(q.shape[-2], k.shape[1 if kv_layout == "HND" else 2])
     if bmm1_scale_log2 is not None:
         bmm1_scale = bmm1_scale_log2 * _LN2
     scales = fold_scales(1.0, bmm1_scale, None, bmm2_scale)
@@ -118,8 +121,8 @@ def trtllm_batch_decode_with_kv_cache(
         "scale": scales.scale, "k_scale": scales.k, "v_scale": scales.v, "window": window_of(window_left),
         "impl": implementation(backend), "sinks": sinks_of(sinks),
     }  # fmt: skip
-    q = as_queries(query)
-    o_dtype = out.dtype if out is not None else q.dtype
+    q = as_queries(q, scales.q)
+    o_dtype = dtype_of("out", out.dtype) if out is not None else q.dtype
     results = {"o_dtype": o_dtype if out_dtype is None else dtype_of("out_dtype", out_dtype)}
     if enable_block_sparse_attention:
         unsupported(
@@ -132,7 +135,7 @@ def trtllm_batch_decode_with_kv_cache(
     cache = tabled_cache(k, v, kv_layout, block_tables, seq_lens)
     rows = query_rows(q, cache.batch, q_len_per_req or 1, cum_seq_lens_q, max_q_len)
     if mask is not None and rows:
-        arguments |= {"custom_mask": draft_mask(mask, cache, **rows), "causal": False}
+        arguments |= {"custom_mask": draft_mask(mask, cache, q.shape[0], **rows), "causal": False}
     return attend(q, cache, out=out, lse=lse, return_lse=return_lse, **results, **arguments, **rows)
 
 
@@ -208,32 +211,37 @@ def cudnn_batch_decode_with_kv_cache(
     Returns:
         ``[B, Hq, Dv]``.
     """
-    if block_tables is None:
-        raise argument_error("block_tables", "an int32 tensor [B, max_pages]", None, "The cache is paged.")
-    batch = q.shape[0]
+    if not isinstance(block_tables, Tensor) or block_tables.dim() < 2:
+        got = described(block_tables)
+        raise argument_error("block_tables", "an int32 tensor [B, max_pages]", got, "The cache is paged.")
+    q = as_queries(q)
     if actual_seq_lens_kv is None:
-        actual_seq_lens_kv = torch.full((batch,), max_sequence_kv, dtype=torch.int32, device=q.device)
-    pages = block_tables.reshape(block_tables.shape[0], -1)
-    cache = tabled_cache(k_cache, v_cache, "HND", pages, actual_seq_lens_kv)
-    o = attend(as_queries(q), cache, out=out, scale=float(scale))
+        actual_seq_lens_kv = torch.full((q.shape[0],), max_sequence_kv, dtype=torch.int32, device=q.device)
+    cache = tabled_cache(k_cache, v_cache, "HND", block_tables.flatten(1), actual_seq_lens_kv)
+    o = attend(q, cache, out=out, scale=number_of("scale", scale))
     assert isinstance(o, Tensor)
     return o
 
 
-def draft_mask(mask: Tensor, cache: PagedCache, cu_seqlens_q: Tensor, max_seqlen_q: int) -> CustomMask:
+def draft_mask(mask: Tensor, cache: PagedCache, total: int, cu_seqlens_q: Tensor, max_seqlen_q: int) -> CustomMask:
     """A mask among draft tokens, the last of their requests, as one over all keys; earlier keys are visible.
 
     Args:
         mask: uint16 ``[B, q_len, words]``, or ``[tokens, words]`` for drafts of unequal length: bit j of a row, from
             the least significant of the first word, is whether that draft token sees the j-th of its request's.
         cache: What is attended; its table bounds the lengths.
+        total: Rows of queries.
         cu_seqlens_q: int32 ``[B + 1]``.
         max_seqlen_q: Longest query length.
     """
-    if mask.dtype not in (torch.uint16, torch.uint8):
-        raise argument_error("mask", "uint16 words of packed bits", mask.dtype, kind=TypeError)
+    if not isinstance(mask, Tensor) or mask.dtype not in (torch.uint16, torch.uint8) or mask.dim() < 2:
+        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise argument_error("mask", "uint16 words of packed bits, some a row", got, kind=TypeError)
     packed = mask.contiguous().view(torch.uint8)
     packed = packed.view(-1, packed.shape[-1])
+    if packed.shape[0] != total:
+        expected = f"[B, q_len, words], or [tokens, words], of {total} rows like the queries"
+        raise argument_error("mask", expected, f"shape {tuple(mask.shape)}")
     if packed.shape[-1] * 8 < max_seqlen_q:
         raise argument_error("mask", f"{max_seqlen_q} bits a row", f"shape {tuple(mask.shape)}")
     if cache.page_table is None:
@@ -331,6 +339,9 @@ def sinks_of(sinks: Tensor | list[Tensor] | None) -> Tensor | None:
 
 def tabled_cache(k: Tensor, v: Tensor, kv_layout: str, block_tables: Tensor, seq_lens: Tensor) -> PagedCache:
     """A cache with a dense page table, int32 ``[B, max_pages]``, and int32 or uint32 lengths of B elements."""
+    for name, t in (("k_cache", k), ("v_cache", v)):
+        if not isinstance(t, Tensor) or t.dim() != 4:
+            raise argument_error(name, f"a tensor of 4 dimensions ({kv_layout})", described(t), kind=TypeError)
     page_size = k.shape[1 if kv_layout == "NHD" else 2]
     return dense_table(block_tables, seq_lens, page_size, k.device).cache(k, v, kv_layout)
 

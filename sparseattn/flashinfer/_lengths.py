@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.flashinfer._common import Table, check_indptr, index_tensor, readable
+from sparseattn.flashinfer._common import Table, check_count, check_indptr, index_tensor, readable
 
 
 def lengths_table(
@@ -22,10 +22,13 @@ def lengths_table(
 
     ``names`` are those of the arguments.
     """
+    if not isinstance(lengths, Tensor):
+        raise argument_error(names[2], "an int32 tensor", type(lengths).__name__, kind=TypeError)
+    check_count("page_size", page_size, 1)
     lengths = lengths.reshape(-1)
     if lengths.dtype == torch.uint32:
         lengths = lengths.view(torch.int32)
-    check_indptr(names[0], indptr, indices.shape[0] if isinstance(indices, Tensor) else None)
+    check_indptr(names[0], indptr, indices.numel() if isinstance(indices, Tensor) else None)
     if lengths.shape[0] != indptr.shape[0] - 1:
         expected = f"{indptr.shape[0] - 1} lengths, one less than {names[0]}"
         raise argument_error(names[2], expected, f"shape {tuple(lengths.shape)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.flashinfer._checks import described
 from sparseattn.flashinfer._common import (
     as_queries,
     check_output,
@@ -107,19 +108,22 @@ def trtllm_batch_decode_with_kv_cache_mla(
     if not uses_shared_paged_kv_idx:
         raise argument_error("uses_shared_paged_kv_idx", "True", False, "Keys and values have one page table.")
     dim, rank = kv_lora_rank + qk_rope_head_dim, 4 if cum_seq_lens_q is None else 3
-    if query.dim() != rank or query.shape[-1] != dim:
+    if not isinstance(query, Tensor) or query.dim() != rank or query.shape[-1] != dim:
         expected = "[B, q_len, Hq, D]" if rank == 4 else "[tokens, Hq, D] with cum_seq_lens_q"
-        raise argument_error("query", f"{expected}, D = {dim}", f"shape {tuple(query.shape)}")
+        raise argument_error("query", f"{expected}, D = {dim}", described(query))
     pages = joined_cache(kv_cache, "HND")
     if pages.shape[-1] != dim:
         raise argument_error("kv_cache", f"{dim} columns", pages.shape[-1])
     table = dense_table(block_tables, seq_lens, pages.shape[1], query.device)
-    q = as_queries(query)
+    scales = fold_scales(1.0, bmm1_scale, None, bmm2_scale)
+    q = as_queries(query, scales.q)
     flat = q if rank == 3 else q.flatten(0, 1)
     shape = (*q.shape[:-1], kv_lora_rank)
-    scales = fold_scales(1.0, bmm1_scale, None, bmm2_scale)
     rows = query_rows(flat, table.seq_lens.shape[0], q.shape[1] if rank == 4 else 1, cum_seq_lens_q, max_q_len)
     check_output("out", out, shape, q.dtype, q)
+    for name, t in (("out", out), ("lse", lse)):
+        if t is not None and rank == 4 and t.dim() > 2 and t.stride(0) != t.shape[1] * t.stride(1) and t.shape[0] > 1:
+            raise argument_error(name, "requests that a view can join", f"strides {t.stride()}")
     got = attend(
         flat, PagedCache.latent(pages, None, table.seq_lens, table.page_table, value_dim=kv_lora_rank),
         out=None if out is None else out.view(flat.shape[0], *shape[-2:]),

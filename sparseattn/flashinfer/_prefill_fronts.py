@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.flashinfer._checks import described
 from sparseattn.flashinfer._common import (
     FLOAT8,
     Table,
     as_queries,
     base2,
+    check_count,
     check_output,
     dense_table,
     dtype_of,
     fold_scales,
     index_tensor,
+    number_of,
     readable,
     unsupported,
     window_of,
@@ -108,16 +111,17 @@ def trtllm_batch_context_with_kv_cache(
     cache = tabled_cache(*pages_of(kv_cache, kv_layout), kv_layout, block_tables, seq_lens)
     if cache.batch != batch_size:
         raise argument_error("batch_size", f"{cache.batch} like seq_lens", batch_size)
-    if cum_seq_lens_q.dtype == torch.uint32:
+    scales = fold_scales(1.0, bmm1_scale, None, bmm2_scale)
+    q = as_queries(query, scales.q)
+    check_count("max_q_len", max_q_len, 0)
+    if isinstance(cum_seq_lens_q, Tensor) and cum_seq_lens_q.dtype == torch.uint32:
         cum_seq_lens_q = cum_seq_lens_q.view(torch.int32)
     starts, longest, total = query_rows(cum_seq_lens_q, query.device)
     if total is not None and total != query.shape[0]:
         raise argument_error("query", f"{total} rows like cum_seq_lens_q", query.shape[0])
     if longest is not None and longest > max_q_len:
         raise argument_error("max_q_len", f"at least {longest}, as in cum_seq_lens_q", max_q_len)
-    scales = fold_scales(1.0, bmm1_scale, None, bmm2_scale)
-    q = as_queries(query)
-    o_dtype = out.dtype if out is not None else q.dtype
+    o_dtype = dtype_of("out", out.dtype) if out is not None else q.dtype
     return attend(
         q, cache, o_dtype=o_dtype if out_dtype is None else dtype_of("out_dtype", out_dtype), out=out, lse=lse,
         return_lse=return_lse, cu_seqlens_q=starts, max_seqlen_q=max_q_len, causal=causal, scale=scales.scale,
@@ -197,8 +201,13 @@ def cudnn_batch_prefill_with_kv_cache(
     unsupported("The LSE is padded, not packed.", batch_offsets_stats=batch_offsets_stats)
     if batch_offsets_units not in ("elements", "tokens"):
         raise argument_error("batch_offsets_units", "'elements' or 'tokens'", repr(batch_offsets_units))
-    if q.dim() != 3:
-        raise argument_error("q", "[T, Hq, D]", f"shape {tuple(q.shape)}")
+    if block_tables is not None and (not isinstance(block_tables, Tensor) or block_tables.dim() < 2):
+        raise argument_error("block_tables", "an int32 tensor [B, max_pages]", described(block_tables), kind=TypeError)
+    pages_rank = 3 if block_tables is None else 4
+    for name, t, rank in (("q", q, 3), ("k_cache", k_cache, pages_rank), ("v_cache", v_cache, pages_rank)):
+        if not isinstance(t, Tensor) or t.dim() != rank:
+            raise argument_error(name, f"a tensor of {rank} dimensions", described(t), kind=TypeError)
+    check_count("max_token_per_sequence", max_token_per_sequence, 0)
     elements = batch_offsets_units == "elements"
     heads, dim, dim_v = q.shape[1], q.shape[2], v_cache.shape[-1]
     own = _Span.of("q", batch_offsets_q, actual_seq_lens_q, heads * dim if elements else 1, q.device)
@@ -217,8 +226,9 @@ def cudnn_batch_prefill_with_kv_cache(
         numbers = torch.arange(k_cache.shape[0], dtype=torch.int32, device=q.device)
         table = Table(keys.lengths, None, keys.starts, numbers)
         k_cache, v_cache, layout = k_cache[:, None], v_cache[:, None], "NHD"
-    scales = fold_scales(float(scale), q_scale, k_scale, v_scale)
-    o_dtype = out.dtype if out is not None else torch.bfloat16 if q.dtype in FLOAT8 else q.dtype
+    scales = fold_scales(number_of("scale", scale), q_scale, k_scale, v_scale)
+    o_dtype = torch.bfloat16 if q.dtype in FLOAT8 else q.dtype
+    o_dtype = o_dtype if out is None else dtype_of("out", out.dtype)
     o_dtype = o_dtype if o_data_type is None else o_data_type
     check_output("out", out, (q.shape[0], heads, dim_v), o_dtype, q)
     check_output("lse", lse, (batch, max_token_per_sequence, heads), torch.float32, q)
@@ -257,12 +267,21 @@ class _Span:
         if given is None:
             raise argument_error(f"actual_seq_lens_{name}", f"lengths, or batch_offsets_{name}", "neither")
         given = given.reshape(-1).view(torch.int32) if given.dtype == torch.uint32 else given.reshape(-1)
-        longest = int(given.max()) if readable(given) and given.numel() else None
+        longest = None
+        if readable(given) and given.numel():
+            shortest, longest = (int(t) for t in given.aminmax())
+            if shortest < 0:
+                raise argument_error(f"actual_seq_lens_{name}", "lengths of at least 0", shortest)
         sizes = index_tensor(f"actual_seq_lens_{name}", given, device)
         if offsets is None:
             starts = torch.nn.functional.pad(sizes.cumsum(0, dtype=torch.int32), (1, 0))
         else:
             starts = index_tensor(f"batch_offsets_{name}", offsets.reshape(-1), device) // per
+            if readable(offsets):
+                wrong = bool((offsets < 0).any() or (offsets.reshape(-1).diff() < 0).any())
+                if wrong or bool((offsets % per != 0).any()):
+                    expected = f"multiples of {per} (a row) that ascend"
+                    raise argument_error(f"batch_offsets_{name}", expected, offsets.tolist())
         if starts.shape[0] != sizes.shape[0] + 1:
             expected = f"{sizes.shape[0] + 1} entries, one more than lengths"
             raise argument_error(f"batch_offsets_{name}", expected, starts.shape[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,6 +111,9 @@ class Wrapper:
         """The plan with other options, None being as planned. Those of a plan are kept, since layers take turns."""
         plan = self._plan()
         said = {n: value for n, value in options.items() if value is not None}
+        for name, value in said.items():  # a tensor could change while it is a key here
+            if not isinstance(value, str | numbers.Real):
+                raise argument_error(name, "a number, or as planned", type(value).__name__, kind=TypeError)
         changed = plan.options._replace(**said) if said else plan.options
         if changed == plan.options:
             return plan
@@ -138,6 +142,8 @@ def fill(name: str, buffer: Tensor, value: Tensor, non_blocking: bool = True) ->
 
 def check_fits(name: str, buffer: Tensor, value: Tensor, exact: bool = False) -> None:
     """Raise unless a caller's ``buffer`` can hold ``value`` (and no more, if ``exact``)."""
+    if not isinstance(value, Tensor):
+        raise argument_error(name, f"a {buffer.dtype} tensor", type(value).__name__, kind=TypeError)
     if value.dtype != buffer.dtype:
         raise argument_error(name, f"{buffer.dtype} like its buffer", value.dtype, kind=TypeError)
     if value.dim() != 1 or value.shape[0] > buffer.shape[0] or (exact and value.shape[0] != buffer.shape[0]):
@@ -273,8 +279,9 @@ class PagedPlan:
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of ``q`` ``[tokens, Hq, D]``; the output ``[tokens, Hq, Dv]``, and base-2 LSE ``[tokens, Hq]``."""
-        if not isinstance(q, Tensor):
-            raise argument_error("q", "a tensor", type(q).__name__, kind=TypeError)
+        if not isinstance(q, Tensor) or q.dim() == 0:
+            got = "a number" if isinstance(q, Tensor) else type(q).__name__
+            raise argument_error("q", "a tensor [tokens, Hq, D]", got, kind=TypeError)
         k, v = split_cache(paged_kv_cache, self.kv_layout)
         form = (q.dtype, q.shape, k.dtype, k.shape, v.shape)
         if form not in self._accepted:

@@ -89,7 +89,7 @@ class BatchAttention(Wrapper):
             dtypes, head_dim_vo, rows, longest, total,
         )  # fmt: skip
         self._fits_tokens = not (
-            readable(kv_indptr, kv_len_arr) and bool((kv_len_arr.reshape(-1) > kv_indptr.diff()).any())
+            readable(kv_indptr, kv_len_arr) and bool((kv_len_arr.reshape(-1).long() > kv_indptr.diff()).any())
         )
         self._token_plan: tuple[PagedPlan, PagedPlan] | None = None
 
@@ -146,7 +146,9 @@ class BatchAttention(Wrapper):
     def _plan_for(self, kv_cache: Tensor | tuple[Tensor, Tensor], cap: float | None) -> PagedPlan:
         """The plan with that soft cap, if it is given, and in pages of one token if that is what the cache has."""
         plan: PagedPlan = self._variant(logits_soft_cap=cap)
-        one = kv_cache if isinstance(kv_cache, Tensor) else kv_cache[0]
+        one = kv_cache[0] if isinstance(kv_cache, tuple | list) and kv_cache else kv_cache
+        if not isinstance(one, Tensor):
+            raise argument_error("kv_cache", "a tensor, or keys and values", type(one).__name__, kind=TypeError)
         if plan.page_size == 1 or one.dim() != (4 if one is kv_cache else 3):
             return plan
         if not self._fits_tokens:

@@ -16,6 +16,7 @@ from sparseattn.flashinfer._blocks import (
     inner_mask,
     listed_rows,
 )
+from sparseattn.flashinfer._checks import described
 from sparseattn.flashinfer._common import FLOAT8, Options, check_heads, implementation, resolve_dtypes
 from sparseattn.flashinfer._wrapper import Wrapper
 from sparseattn.masks.lists import compact
@@ -69,7 +70,8 @@ class BlockSparseAttentionWrapper(Wrapper):
         see ``plan_batch``.
         """
         first = args[0] if args else kwargs.get("q")
-        if isinstance(first, Tensor) and first.is_floating_point():
+        batched = isinstance(first, Tensor) and first.is_floating_point() and first.dim() > 1
+        if batched or not {"q", "sparse_mask", "block_size"}.isdisjoint(kwargs):
             self.plan_batch(*args, **kwargs)
         else:
             self.plan_rows(*args, **kwargs)
@@ -265,10 +267,11 @@ def convert_bsr_mask_layout(mask: Tensor, indptr: Tensor) -> Tensor:
         ValueError: Shapes that do not fit; or, where ``indptr`` is on the CPU, numbers that do not ascend from 0, or
             leave blocks over.
     """
-    if mask.dim() != 3:
-        raise argument_error("mask", "[nnz, R, C]", f"shape {tuple(mask.shape)}")
-    if indptr.dtype not in (torch.int32, torch.int64):
-        raise argument_error("indptr", "int32", indptr.dtype, kind=TypeError)
+    if not isinstance(mask, Tensor) or mask.dim() != 3:
+        raise argument_error("mask", "[nnz, R, C]", described(mask))
+    if not isinstance(indptr, Tensor) or indptr.dtype not in (torch.int32, torch.int64):
+        got = indptr.dtype if isinstance(indptr, Tensor) else type(indptr).__name__
+        raise argument_error("indptr", "int32", got, kind=TypeError)
     if indptr.dim() != 1 or indptr.shape[0] < 1:
         raise argument_error("indptr", "[MB + 1]", f"shape {tuple(indptr.shape)}")
     nnz, rows, columns = mask.shape
@@ -286,5 +289,5 @@ def convert_bsr_mask_layout(mask: Tensor, indptr: Tensor) -> Tensor:
     # Where each row of each block goes, counted in rows of C entries.
     place = (first * rows + block - first)[:, None] + torch.arange(rows, device=mask.device) * count[:, None]
     flat = torch.empty((nnz * rows, columns), dtype=mask.dtype, device=mask.device)
-    flat[place.reshape(-1)] = mask.masked_fill(~owned[:, None, None], 0).reshape(-1, columns)
+    flat[place.reshape(-1)] = mask.masked_fill(~owned[:, None, None], 0).reshape(nnz * rows, columns)
     return flat.reshape(-1)

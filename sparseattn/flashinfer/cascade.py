@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.flashinfer._checks import described
 from sparseattn.flashinfer._common import Options, Table, csr_table, dense_cache, resolve_dtypes
 from sparseattn.flashinfer._wrapper import PagedPlan, TableBuffers, Wrapper, attend, check_fits, fill, query_rows
 from sparseattn.ops import merge
@@ -61,15 +62,19 @@ def merge_states(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``[tokens, H, D]``, and ``[tokens, H]`` in float32.
     """
-    if v.dim() != 4 or s.dim() != 3:
-        expected = "[tokens, n, H, D] and s [tokens, n, H]"
-        raise argument_error("v", expected, f"shapes {tuple(v.shape)} and {tuple(s.shape)}")
+    for name, t, expected in (("v", v, "[tokens, n, H, D]"), ("s", s, "[tokens, n, H]")):
+        if not isinstance(t, Tensor) or t.dim() != expected.count(",") + 1:
+            raise argument_error(name, expected, described(t))
     merged, sums = merge.merge_states(v.movedim(1, 0), _sums(s.movedim(1, 0), v), base=2)
     return merged, sums.t().contiguous()
 
 
 def _sums(s: Tensor, v: Tensor) -> Tensor:
     """LSE ``[..., tokens, H]`` as ``[..., H, tokens]``, in the dtype that goes with ``v``; a view where it can be."""
+    for name, t, rank in (("v", v, 3), ("s", s, 2)):
+        if not isinstance(t, Tensor) or not t.is_floating_point() or t.dim() < rank:
+            got = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            raise argument_error(name, f"a float tensor of {rank} dimensions", got, kind=TypeError)
     return s.to(torch.float64 if v.dtype == torch.float64 else torch.float32).transpose(-1, -2)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.flashinfer._checks import described
 from sparseattn.flashinfer._common import (
     Options,
     as_queries,
@@ -66,8 +67,8 @@ def single_decode_with_kv_cache(
     Returns:
         ``[Hq, D]``, and with ``return_lse`` the base-2 LSE, float32 ``[Hq]``. An empty cache gives 0 and -inf.
     """
-    if q.dim() != 2:
-        raise argument_error("q", "[num_qo_heads, head_dim]", f"shape {tuple(q.shape)}")
+    if not isinstance(q, Tensor) or q.dim() != 2:
+        raise argument_error("q", "[num_qo_heads, head_dim]", described(q), kind=TypeError)
     options = Options(True, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
     arguments = options.arguments(q.shape[0], q.shape[1], q.device)
     scales = fold_scales(arguments.pop("scale"), q_scale, k_scale, v_scale)
@@ -190,7 +191,6 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             unsupported("Decode sees nothing right of its queries.", window_right=window_right)
         if isinstance(q_len_per_req, bool) or not isinstance(q_len_per_req, int) or q_len_per_req < 1:
             raise argument_error("q_len_per_req", "a number of at least 1", repr(q_len_per_req))
-        batch = last_page_len.shape[0]
         if self._buffers is None:
             table = csr_table(indptr, indices, last_page_len, page_size, self.device, non_blocking)
         else:
@@ -200,6 +200,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
                     "q_len_per_req", f"{self._planned.max_seqlen_q}, as first planned", q_len_per_req, hint
                 )
             table = self._buffers.fill(indptr, indices, last_page_len, page_size, non_blocking)
+        batch = table.seq_lens.shape[0]
         options = Options(True, pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
         self._planned = PagedPlan(
             table,
@@ -288,7 +289,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             raise argument_error("window_left", f"{plan.options.window_left}, as planned", window_left)
         if q_len_per_req is not None and q_len_per_req != plan.max_seqlen_q:
             plan = self._planned = self._with_rows(plan, q_len_per_req)
-        if isinstance(q, Tensor) and q.shape[0] != plan.total_q:
+        if isinstance(q, Tensor) and q.dim() and q.shape[0] != plan.total_q:
             expected = f"{plan.total_q} rows, q_len_per_req = {plan.max_seqlen_q} a request, as planned"
             raise argument_error("q", expected, f"shape {tuple(q.shape)}")
         return plan.run(

@@ -14,9 +14,11 @@ from sparseattn.flashinfer._common import (
     Table,
     as_queries,
     check_dtype,
+    check_indptr,
     dense_table,
     dtype_of,
     implementation,
+    number_of,
     unsupported,
 )
 from sparseattn.flashinfer._latent import Parts, joined_cache
@@ -154,6 +156,9 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         if dtypes[1] not in (dtypes[0], *FLOAT8):
             raise argument_error("kv_data_type", f"{dtypes[0]} like q_data_type, or float8", dtypes[1], kind=TypeError)
         rows, longest, total = query_rows(qo_indptr, self.device)
+        check_indptr("kv_indptr", kv_indptr)
+        if not isinstance(kv_len_arr, Tensor):
+            raise argument_error("kv_len_arr", "an int32 tensor", type(kv_len_arr).__name__, kind=TypeError)
         kv_indptr = kv_indptr[: kv_len_arr.numel() + 1]  # as in FlashInfer, more entries than requests are not read
         table = lengths_table(kv_indptr, kv_indices, kv_len_arr, page_size, self.device)
         if table.seq_lens.shape[0] != rows.shape[0] - 1:
@@ -171,8 +176,8 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
             table = Table(self._buffers["kv_len_arr"], None, self._buffers["kv_indptr"], self._buffers["kv_indices"])
         self._accepted.clear()
         self._planned = _Plan(
-            float(sm_scale), table, rows, longest, total, num_heads, (head_dim_ckv, head_dim_kpe), page_size,
-            bool(causal), dtypes,
+            number_of("sm_scale", sm_scale), table, rows, longest, total, num_heads, (head_dim_ckv, head_dim_kpe),
+            page_size, bool(causal), dtypes,
         )  # fmt: skip
 
     def run(
@@ -268,7 +273,7 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         kv_cache = joined_cache(kv_cache, self._kv_layout)
         plan = self._plan_for(seq_lens, page_table, kv_cache)
         if sm_scale is not None:
-            plan = replace(plan, scale=float(sm_scale))
+            plan = replace(plan, scale=number_of("sm_scale", sm_scale))
         dim, width = LATENT if plan.dims is None else plan.dims[0], kv_cache.shape[-1]
         if not isinstance(q, Tensor) or q.dim() != 3 or q.shape[-1] != width or width < dim:
             got = tuple(q.shape) if isinstance(q, Tensor) else type(q).__name__

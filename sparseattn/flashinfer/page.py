@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.flashinfer._common import check_layout, check_output, split_cache
+from sparseattn.flashinfer._checks import described
+from sparseattn.flashinfer._common import (
+    check_count,
+    check_indptr,
+    check_last_pages,
+    check_layout,
+    check_output,
+    split_cache,
+)
 from sparseattn.ops.paged import PagedCache, append_kv, appended_positions, lengths_from_last_pages
 
 
@@ -21,6 +29,8 @@ def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) ->
     Returns:
         int32 ``[B]``; 0 for a request without pages, whatever its ``kv_last_page_len``.
     """
+    check_indptr("kv_indptr", kv_indptr)
+    check_last_pages("kv_last_page_len", kv_indptr, kv_last_page_len, page_size)
     return lengths_from_last_pages(kv_indptr, kv_last_page_len, page_size)
 
 
@@ -45,6 +55,13 @@ def get_batch_indices_positions(
     Returns:
         int32 ``[nnz]`` each; -1 for padding, which ``append_paged_kv_cache`` leaves out.
     """
+    check_indptr("append_indptr", append_indptr)
+    check_count("nnz", nnz, 0)
+    if not isinstance(seq_lens, Tensor) or seq_lens.shape != (append_indptr.shape[0] - 1,):
+        expected = f"shape ({append_indptr.shape[0] - 1},), one less than append_indptr"
+        raise argument_error("seq_lens", expected, described(seq_lens))
+    if seq_lens.dtype not in (torch.int32, torch.int64):
+        raise argument_error("seq_lens", "an int32 tensor", seq_lens.dtype, kind=TypeError)
     lengths = seq_lens.to(append_indptr.device, torch.int32, non_blocking=True)
     results = appended_positions(append_indptr, lengths, nnz)
     outputs = (batch_indices, positions)
@@ -114,8 +131,10 @@ def append_paged_mla_kv_cache(
         kv_last_page_len: int32 ``[B]``.
     """
     for name, t in (("append_ckv", append_ckv), ("append_kpe", append_kpe)):
-        if t.dim() != 2:
-            raise argument_error(name, "[nnz, D]", f"shape {tuple(t.shape)}")
+        if not isinstance(t, Tensor) or t.dim() != 2:
+            raise argument_error(name, "[nnz, D]", described(t))
+    if not isinstance(ckv_cache, Tensor) or ckv_cache.dim() != 3:
+        raise argument_error("ckv_cache", "[P, page, R]", described(ckv_cache))
     cache = PagedCache.latent(
         ckv_cache, kpe_cache, kv_last_page_len, indptr=kv_indptr, indices=kv_indices, value_dim=ckv_cache.shape[-1]
     )

@@ -13,6 +13,7 @@ from sparseattn.flashinfer._common import (
     Options,
     Table,
     check_heads,
+    check_indptr,
     csr_table,
     readable,
     resolve_dtypes,
@@ -207,6 +208,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
     ) -> PagedPlan:
         rows = self._rows(qo_indptr, longest, non_blocking)
         page_size = fields["page_size"]
+        check_indptr("paged_kv_indptr", table[0])
         if table[0].shape != qo_indptr.shape:
             expected = f"shape {tuple(qo_indptr.shape)} like qo_indptr"
             raise argument_error("paged_kv_indptr", expected, f"shape {tuple(table[0].shape)}")

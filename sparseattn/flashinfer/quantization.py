@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparseattn.errors import argument_error
 from sparseattn.ops import paged
 
 
@@ -20,6 +21,8 @@ def packbits(x: Tensor, bitorder: str = "big") -> Tensor:
     Returns:
         uint8 ``[ceil(n / 8)]``.
     """
+    if not isinstance(x, Tensor):
+        raise argument_error("x", "a tensor", type(x).__name__, kind=TypeError)
     return paged.packbits(x.to(torch.bool), bitorder)
 
 
@@ -37,5 +40,8 @@ def segment_packbits(x: Tensor, indptr: Tensor, bitorder: str = "big") -> tuple[
     Returns:
         uint8 ``[new_indptr[-1]]``; and int32 ``[B + 1]``, where each segment's bytes begin.
     """
+    for name, t in (("x", x), ("indptr", indptr)):
+        if not isinstance(t, Tensor):
+            raise argument_error(name, "a tensor", type(t).__name__, kind=TypeError)
     packed, ends = paged.segment_packbits(x.to(torch.bool), indptr.to(x.device), bitorder)
     return packed[: int(ends[-1])], ends.int()

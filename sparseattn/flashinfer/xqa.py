@@ -5,7 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.flashinfer._common import as_queries, check_heads, check_layout, fold_scales, unsupported, window_of
+from sparseattn.flashinfer._checks import described
+from sparseattn.flashinfer._common import (
+    as_queries,
+    check_heads,
+    check_layout,
+    dtype_of,
+    fold_scales,
+    unsupported,
+    window_of,
+)
 from sparseattn.flashinfer._decode_fronts import draft_mask, query_rows, tabled_cache
 from sparseattn.flashinfer._wrapper import attend
 from sparseattn.ops.paged import PagedCache
@@ -75,8 +84,9 @@ def xqa(
     """
     unsupported("NVFP4 caches are not served.", k_sf_cache=k_sf_cache, v_sf_cache=v_sf_cache)
     check_layout(kv_layout)
-    k = k_cache[:, 0] if k_cache.dim() == 5 else k_cache
-    v = v_cache[:, 1] if v_cache.dim() == 5 and v_cache.shape[1] == 2 else v_cache
+    packed = _packed(q)
+    k = k_cache[:, 0] if isinstance(k_cache, Tensor) and k_cache.dim() == 5 else k_cache
+    v = v_cache[:, 1] if isinstance(v_cache, Tensor) and v_cache.dim() == 5 and v_cache.shape[1] == 2 else v_cache
     cache = tabled_cache(k, v, kv_layout, page_table, seq_lens)
     for name, value, held in (
         ("num_kv_heads", num_kv_heads, cache.num_kv_heads),
@@ -85,17 +95,18 @@ def xqa(
     ):
         if value is not None and value != held:
             raise argument_error(name, f"{held}, as in the tensors", value)
-    packed = _packed(q)
     check_heads(packed.shape[1], cache.num_kv_heads)
+    if q.shape[-1] == 0:
+        raise argument_error("q", "a head_dim of at least 1", 0)
     scales = fold_scales(q.shape[-1] ** -0.5, q_scale, kv_scale, kv_scale * rcp_out_scale)
     rows = query_rows(packed, cache.batch, q_seq_len, q_cu_seq_lens, q_seq_len)
     if mask is not None and rows:
-        rows |= {"custom_mask": draft_mask(mask, cache, **rows), "causal": False}
+        rows |= {"custom_mask": draft_mask(mask, cache, packed.shape[0], **rows), "causal": False}
     o = attend(
         as_queries(packed, scales.q),
         cache,
         out=None if output is None else _packed(output, "output"),
-        o_dtype=None if output is None else output.dtype,
+        o_dtype=None if output is None else dtype_of("output", output.dtype),
         scale=scales.scale,
         k_scale=scales.k,
         v_scale=scales.v,
@@ -142,6 +153,7 @@ def xqa_mla(
     Returns:
         ``output``, or a new tensor.
     """
+    packed = _packed(q)
     pages_k, pages_v = (_latent_pages(name, t, page_size) for name, t in (("k_cache", k_cache), ("v_cache", v_cache)))
     width = pages_v.shape[-1] * 8 // 9 if pages_v.shape[-1] == q.shape[-1] else pages_v.shape[-1]
     width = width if output is None else output.shape[-1]
@@ -151,12 +163,11 @@ def xqa_mla(
     if pages_k.data_ptr() == pages_v.data_ptr() and pages_k.stride() == pages_v.stride():
         cache = PagedCache.latent(pages_k[:, :, 0], None, cache.seq_lens, cache.page_table, value_dim=width)
     scales = fold_scales(1.0, q_scale, kv_scale, kv_scale)
-    packed = _packed(q)
     o = attend(
         as_queries(packed, scales.q),
         cache,
         out=None if output is None else _packed(output, "output"),
-        o_dtype=None if output is None else output.dtype,
+        o_dtype=None if output is None else dtype_of("output", output.dtype),
         scale=scales.scale,
         k_scale=scales.k,
         v_scale=scales.v,
@@ -167,9 +178,9 @@ def xqa_mla(
 
 def _packed(t: Tensor, name: str = "q") -> Tensor:
     """Queries ``[tokens, Hq, D]`` of any of XQA's forms; a view."""
-    if t.dim() not in (3, 4, 5) or (t.dim() > 3 and t.shape[1] != 1):
+    if not isinstance(t, Tensor) or t.dim() not in (3, 4, 5) or (t.dim() > 3 and t.shape[1] != 1):
         expected = "[B, Hq, D], [B, 1, Hq, D], [B, 1, q_seq_len, Hq, D] or [tokens, Hq, D]"
-        raise argument_error(name, expected, f"shape {tuple(t.shape)}", "The beam width is 1.")
+        raise argument_error(name, expected, described(t), "The beam width is 1.")
     if t.dim() > 3:
         t = t[:, 0]
     if t.dim() == 3:
@@ -182,6 +193,8 @@ def _packed(t: Tensor, name: str = "q") -> Tensor:
 
 def _latent_pages(name: str, t: Tensor, page_size: int | None) -> Tensor:
     """``[P, page, 1, D]``."""
+    if not isinstance(t, Tensor):
+        raise argument_error(name, "a tensor [P, page, 1, D]", type(t).__name__, kind=TypeError)
     if t.dim() == 2 and page_size:
         t = t.view(-1, page_size, t.shape[-1])
     if t.dim() == 3:

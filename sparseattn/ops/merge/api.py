@@ -137,6 +137,9 @@ def _check(
     check_impl(impl)
     if isinstance(base, bool) or not isinstance(base, int | float) or not base > 1 or not math.isfinite(base):
         raise argument_error("base", "a number above 1", repr(base), "math.e is the natural logarithm, 2 FlashInfer's.")
+    for name, t in zip(names, (o_a, lse_a, o_b, lse_b), strict=True):
+        if name and not isinstance(t, Tensor):
+            raise argument_error(name, "a tensor", type(t).__name__, kind=TypeError)
     if o_a.dtype not in _DTYPES:
         raise argument_error(names[0], "bfloat16, float16, float32 or float64", o_a.dtype, kind=TypeError)
     if o_a.dim() < 3:

@@ -54,6 +54,12 @@ def append_kv(
     check_impl(impl)
     targets = cache.views()
     same = cache.k is cache.v
+    for name, t in (("k", k), ("v", v), ("k_rope", k_rope)):
+        if (t is not None or name == "k") and (not isinstance(t, Tensor) or t.dim() != 3):
+            got = f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            raise argument_error(
+                name, "a tensor [n, Hkv, D]", got, kind=ValueError if isinstance(t, Tensor) else TypeError
+            )
     n = k.shape[0]
     if (v is None) != same:
         raise argument_error("v", "None for a latent cache, and only there", "None" if v is None else "a tensor")
@@ -244,9 +250,9 @@ def _append_impl(
     else:
         assert indptr is not None
         assert indices is not None
-        at = indptr[b] + entry
+        at = indptr[b].clamp(min=0).long() + entry
         valid &= at < indptr[b + 1].clamp(max=indices.shape[0])
-        page = indices[at.clamp(max=indices.shape[0] - 1).long()] if indices.numel() else torch.full_like(entry, -1)
+        page = indices[at.clamp(max=indices.shape[0] - 1)] if indices.numel() else torch.full_like(entry, -1)
     valid &= (page >= 0) & (page < target.shape[0])
     target[page[valid].long(), positions[valid].long() % size] = source[valid]
 

@@ -30,7 +30,7 @@ def append_kernel(
     at = b.to(tl.int64) * stride_table[0]
     owned = table_width
     if CSR:
-        first = tl.load(indptr_ptr + b)
+        first = tl.maximum(tl.load(indptr_ptr + b), 0)
         owned = tl.minimum(tl.load(indptr_ptr + b + 1), table_width) - first
         at = first.to(tl.int64)
     page = tl.load(table_ptr + at + entry, mask=entry < owned, other=-1)

@@ -62,7 +62,7 @@ def _pages(p: PagedProblem, b: int) -> Tensor:
         return p.page_table[b]
     assert p.indptr is not None
     assert p.indices is not None
-    first, last = p.indptr[b : b + 2].tolist()
+    first, last = p.indptr[b : b + 2].clamp(min=0).tolist()
     return p.indices[first:last]
 
 

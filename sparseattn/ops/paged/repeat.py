@@ -134,7 +134,7 @@ class RepeatedAttention:
             torch.compiler.is_compiling()
             or not type(q) is type(k) is type(v) is Tensor
             or (q_rope is None) != (k_rope is None)
-            or (sinks is not None and not sinks.is_contiguous())
+            or (sinks is not None and not (isinstance(sinks, Tensor) and sinks.is_contiguous()))
             or (
                 torch.is_grad_enabled()
                 and any(t is not None and t.requires_grad for t in (q, k, v, q_rope, k_rope, sinks))
