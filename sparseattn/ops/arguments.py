@@ -9,6 +9,10 @@ from torch import Tensor
 from sparseattn.errors import argument_error
 
 
+# Positions and window sides are added up in 32 bits.
+_WIDEST = 1 << 30
+
+
 def check_number(name: str, value: float) -> float:
     """``value`` as a float, if it is a finite number."""
     if isinstance(value, bool | Tensor) or not isinstance(value, int | float):
@@ -30,7 +34,7 @@ def check_softcap(softcap: float | None) -> float:
 
 
 def check_window(window: tuple[int | None, int | None] | None, name: str = "window") -> tuple[int, int]:
-    """``(left, right)`` with -1 for unbounded."""
+    """``(left, right)`` with -1 for unbounded, which a side wider than any sequence is, too."""
     if window is None:
         return -1, -1
     expected = "(left, right) token counts, each at least 0 or None"
@@ -44,8 +48,8 @@ def check_window(window: tuple[int | None, int | None] | None, name: str = "wind
             raise argument_error(name, expected, repr(window), kind=TypeError)
         if side is not None and side < 0:
             raise argument_error(name, expected, repr(window), "None is unbounded.")
-    left, right = window
-    return -1 if left is None else left, -1 if right is None else right
+    left, right = (-1 if side is None or side >= _WIDEST else side for side in window)
+    return left, right
 
 
 def narrower(a: int, b: int) -> int:

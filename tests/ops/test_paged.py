@@ -254,6 +254,16 @@ def test_tables_with_strides(form: str, name: str, impl: str, device: str):
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("side", [2**31 - 1, 2**40])
+def test_windows_wider_than_any_sequence(side: int, impl: str, device: str):
+    problem = build(replace(IDS["mixed"], causal=False), torch.float16, device)
+    expected = paged_attention(problem.q, problem.cache, **problem.kwargs, impl=impl)
+    for window in ((None, side), (side, side)):
+        kwargs = problem.kwargs | {"window": window}
+        assert torch.equal(paged_attention(problem.q, problem.cache, **kwargs, impl=impl), expected)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_the_output_has_memory_of_its_own(impl: str, device: str):
     problem = build(IDS["mixed"], torch.float16, device)
     for out in (problem.q, problem.q.clone()):
