@@ -8,7 +8,6 @@ from torch import Tensor
 
 from sparseattn.errors import argument_error
 
-
 # Positions and window sides are added up in 32 bits.
 _WIDEST = 1 << 30
 
