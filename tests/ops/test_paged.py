@@ -319,6 +319,10 @@ def test_reasons():
         paged_attention(problem.q, problem.cache, impl="triton")
     negative = build(IDS["decode"], torch.float16)
     assert "positive scale" in unsupported_reason(negative.q, negative.cache, scale=-1.0, impl="triton")
+    far = torch.empty_strided((4, 256, 1, 16), (16, 2**24, 16, 1), dtype=torch.float16, device="meta")
+    lens, table = (torch.zeros(shape, dtype=torch.int32, device="meta") for shape in ((1,), (1, 4)))
+    cache = PagedCache(far, far, lens, table)
+    assert "less than 2^31" in unsupported_reason(far[:1, 0, :], cache, impl="triton")
 
 
 def test_block_mask_built_for_the_longest(device: str):

@@ -37,12 +37,12 @@ def append_kernel(
     if (page < 0) | (page >= num_pages):
         return
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    head = offs // D
+    head = (offs // D).to(tl.int64)
     column = offs % D
     inside = offs < H * D
     source = token * stride_source[0] + head * stride_source[1] + column * stride_source[2]
     x = tl.load(source_ptr + source, mask=inside)
-    target = page.to(tl.int64) * stride_target[0] + (position % PAGE) * stride_target[1]
+    target = page.to(tl.int64) * stride_target[0] + (position % PAGE).to(tl.int64) * stride_target[1]
     tl.store(target_ptr + target + head * stride_target[2] + column * stride_target[3], x, mask=inside)
 
 

@@ -104,6 +104,9 @@ def unsupported_reason(q: Tensor, q_rope: Tensor | None, p: PagedProblem) -> str
         )
     if p.scale <= 0:
         return f"the Triton kernels need a positive scale, not {p.scale}"
+    for t in (p.k, p.v, p.k_rope):  # offsets within a page have 32 bits
+        if t is not None and (t.shape[1] - 1) * t.stride(1) + (t.shape[3] - 1) * t.stride(3) >= 2**31:
+            return f"the Triton kernels take pages that span less than 2^31 elements a head, not strides {t.stride()}"
     return triton_device_reason(q)
 
 
