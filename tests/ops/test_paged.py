@@ -240,13 +240,18 @@ def test_tables_with_strides(form: str, name: str, impl: str, device: str):
     def spread(t: torch.Tensor | None) -> torch.Tensor | None:
         if t is None:
             return None
-        wide = torch.full((*t.shape, 3), -(2**20), dtype=t.dtype, device=t.device)
+        wide = torch.full((*t.shape, 3), 255 if t.dtype == torch.uint8 else -(2**20), dtype=t.dtype, device=t.device)
         wide[..., 1] = t
         return wide[..., 1]
 
     names = ("seq_lens", "page_table", "indptr", "indices")
     strided = replace(cache, **{n: spread(getattr(cache, n)) for n in names})
     given = {n: spread(kwargs.get(n)) for n in ("cu_seqlens_q", "sinks")}
+    if "custom_mask" in kwargs:
+        sizes = [(a * c + 7) // 8 for a, c in problem.case.lengths]
+        offsets = torch.tensor([0, *torch.tensor(sizes).cumsum(0)], device=device)
+        mask = kwargs["custom_mask"].mask
+        given["custom_mask"] = replace(kwargs["custom_mask"], mask=spread(mask), offsets=spread(offsets))
     expected = paged_attention(problem.q, cache, **kwargs, impl=impl, return_lse=True)
     got = paged_attention(problem.q, strided, **(kwargs | given), impl=impl, return_lse=True)
     assert torch.equal(got[0], expected[0])

@@ -210,7 +210,7 @@ def _custom_mask(
     elif tuple(offsets.shape) != (cache.batch + 1,) or offsets.device != q.device:
         expected = f"offsets of shape ({cache.batch + 1},) on {q.device}"
         raise argument_error("custom_mask", expected, f"shape {tuple(offsets.shape)} on {offsets.device}")
-    return bits.contiguous(), offsets.long()
+    return bits.contiguous(), offsets.long().contiguous()
 
 
 def _lists(
