@@ -88,7 +88,8 @@ def bsr_attention(
             of its list, its queries at the end of these. ``causal``, ``window`` and ``positions`` act there, as in
             FlashInfer. N must be a multiple of C.
         validate: Check the contents of ``indptr`` and ``indices``. Waits for the device.
-        out: Where to write: q's shape with the values' head dimension, q's dtype, any strides.
+        out: Where to write: q's shape with the values' head dimension, q's dtype, any strides; not where q,
+            k or v lie.
         return_lse: Also return the LSE.
         impl: "auto" (Triton on CUDA, reference elsewhere), "triton" or "reference"; "gluon" where
             ``block_sparse_attention`` takes the call.

@@ -65,7 +65,8 @@ def paged_attention(
         mask: Which blocks of keys each block of queries attends: a ``BlockMask`` from any selector, with 1, Hkv or Hq
             heads, batch 1 or B and Sq = ``max_seqlen_q`` (1 for decode), its blocks counted in token positions,
             whatever the page size; or ``PageLists``, pages for all queries of a sequence.
-        out: Where to write: q's shape with the values' head dimension, q's dtype, any strides.
+        out: Where to write: q's shape with the values' head dimension, q's dtype, any strides; not where q,
+            keys or values lie.
         return_lse: Also return the LSE.
         impl: "auto" (Triton on CUDA, reference elsewhere), "gluon" (Hopper), "triton" or "reference".
 
