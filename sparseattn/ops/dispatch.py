@@ -6,13 +6,19 @@ Triton is imported when its implementation is asked for, and not before.
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 IMPLEMENTATIONS = ("triton", "reference")
 # What "auto" tries by device: everything here is meant to be fast there, so nothing is slow unasked.
@@ -70,9 +76,25 @@ def require(package: str, impl: str, names: Sequence[str], *problem: object, of:
     return module
 
 
+def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
+    """``function`` with the GPU of its first tensor as the current one, where Triton launches kernels.
+
+    Layers of one model may lie on several GPUs, and nobody else switches between these.
+    """
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        t = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if t is None or not t.is_cuda or torch.compiler.is_compiling() or t.get_device() == torch.cuda.current_device():
+            return function(*args, **kwargs)
+        with torch.cuda.device(t.device):
+            return function(*args, **kwargs)
+
+    return guarded
+
+
 def triton_device_reason(t: Tensor) -> str | None:
     """Why Triton kernels cannot run on ``t``'s device, or None. Imports Triton."""
-    import torch
     import triton
 
     if t.is_cuda:

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from sparseattn.masks import BlockMask, VariableBlockMask
 from sparseattn.ops.block_sparse.geometry import Geometry
-from sparseattn.ops.dispatch import implementations, require, resolve
+from sparseattn.ops.dispatch import implementations, on_its_device, require, resolve
 
 PACKAGE = "sparseattn.ops.block_sparse"
 
@@ -70,6 +70,7 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> t
     return dq, dk, dv, dsinks
 
 
+@on_its_device
 def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, impl: str, *geometry: Any) -> tuple[Tensor, Tensor]:
     g = Geometry(*geometry)
     module = _require(q, k, v, g, impl)
@@ -79,6 +80,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, impl: str, *
     return module.forward(q, k, v, sinks, g)
 
 
+@on_its_device
 def _backward(
     do: Tensor,
     dlse: Tensor | None,

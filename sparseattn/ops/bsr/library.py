@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseattn.ops.arguments import check_apart
 from sparseattn.ops.bsr.problem import SCHEMA, BSRProblem
-from sparseattn.ops.dispatch import implementations, require
+from sparseattn.ops.dispatch import implementations, on_its_device, require
 
 PACKAGE = "sparseattn.ops.bsr"
 
@@ -18,6 +18,7 @@ _LIBRARY = torch.library.Library("sparseattn", "FRAGMENT")
 _LIBRARY.define(f"bsr_attention(Tensor q, Tensor(a!) out, Tensor(b!) lse, str impl, {SCHEMA}) -> ()")
 
 
+@on_its_device
 def _attend(q: Tensor, out: Tensor, lse: Tensor, impl: str, *problem: Any) -> None:
     p = BSRProblem(*problem)
     module = require(PACKAGE, impl, implementations(impl, q), q, p)

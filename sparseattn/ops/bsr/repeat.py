@@ -14,7 +14,7 @@ from sparseattn.ops.bsr.api import Options, attend_lists, attend_rows, check_out
 from sparseattn.ops.bsr.library import PACKAGE
 from sparseattn.ops.bsr.problem import BSRProblem
 from sparseattn.ops.bsr.rows import BlockRows
-from sparseattn.ops.dispatch import implementations, require
+from sparseattn.ops.dispatch import implementations, on_its_device, require
 
 
 class _Known(NamedTuple):
@@ -45,6 +45,7 @@ class RepeatedRows:
         self._impl = impl
         self._known: dict[tuple[Any, ...], _Known] = {}
 
+    @on_its_device
     def __call__(
         self,
         q: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparseattn.errors import argument_error
-from sparseattn.ops.dispatch import check_impl, implementations, require, resolve
+from sparseattn.ops.dispatch import check_impl, implementations, on_its_device, require, resolve
 
 _PACKAGE = "sparseattn.ops.merge"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -181,6 +181,7 @@ _LIBRARY.define(
 )
 
 
+@on_its_device
 def _merge(
     o: Tensor, lse: Tensor, o_b: Tensor | None, lse_b: Tensor | None, base: float, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -192,6 +193,7 @@ def _merge(
     return merged, merged_lse
 
 
+@on_its_device
 def _merge_(
     o: Tensor, lse: Tensor, o_other: Tensor, lse_other: Tensor, mask: Tensor | None, base: float, impl: str
 ) -> None:

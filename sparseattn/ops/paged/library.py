@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.ops.arguments import check_apart
-from sparseattn.ops.dispatch import implementations, require
+from sparseattn.ops.dispatch import implementations, on_its_device, require
 from sparseattn.ops.paged.problem import SCHEMA, PagedProblem
 
 PACKAGE = "sparseattn.ops.paged"
@@ -18,6 +18,7 @@ _LIBRARY = torch.library.Library("sparseattn", "FRAGMENT")
 _LIBRARY.define(f"paged_attention(Tensor q, Tensor? q_rope, Tensor(a!) out, Tensor(b!) lse, str impl, {SCHEMA}) -> ()")
 
 
+@on_its_device
 def _attend(q: Tensor, q_rope: Tensor | None, out: Tensor, lse: Tensor, impl: str, *problem: Any) -> None:
     p = PagedProblem(*problem)
     module = require(PACKAGE, impl, implementations(impl, q), q, q_rope, p)

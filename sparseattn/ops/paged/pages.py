@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.ops.dispatch import check_impl
+from sparseattn.ops.dispatch import check_impl, on_its_device
 from sparseattn.ops.paged.cache import FLOAT8, PagedCache, check_int32
 from sparseattn.ops.paged.options import check_bitorder
 
@@ -220,6 +220,7 @@ _LIBRARY.define(
 )
 
 
+@on_its_device
 def _append_impl(
     target: Tensor,
     source: Tensor,

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparseattn.kernels.launches import Launches
 from sparseattn.masks import BlockMask
 from sparseattn.ops.arguments import check_apart, starts_with
-from sparseattn.ops.dispatch import implementations, require
+from sparseattn.ops.dispatch import implementations, on_its_device, require
 from sparseattn.ops.paged.api import output_for, paged_attention
 from sparseattn.ops.paged.cache import PagedCache
 from sparseattn.ops.paged.checks import make_problem
@@ -80,6 +80,7 @@ class RepeatedAttention:
         }  # fmt: skip
         self._known: dict[tuple[Any, ...], _Known] = {}
 
+    @on_its_device
     def __call__(
         self,
         q: Tensor,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.ops.dispatch import implementation
+from sparseattn.ops.dispatch import implementation, on_its_device
 from sparseattn.ops.scores.api import PACKAGE, choose, thresholds_on
 from sparseattn.ops.scores.chunks import ScoreChunks
 from sparseattn.ops.scores.problem import ScoreProblem
@@ -113,6 +113,7 @@ torch.library.define(
 
 
 @torch.library.impl("sparseattn::antidiagonal_blocks", "CompositeExplicitAutograd")
+@on_its_device
 def _antidiagonal_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     c = _Call(*arguments)
     s = unflatten(q, c)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.ops.dispatch import check_impl, implementation, implementations, require, resolve
+from sparseattn.ops.dispatch import check_impl, implementation, implementations, on_its_device, require, resolve
 from sparseattn.ops.scores.problem import RowBounds, ScoreProblem, check_max_blocks, list_cap, row_bounds
 from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_sequences, unflatten
 
@@ -20,6 +20,7 @@ STRIDES = (4, 8, 16)
 BLOCK_SIZES = (64, 128)
 
 
+@on_its_device
 def antidiagonal_scores(
     q: Tensor,
     k: Tensor,
@@ -64,6 +65,7 @@ def antidiagonal_scores(
     return implementation(PACKAGE, choose(impl, q, k)).antidiagonal_scores(q.detach(), k.detach(), p)
 
 
+@on_its_device
 def top_p_blocks(
     scores: Tensor,
     threshold: float | Sequence[float],
@@ -283,6 +285,7 @@ torch.library.define(
 
 
 @torch.library.impl("sparseattn::xattention_blocks", "CompositeExplicitAutograd")
+@on_its_device
 def _xattention_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     c = _Call(*arguments)
     s = unflatten(q, c)

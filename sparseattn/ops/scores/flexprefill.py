@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.ops.dispatch import check_impl
+from sparseattn.ops.dispatch import check_impl, on_its_device
 from sparseattn.ops.scores.block_lists import (
     MASS,
     POOLED,
@@ -215,6 +215,7 @@ torch.library.define(
 
 
 @torch.library.impl("sparseattn::flexprefill_blocks", "CompositeExplicitAutograd")
+@on_its_device
 def _flexprefill_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     c = _Call(*arguments)
     kept = (k if c.group_shared else q).shape[-2]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.ops.dispatch import check_impl, implementations, require, resolve
+from sparseattn.ops.dispatch import check_impl, implementations, on_its_device, require, resolve
 from sparseattn.ops.scores.landmark_problem import LandmarkFeatures, LandmarkProblem, landmark_bounds
 from sparseattn.ops.scores.problem import check_max_blocks
 from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_sequences, unflatten
@@ -27,6 +27,7 @@ ROWS = (16, 32, 64, 128)
 _MODULES = "sparseattn.ops.scores.landmark_{}"
 
 
+@on_its_device
 def landmark_features(
     k: Tensor,
     *,
@@ -62,6 +63,7 @@ def landmark_features(
     return _implementation(impl, k, k, False).features(k.detach(), s, block_size, clusters)
 
 
+@on_its_device
 def landmark_scores(
     q: Tensor,
     k: Tensor,
@@ -353,6 +355,7 @@ torch.library.define(
 
 
 @torch.library.impl("sparseattn::landmark_blocks", "CompositeExplicitAutograd")
+@on_its_device
 def _landmark_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     c = _Call(*arguments)
     s = unflatten(q, c)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.masks.lists import compact
-from sparseattn.ops.dispatch import check_impl
+from sparseattn.ops.dispatch import check_impl, on_its_device
 from sparseattn.ops.scores.block_lists import (
     POOLED,
     ListCap,
@@ -309,6 +309,7 @@ torch.library.define(
 
 
 @torch.library.impl("sparseattn::minference_blocks", "CompositeExplicitAutograd")
+@on_its_device
 def _minference_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     c = _Call(*arguments)
     if 0 in (c.batch, c.max_q, c.max_k):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.ops.dispatch import check_impl, implementation, implementations, require, resolve
+from sparseattn.ops.dispatch import check_impl, implementation, implementations, on_its_device, require, resolve
 from sparseattn.ops.scores.api import thresholds_on
 from sparseattn.ops.scores.pooled_problem import PooledProblem, check_pages, check_problem
 from sparseattn.ops.scores.rules import thresholds as as_thresholds
@@ -37,6 +37,7 @@ from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_
 _MODULES = "sparseattn.ops.scores.pooled_{}"
 
 
+@on_its_device
 def pooled_scores(
     q: Tensor,
     k: Tensor,
@@ -229,6 +230,7 @@ torch.library.define(
 
 
 @torch.library.impl("sparseattn::pooled_blocks", "CompositeExplicitAutograd")
+@on_its_device
 def _pooled_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     c = _Call(*arguments)
     s = unflatten(q, c)

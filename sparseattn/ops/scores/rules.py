@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.ops.dispatch import check_impl, implementations, require, resolve
+from sparseattn.ops.dispatch import check_impl, implementations, on_its_device, require, resolve
 from sparseattn.ops.scores.api import check_threshold
 from sparseattn.ops.scores.rules_problem import ListBounds, Rule, check_rule, log_threshold
 
@@ -16,6 +16,7 @@ from sparseattn.ops.scores.rules_problem import ListBounds, Rule, check_rule, lo
 RULES = "sparseattn.ops.scores.rules_{}"
 
 
+@on_its_device
 def choose_blocks(
     scores: Tensor,
     rule: str = "relative",

@@ -43,6 +43,7 @@ class LastQueries(NamedTuple):
         return torch.minimum(rows, k_len) if self.causal else torch.where(k_len > 0, rows, 0)
 
 
+@dispatch.on_its_device
 def last_query_mass(
     q: Tensor,
     k: Tensor,
@@ -81,6 +82,7 @@ def last_query_mass(
     return implementation("vertical_slash", impl, q, k).last_query_mass(q.detach(), k.detach(), p)
 
 
+@dispatch.on_its_device
 def largest(values: Tensor, counts: Tensor, *, impl: str = "auto") -> Tensor:
     """The ``counts`` largest of every row; equal values go to the lower index.
 
@@ -99,6 +101,7 @@ def largest(values: Tensor, counts: Tensor, *, impl: str = "auto") -> Tensor:
     return implementation("vertical_slash", impl, values).largest(values, counts)
 
 
+@dispatch.on_its_device
 def coverage_counts(values: Tensor, share: float, *, impl: str = "auto") -> Tensor:
     """How many of a row's largest values it takes to hold ``share`` (an absolute sum), at least one.
 
