@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/sparseattn demo $(ARGS)
 
 test: lint
-	CI=true HF_HUB_OFFLINE=1 MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	CI=true HF_HUB_OFFLINE=1 MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
