@@ -85,7 +85,10 @@ def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
         t = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        if t is None or not t.is_cuda or torch.compiler.is_compiling() or t.get_device() == torch.cuda.current_device():
+        # Without an initialised CUDA no tensor is really there: fake ones are.
+        if t is None or not t.is_cuda or torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+            return function(*args, **kwargs)
+        if t.get_device() == torch.cuda.current_device():
             return function(*args, **kwargs)
         with torch.cuda.device(t.device):
             return function(*args, **kwargs)

@@ -54,6 +54,7 @@ def test_the_current_device_is_that_of_the_first_tensor(monkeypatch: pytest.Monk
         yield
         current[0] = before
 
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
 
