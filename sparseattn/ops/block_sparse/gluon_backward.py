@@ -44,6 +44,9 @@ LENGTHS = [
 ]  # fmt: skip
 # A query row that no key is seen from.
 NEVER: gl.constexpr = gl.constexpr(1 << 30)
+# A tile of dQ beyond any sum's end, where additions go that are none: the map bounds them. (Additions at negative
+# coordinates stop the kernel with an illegal instruction.)
+NOWHERE: gl.constexpr = gl.constexpr(1 << 24)
 
 
 @gluon.jit
@@ -217,7 +220,7 @@ def emit_dq(dq, dq_desc, out_s, tile, CID: gl.constexpr, SHARED: gl.constexpr):
     """Add a [64, 64] piece of dQ to its float32 tile, in the order in which the accumulator's threads hold it.
 
     A thread's four neighbours in that order are 16 bytes and a warp's 512, so neither the stores to shared memory nor
-    the addition meet a conflict; ``from_wgmma_order`` puts rows and columns back. A negative tile is out of the map's
+    the addition meet a conflict; ``from_wgmma_order`` puts rows and columns back. Tile ``NOWHERE`` is out of the map's
     bounds: nothing is added.
     """
     flat = gl.reshape(gl.permute(gl.reshape(dq, [4, 2, 8, 8, 4, 2]), (3, 0, 2, 4, 1, 5)), [4096])
@@ -243,7 +246,7 @@ def gradient_step(
 
     dQ waits a step (``earlier`` is the tile it goes to) so that the warpgroups, which exchange their halves of dS
     through shared memory, may run a little apart. A tile's last dQ is made after its steps; its first step has none to
-    make, and sends the product of what is there to tile -1, which is nowhere: cheaper than a branch around it.
+    make, and sends the product of what is there to tile ``NOWHERE``: cheaper than a branch around it.
     """
     S_LAYOUT: gl.constexpr = zeros.type.layout
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
@@ -397,7 +400,7 @@ def gradients_consumer(
                 )  # fmt: skip
             it += steps
         else:
-            tile = steps * 0 - 1
+            tile = steps * 0 + NOWHERE
             for i in range(0, masked):
                 dk, dv, tile = gradient_step(
                     dk, dv, tile, zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s, count_s,
