@@ -103,7 +103,7 @@ class Case:
     @property
     def selected_by(self) -> str:
         """The implementation that selects, as rows name it."""
-        return f"sparseattn_{implementations(self.impl, self.problem.qkv[0])[0]}"
+        return f"sparseattn_{implementations(self.impl, self.problem.qkv[0])[-1]}"
 
     @cached_property
     def mask(self) -> BlockMask:
@@ -202,7 +202,8 @@ def timed(
     """Times and TFLOP/s of a gated call, and whether its implementation is the one that "auto" takes here."""
     row = time_ms(run, problem.device, budget_ms=budget_ms)
     row |= {"tflops": round(flops / row["ms"] * 1e-9, 1), "flops": flops}
-    row["auto"] = implementations("auto", problem.qkv[0])[0] == impl
+    names = implementations("auto", problem.qkv[0])
+    row["auto"] = impl == next((name for name in names if unsupported_reason(*problem.qkv, impl=name) is None), None)
     return row | ({"wall_ms": wall_ms(run, problem.device)} if clock else {})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import ParamSpec, TypeVar
@@ -21,8 +22,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 IMPLEMENTATIONS = ("triton", "reference")
-# What "auto" tries by device: everything here is meant to be fast there, so nothing is slow unasked.
-AUTO = {"cuda": ("triton",), "cpu": ("reference",)}
+# What "auto" tries by device, where an operator has it: everything here is meant to be fast there, so nothing is slow
+# unasked.
+AUTO = {"cuda": ("gluon", "triton"), "cpu": ("reference",)}
 
 
 def check_impl(impl: str, names: Sequence[str] = IMPLEMENTATIONS) -> None:
@@ -36,9 +38,19 @@ def implementations(impl: str, t: Tensor, auto: Mapping[str, tuple[str, ...]] = 
     return auto.get(t.device.type, ("reference",)) if impl == "auto" else (impl,)
 
 
+def _module(package: str, name: str) -> str:
+    return package.format(name) if "{}" in package else f"{package}.{name}"
+
+
+@functools.cache
+def _exists(package: str, name: str) -> bool:
+    """Whether an operator has an implementation of this name."""
+    return importlib.util.find_spec(_module(package, name)) is not None
+
+
 def implementation(package: str, name: str) -> ModuleType:
     """The module of an implementation; ``package`` is as ``resolve`` takes it."""
-    return importlib.import_module(package.format(name) if "{}" in package else f"{package}.{name}")
+    return importlib.import_module(_module(package, name))
 
 
 def resolve(package: str, names: Sequence[str], *problem: object) -> tuple[ModuleType | None, str | None]:
@@ -47,11 +59,13 @@ def resolve(package: str, names: Sequence[str], *problem: object) -> tuple[Modul
     Args:
         package: Of the operator, such as ``sparseattn.ops.paged``; or, where one package holds several, a pattern of
             module names such as ``sparseattn.ops.scores.pooled_{}``.
-        names: Implementations to try.
+        names: Implementations to try; of several, those that the operator does not have are passed over.
         problem: What an implementation's ``unsupported_reason`` takes.
     """
     reasons = []
     for name in names:
+        if len(names) > 1 and not _exists(package, name):
+            continue
         reason = triton_missing() if name != "reference" else None
         if reason is None:
             module = implementation(package, name)

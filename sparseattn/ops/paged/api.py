@@ -68,7 +68,8 @@ def paged_attention(
         out: Where to write: q's shape with the values' head dimension, q's dtype, any strides; not where q,
             keys or values lie.
         return_lse: Also return the LSE.
-        impl: "auto" (Triton on CUDA, reference elsewhere), "gluon" (Hopper), "triton" or "reference".
+        impl: "auto" (on CUDA Gluon where it can, else Triton; reference elsewhere), "gluon" (Hopper), "triton" or
+            "reference".
 
     Returns:
         ``o`` ``[total_q, Hq, Dv]`` in q's dtype (``out``, if given); with ``return_lse`` also the natural-log LSE of
