@@ -3,20 +3,90 @@
 Triton finds the kernel of a launch by the types and divisibilities of all arguments, in Python, which for a kernel of
 many arguments takes longer than a small batch runs. A call that differs from an earlier one in where its tensors lie,
 and in nothing else, launches the same kernels with other addresses.
+
+Host code launches with ``launch``, takes memory that only kernels use with ``scratch``, and presets results with
+``fill``; while a record is open (``recording``), these note what they do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import contextlib
+import copy
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+# Bytes to which scratch tensors are aligned, as those of PyTorch's allocator are.
+_ALIGNMENT = 512
+# Tensor maps kept of one argument: caches of many layers recur, and so do places that the allocator hands out.
+_MOST_MAPS = 4096
+
+_open = threading.local()
+
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
     """``kernel[grid](*args, **kwargs)``; the compiled kernel, or None where there is none (Triton's interpreter)."""
-    return kernel[grid](*args, **kwargs)
+    record: Launches | None = getattr(_open, "record", None)
+    return kernel[grid](*args, **kwargs) if record is None else record.launch(kernel, grid, *args, **kwargs)
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor that nobody but the launches of a call uses."""
+    record: Launches | None = getattr(_open, "record", None)
+    t = torch.empty(shape, dtype=dtype, device=device)
+    return t if record is None else record.scratch(t)
+
+
+def fill(t: Tensor, value: float) -> None:
+    """``t.fill_(value)`` for a result of a call."""
+    record: Launches | None = getattr(_open, "record", None)
+    t.fill_(value)
+    if record is not None:
+        record.fill(t, value)
+
+
+@contextlib.contextmanager
+def recording(record: Launches) -> Iterator[None]:
+    """Have ``launch``, ``scratch`` and ``fill`` of this thread note in ``record`` what they do."""
+    before = getattr(_open, "record", None)
+    _open.record = record
+    try:
+        yield
+    finally:
+        _open.record = before
+
+
+class _Place:
+    """What a tensor map describes, as far as Triton asks: memory that begins at an address."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+class _Map(NamedTuple):
+    """An argument that is a tensor map: which argument, of which tensor, how far in, how to make one; those made."""
+
+    at: int
+    name: str
+    offset: int
+    make: Callable[[int], Any]
+    made: dict[int, Any]
+
+
+class _Again(NamedTuple):
+    """A launch to repeat: ``start(*values)`` with addresses at ``slots``, maps, and the stream in its place, if any."""
+
+    start: Any
+    values: list[Any]
+    slots: list[tuple[int, str, int]]
+    maps: list[_Map]
+    stream_at: int
 
 
 class Launches:
@@ -27,12 +97,17 @@ class Launches:
         staying: Tensors that stay where they are. Whoever holds the record must hold them.
     """
 
-    def __init__(self, moving: dict[str, Tensor], staying: Iterable[Tensor | None]) -> None:
+    def __init__(self, moving: dict[str, Tensor], staying: Iterable[Tensor | None] = ()) -> None:
+        self._given = {name: (t.shape, t.stride(), t.data_ptr()) for name, t in moving.items()}
         self._moving = [(name, t.data_ptr(), _width(t), _storage(t)) for name, t in moving.items()]
         self._ties: set[tuple[str, str, int]] = set()
         self._staying = {_storage(t) for t in staying if t is not None}
-        self._scratch: list[tuple[str, tuple[int, ...], torch.dtype]] = []
-        self._launches: list[tuple[Any, list[Any], list[tuple[int, str, int]]]] = []
+        self._kept: list[Tensor] = []  # so that no two scratch tensors lie in the same place while this is recorded
+        self._scratch: list[tuple[str, int]] = []
+        self._bytes = 0
+        self._fills: list[tuple[str, float]] = []
+        self._launches: list[_Again] = []
+        self._hooked: list[Any] = []
         self._complete = True
 
     @property
@@ -40,29 +115,55 @@ class Launches:
         """Whether all launches can be repeated."""
         return self._complete and bool(self._launches)
 
+    def close(self) -> Launches | None:
+        """The record, if it is complete; nothing is recorded after this."""
+        self._kept.clear()
+        return self if self.complete else None
+
     def scratch(self, t: Tensor) -> Tensor:
         """``t``, a contiguous tensor that only the launches of the call use, made anew for every repetition."""
         name = f"scratch {len(self._scratch)}"
-        self._scratch.append((name, tuple(t.shape), t.dtype))
-        self._moving.append((name, t.data_ptr(), _width(t), _storage(t)))
+        self._scratch.append((name, self._bytes))
+        self._bytes += -(-t.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._moving.append((name, t.data_ptr(), max(1, t.nbytes), _storage(t)))
+        self._kept.append(t)
         return t
+
+    def fill(self, t: Tensor, value: float) -> None:
+        """Note that ``t`` was filled; before the launches, and it must be one of the moving tensors, whole."""
+        form = (t.shape, t.stride(), t.data_ptr())
+        names = [name for name, given in self._given.items() if given == form]
+        if names and not self._launches:
+            self._fills.append((names[0], value))
+        else:
+            self._complete = False
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
         """As the function, and recorded."""
         compiled = kernel[grid](*args, **kwargs)
-        named = [] if compiled is None else kernel.arg_names[len(args) :]
-        if compiled is None or not kwargs.keys() >= set(named):
+        if compiled is None:
             self._complete = False
             return compiled
-        values = [*args, *(kwargs[name] for name in named)]
-        slots = []
+        names = kernel.arg_names[len(args) :]
+        values = [*args, *(kwargs[n] if n in kwargs else kernel.signature.parameters[n].default for n in names)]
+        slots, maps = [], []
         for i, value in enumerate(values):
-            if isinstance(value, Tensor):
-                found = self._find(value)
+            base = value if isinstance(value, Tensor) else getattr(value, "base", None)
+            if not isinstance(base, Tensor):
+                continue
+            found = self._find(base)
+            if base is value:
+                values[i] = base.data_ptr()
                 if found is not None:
                     slots.append((i, *found))
-                values[i] = value.data_ptr()
-        self._launches.append((compiled[(*grid, 1, 1)[:3]], values, slots))
+            else:
+                name, offset = found or ("", base.data_ptr())
+                values[i] = described = copy.copy(value)
+                described.base = None  # the record keeps no tensor of the call alive
+                maps.append(_Map(i, name, offset, _describer(described), {}))
+        again = _Again(compiled[(*grid, 1, 1)[:3]], values, slots, maps, -1)
+        self._hooked.append(again)
+        self._launches.append(_direct(compiled, grid, again) or again)
         return compiled
 
     def _find(self, t: Tensor) -> tuple[str, int] | None:
@@ -86,29 +187,115 @@ class Launches:
             self._complete = False
         return None
 
-    def repeat(self, device: torch.device, addresses: dict[str, int]) -> bool:
+    def repeat(
+        self, device: torch.device, addresses: dict[str, int], tensors: dict[str, Tensor] | None = None
+    ) -> bool:
         """Make the launches again, on the current stream.
 
         Args:
             device: For scratch tensors.
             addresses: Where each moving tensor begins. Their shapes, strides, dtypes and alignments must be the same,
                 and so must be the device.
+            tensors: Those of the moving tensors that are filled first, at least.
 
         Returns:
             Whether they were made: not if tensors overlapped when they were recorded, and lie otherwise now.
         """
-        if any(addresses[other] - addresses[name] != apart for name, other, apart in self._ties):
+        if self._ties and any(addresses[other] - addresses[name] != apart for name, other, apart in self._ties):
             return False
-        kept = []
-        for name, shape, dtype in self._scratch:
-            kept.append(torch.empty(shape, dtype=dtype, device=device))
-            addresses[name] = kept[-1].data_ptr()
-        for start, values, slots in self._launches:
-            values = values.copy()
+        for name, value in self._fills:
+            assert tensors is not None
+            tensors[name].fill_(value)
+        addresses[""] = 0
+        if self._bytes:
+            memory = torch.empty(self._bytes, dtype=torch.uint8, device=device)
+            start_of = memory.data_ptr()
+            for name, offset in self._scratch:
+                addresses[name] = start_of + offset
+        stream = 0
+        for start, template, slots, maps, stream_at in self._hooked if _hooks() else self._launches:
+            values = template.copy()
             for i, name, offset in slots:
                 values[i] = addresses[name] + offset
+            for i, name, offset, make, made in maps:
+                address = addresses[name] + offset
+                described = made.get(address)
+                if described is None:
+                    if len(made) >= _MOST_MAPS:
+                        made.clear()
+                    described = made[address] = make(address)
+                values[i] = described
+            if stream_at >= 0:
+                stream = stream or torch._C._cuda_getCurrentRawStream(device.index or 0)
+                values[stream_at] = stream
             start(*values)
         return True
+
+
+def _describer(described: Any) -> Callable[[int], Any]:
+    """What makes the host's form of a tensor map for an address."""
+
+    def make(address: int) -> Any:
+        one = copy.copy(described)
+        one.base = _Place(address)
+        return one
+
+    return make
+
+
+def _hooks() -> bool:
+    """Whether somebody (a profiler) wants to hear of launches, for which Triton's own way is taken."""
+    from triton import knobs
+
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+
+
+def _direct(compiled: Any, grid: tuple[int, ...], again: _Again) -> _Again | None:
+    """The same launch through the C function beneath Triton's launcher; None where that is not the one known here.
+
+    Triton 3.6 encodes every tensor map at every launch and prepares for hooks that nobody has set: most of a launch's
+    time on the host. Here a map is encoded once for an address.
+    """
+    import triton
+
+    launcher = getattr(compiled, "run", None)
+    if not triton.__version__.startswith("3.6.") or type(launcher).__name__ != "CudaLauncher":
+        return None
+    assert launcher is not None
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        return None
+    start, metas = launcher.launch, getattr(compiled.metadata, "tensordesc_meta", None) or []
+    if again.maps:
+        cells = dict(zip(start.__code__.co_freevars, start.__closure__ or (), strict=True))
+        if "launcher" not in cells or len(metas) != len(again.maps) or any(m is None or m["fp4_padded"] for m in metas):
+            return None
+        start = cells["launcher"].cell_contents
+    values: list[Any] = [
+        *(*grid, 1, 1)[:3], 0, compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None,
+        compiled.packed_metadata, None, None, None,
+    ]  # fmt: skip
+    moved, maps, metas = {}, [], list(metas)
+    for i, value in enumerate(again.values):
+        moved[i] = len(values)
+        values.append(value)
+        if any(m.at == i for m in again.maps):
+            values.extend((*value.shape, *value.strides))
+    for m in again.maps:
+        maps.append(m._replace(at=moved[m.at], make=_encoder(again.values[m.at], metas.pop(0)), made={}))
+    return _Again(start, values, [(moved[i], name, offset) for i, name, offset in again.slots], maps, 3)
+
+
+def _encoder(described: Any, meta: dict[str, Any]) -> Callable[[int], Any]:
+    """What encodes a tensor map for an address."""
+    from triton.backends.nvidia import driver
+    from triton.runtime import driver as runtime
+
+    encode = runtime.active.utils.fill_tma_descriptor
+    kind = driver.TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
+    before = (meta["swizzle"], meta["elem_size"], kind, meta["block_size"])
+    after = (list(described.shape), list(described.strides), int(described.padding == "nan"))
+    return lambda address: encode(address, *before, *after)
 
 
 def _width(t: Tensor) -> int:

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
+from sparseattn.kernels.clear import clear_rows
 from sparseattn.kernels.hopper import row_tiles
 from sparseattn.kernels.hopper_forward import Facts, forward_kernel
 from sparseattn.kernels.hopper_tiles import (
@@ -28,6 +29,7 @@ from sparseattn.kernels.hopper_tiles import (
     processors_of,
     unmappable,
 )
+from sparseattn.kernels.launches import launch
 from sparseattn.ops.paged import gluon_latent, gluon_plans
 from sparseattn.ops.paged.gluon_plans import NO_LIMIT, Plan, mask_group, windowed
 from sparseattn.ops.paged.gluon_schedule import merge_shares_kernel, page_gaps_kernel, paged_schedule_kernel
@@ -78,9 +80,9 @@ def attend(q: Tensor, q_rope: Tensor | None, out: Tensor, lse: Tensor, p: PagedP
     """Attention into ``out`` and ``lse``; see ``reference.attend``, which this matches."""
     fits = unmappable("out", out) is None and (q_rope is None or gluon_latent.is_flat(out))
     o = out if fits else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    if p.cu_seqlens_q is not None:  # rows past the last sequence, such as the padding of a captured batch
-        o.zero_()
-        lse.fill_(-math.inf)
+    cu = p.cu_seqlens_q
+    if cu is not None:  # rows past the last sequence, such as the padding of a captured batch
+        clear_rows(o, lse, cu[:-1], cu[1:], p.max_q, packed=True)
     if q_rope is not None:
         gluon_latent.attend(q, q_rope, o, lse, p, processors_of(q.device))
     else:
@@ -108,7 +110,8 @@ def _launch(
         p.sinks is not None, False, True, True, p.page_size, scales is not None,
     )  # fmt: skip
     descriptors = (row_tiles(t, *box) for t, box in zip((q, p.k, p.v, o), facts.boxes(), strict=True))
-    forward_kernel[(cut.programs,)](
+    launch(
+        forward_kernel, (cut.programs,),
         *descriptors, part, lse, sinks, records, counter, counts, indices, *spans[:4], *strides, 0, 0, 0,
         0, batch_rows(p.k), batch_rows(p.v), 0, 0, q.shape[0], cut.rows, cut.rows * dim_v,
         p.window_left, p.window_right, p.scale * math.log2(math.e), p.softcap,

@@ -12,6 +12,7 @@ from sparseattn.kernels.hopper import row_tiles, tile_layout
 from sparseattn.kernels.hopper_forward import Facts
 from sparseattn.kernels.hopper_latent import latent_kernel
 from sparseattn.kernels.hopper_tiles import Tiles, batch_rows, unmappable
+from sparseattn.kernels.launches import launch
 from sparseattn.ops.paged import gluon_plans
 from sparseattn.ops.paged.problem import PagedProblem
 
@@ -74,7 +75,8 @@ def attend(q: Tensor, q_rope: Tensor, o: Tensor, lse: Tensor, p: PagedProblem, p
     flat = (t.as_strided((t.shape[0] * heads, 1, t.shape[2]), (t.stride(1), t.shape[2], 1)) for t in (q, q_rope, o))
     q_rows, q_rope_rows, o_rows = flat
     tensors = (q_rows, q_rope_rows, p.k, p.k_rope, o_rows)
-    latent_kernel[(cut.programs,)](
+    launch(
+        latent_kernel, (cut.programs,),
         *(row_tiles(t, *box) for t, box in zip(tensors, _boxes(facts), strict=True)),
         part, sums, lse, lse if p.sinks is None else p.sinks, records, counter, counts, indices, *spans[:4],
         gluon_plans.table_of(p), spans[4], *strides, batch_rows(p.k), batch_rows(p.k_rope), q.shape[0], cut.rows,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.hopper_tiles import Tiles
+from sparseattn.kernels.launches import launch, scratch
 from sparseattn.ops.paged.gluon_schedule import merge_shares_kernel, page_gaps_kernel, paged_schedule_kernel
 from sparseattn.ops.paged.problem import PagedProblem
 
@@ -133,7 +134,7 @@ def schedule(q: Tensor, p: PagedProblem, cut: Plan, careful: bool = False) -> tu
     heads, heads_k = q.shape[1], p.k.shape[2]
     # Rows of whole 16 bytes: pointers of another alignment would be another kernel.
     sizes = ((cut.records, 8), (3,), (max(1, cut.merges), 8), (5, triton.cdiv(p.batch, 4) * 4))
-    records, counter, merges, spans = (torch.empty(s, dtype=torch.int32, device=q.device) for s in sizes)
+    records, counter, merges, spans = (scratch(s, torch.int32, q.device) for s in sizes)
     cu, indptr = (counter if t is None else t for t in (p.cu_seqlens_q, p.indptr))
     table = table_of(p)
     batch = (q.shape[0], p.max_q, table.stride(0) if p.indptr is None else 0, table.shape[-1])
@@ -143,13 +144,15 @@ def schedule(q: Tensor, p: PagedProblem, cut: Plan, careful: bool = False) -> tu
     list_heads = 1 if p.list_indices is None else p.list_indices.shape[1]
     # Page lists come in any order, and few rows wait for memory anyway: all of their tiles take the careful path.
     gaps = not careful and cut.rows > FEW_ROWS and not (p.list_indices is not None and p.block_q == 0)
-    gap = torch.empty((2, p.batch), dtype=torch.int32, device=q.device) if gaps else counter
+    gap = scratch((2, p.batch), torch.int32, q.device) if gaps else counter
     if gaps:
-        page_gaps_kernel[(p.batch,)](
+        launch(
+            page_gaps_kernel, (p.batch,),
             gap, cu, p.seq_lens, indptr, table, p.batch, *batch, p.k.shape[0],
             PAGE=p.page_size, CSR=csr, RAGGED=ragged, WIDTH=1024, num_warps=4, **LAUNCH,
         )  # fmt: skip
-    paged_schedule_kernel[(triton.cdiv(cut.records, RECORDS),)](
+    launch(
+        paged_schedule_kernel, (triton.cdiv(cut.records, RECORDS),),
         records, counter, merges, spans, cu, p.seq_lens, indptr, gap, counts, indices,
         p.batch, *batch, cut.records, cut.places, cut.merges, *strides, heads_k, cut.limit, max(1, cut.target),
         cut.least, p.window_left, p.window_right, spans.stride(0),
@@ -163,8 +166,8 @@ def schedule(q: Tensor, p: PagedProblem, cut: Plan, careful: bool = False) -> tu
 
 def places(cut: Plan, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Memory for the sums of shares: outputs float32 [places, rows, dim], and their maxima and sums."""
-    part = torch.empty((max(1, cut.places), cut.rows, dim), dtype=torch.float32, device=device)
-    return part, torch.empty((max(1, cut.places), 2, cut.rows), dtype=torch.float32, device=device)
+    part = scratch((max(1, cut.places), cut.rows, dim), torch.float32, device)
+    return part, scratch((max(1, cut.places), 2, cut.rows), torch.float32, device)
 
 
 def merge(
@@ -174,7 +177,8 @@ def merge(
     if not cut.merges:
         return
     few, dim = cut.rows <= FEW_ROWS, o.shape[-1]
-    merge_shares_kernel[(cut.merges, cut.rows)](
+    launch(
+        merge_shares_kernel, (cut.merges, cut.rows),
         part, sums, merges, counter, o, lse, lse if p.sinks is None else p.sinks, o.stride(), o.shape[0], cut.rows,
         DV=dim, BLOCK_DV=triton.next_power_of_2(dim), GROUP=o.shape[1] // p.k.shape[2], PACK=cut.pack,
         SHARES=32 if few else 8, SINKS=p.sinks is not None, num_warps=4 if few or dim > 256 else 1, **LAUNCH,
