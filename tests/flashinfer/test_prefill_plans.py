@@ -322,7 +322,7 @@ def test_replay_follows_new_plans(masked: bool):
         )
     ]
     pages = max(b.k.shape[0] for b in batches)
-    q = torch.zeros(50, 4, 32, dtype=torch.float16, device="cuda")
+    q = torch.zeros(63, 4, 32, dtype=torch.float16, device="cuda")
     cache = torch.zeros(pages, 2, 16, 2, 32, dtype=torch.float16, device="cuda")
 
     def load(batch):
