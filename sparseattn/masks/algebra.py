@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.masks.columns import in_blocks, tidy_columns
-from sparseattn.masks.lists import compact
+from sparseattn.masks.lists import compact, search
 
 if TYPE_CHECKING:
     from sparseattn.masks.block_mask import BlockMask
@@ -68,7 +68,7 @@ def _among(columns: Tensor, others: Tensor) -> Tensor:
     if others.shape[-1] == 0:
         return torch.zeros_like(columns, dtype=torch.bool)
     ascending = torch.where(others < 0, 2**31 - 1, others).contiguous()
-    at = torch.searchsorted(ascending, columns.contiguous()).clamp(max=others.shape[-1] - 1)
+    at = search(ascending, columns.contiguous()).clamp(max=others.shape[-1] - 1)
     return (ascending.gather(-1, at) == columns) & (columns >= 0)
 
 

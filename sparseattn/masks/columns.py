@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparseattn.masks.lists import compact, listed_entries
+from sparseattn.masks.lists import compact, listed_entries, search
 from sparseattn.masks.visibility import Frame, visible_span
 
 _NEVER = 2**31 - 1
@@ -31,7 +31,7 @@ def in_blocks(columns: Tensor, counts: Tensor, indices: Tensor, block_kv: int) -
         return torch.zeros_like(columns, dtype=torch.bool)
     listed = torch.where(listed_entries(counts, indices), indices, _NEVER).contiguous()
     block = torch.div(columns, block_kv, rounding_mode="floor").contiguous()
-    at = torch.searchsorted(listed, block).clamp(max=width - 1)
+    at = search(listed, block).clamp(max=width - 1)
     return (listed.gather(-1, at) == block) & (columns >= 0)
 
 

@@ -5,8 +5,42 @@ All of them are shape-static torch code (no ``nonzero``, no host reads), determi
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
+
+_LIBRARY = torch.library.Library("sparseattn", "FRAGMENT")
+_LIBRARY.define("search(Tensor ascending, Tensor values, bool right, bool out_int32) -> Tensor")
+_LIBRARY.impl(
+    "search",
+    lambda ascending, values, right, out_int32: torch.searchsorted(ascending, values, right=right, out_int32=out_int32),
+    "CompositeExplicitAutograd",
+)
+torch.library.register_fake(
+    "sparseattn::search",
+    lambda ascending, values, right, out_int32: values.new_empty(
+        values.shape, dtype=torch.int32 if out_int32 else torch.int64
+    ),
+    lib=_LIBRARY,
+)
+
+
+def search(ascending: Tensor, values: Tensor, right: bool = False, out_int32: bool = False) -> Tensor:
+    """``torch.searchsorted``, which compiled graphs call as it is.
+
+    Inductor would write a search of its own into the kernels around it: that of torch 2.11 has the wrong shape next to
+    a reduction, and searches the wrong entries of a slice (pytorch issue 182343).
+
+    Args:
+        ascending: ``[..., N]``, ascending along the last dimension, contiguous.
+        values: ``[..., M]`` of the same leading shape, contiguous.
+        right: Find the first entry above a value, not the first of at least it.
+        out_int32: Give int32, not int64.
+    """
+    if torch.compiler.is_compiling():
+        return cast("Tensor", torch.ops.sparseattn.search(ascending, values, right, out_int32))
+    return torch.searchsorted(ascending, values, right=right, out_int32=out_int32)
 
 
 def compact(blocks: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
@@ -35,7 +69,7 @@ def compact(blocks: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     running = blocks.cumsum(-1, dtype=torch.int32).contiguous()
     counts = running[..., -1].clamp(max=width)
     rank = torch.arange(1, width + 1, dtype=torch.int32, device=blocks.device)
-    indices = torch.searchsorted(running, rank.expand(*blocks.shape[:-1], width).contiguous(), out_int32=True)
+    indices = search(running, rank.expand(*blocks.shape[:-1], width).contiguous(), out_int32=True)
     return counts, torch.where(rank <= counts.unsqueeze(-1), indices, 0)
 
 

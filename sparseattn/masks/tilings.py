@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.masks.lists import compact
+from sparseattn.masks.lists import compact, search
 
 
 class Tiling(NamedTuple):
@@ -81,7 +81,7 @@ def _row_pieces(sizes: Tensor, length: int, size: int) -> Tensor:
     last = counts.cumsum(-1, dtype=torch.int32)
     width = min(length, (length + (blocks + 1) * (size - 1)) // size)
     number = torch.arange(width, dtype=torch.int32, device=sizes.device).expand(heads, width).contiguous()
-    row = torch.searchsorted(last, number, right=True)
+    row = search(last, number, right=True)
     used = row <= blocks
     row = row.clamp(max=blocks)
     first = starts.gather(1, row) + (number - (last - counts).gather(1, row)) * size
@@ -110,7 +110,7 @@ def _key_tiles(blocks: Tensor, starts: Tensor, ends: Tensor, length: int, size: 
     width = length // size
     last = whole_in.cumsum(-1, dtype=torch.int32)
     tile = torch.arange(width, dtype=torch.int32, device=blocks.device).expand(*rows, width).contiguous()
-    owner = torch.searchsorted(last, tile, right=True)
+    owner = search(last, tile, right=True)
     used = owner < runs
     owner = owner.clamp(max=runs - 1)
     at = first.gather(-1, owner) + (tile - (last - whole_in).gather(-1, owner)) * size

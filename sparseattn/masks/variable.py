@@ -11,6 +11,7 @@ from torch import Tensor
 from sparseattn.errors import argument_error
 from sparseattn.masks.checks import check_frame, check_tensor, pair
 from sparseattn.masks.constructors import Pair, Window
+from sparseattn.masks.lists import search
 from sparseattn.masks.tilings import Tiling, block_spans, make_tiling
 from sparseattn.masks.visibility import Frame, visible_tokens
 
@@ -268,4 +269,4 @@ def _block_of_tokens(sizes: Tensor, length: int) -> Tensor:
     """int64 ``[H, length]``: the block of every token; the number of blocks where none holds it."""
     _, ends = block_spans(sizes, length)
     tokens = torch.arange(length, dtype=torch.int32, device=sizes.device).expand(sizes.shape[0], length)
-    return torch.searchsorted(ends, tokens.contiguous(), right=True)
+    return search(ends, tokens.contiguous(), right=True)
