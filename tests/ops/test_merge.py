@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -107,12 +108,14 @@ def test_layouts(impl: str, device: str):
     o, lse, _ = parts(12, (3, 4, 5), torch.float32, device)
     expected = merge_states(o, lse, impl=impl)
     batched = merge_states(o.unflatten(1, (2, 6)), lse.unflatten(-1, (2, 6)).transpose(1, 2), impl=impl)
-    assert torch.equal(batched[0].flatten(0, 1), expected[0])
-    assert torch.equal(batched[1].transpose(0, 1).flatten(1), expected[1])
+    # On a GPU torch's sums may go another way for other strides.
+    same = assert_close if impl == "reference" else partial(assert_close, rtol=0.0, atol=0.0)
+    same(batched[0].flatten(0, 1), expected[0])
+    same(batched[1].transpose(0, 1).flatten(1), expected[1])
     inner = o.movedim(0, 1).contiguous()  # [total, n, H, D], as FlashInfer stacks
     inner_lse = lse.permute(2, 0, 1).contiguous()  # [total, n, H]
     got = merge_states(inner.movedim(1, 0), inner_lse.permute(1, 2, 0), impl=impl)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    same(got, expected)
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])

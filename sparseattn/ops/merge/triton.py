@@ -19,12 +19,15 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @triton.jit
 def _fold(acc, m_i, l_i, o_ptrs, o_in, lse, base2):
-    """Add one state; ``m_i`` and exponents in base 2. What a state over no keys holds is not even read."""
-    lse = lse * base2
+    """Add one state. What a state over no keys holds is not even read.
+
+    Differences are scaled, not scaled logarithms subtracted: fused into one operation those would differ from their own
+    maximum by its rounding, of which 2^ is infinite where logarithms are huge.
+    """
     m_new = tl.maximum(m_i, lse)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    alpha = tl.exp2(m_i - m_safe)
-    weight = tl.exp2(lse - m_safe)
+    alpha = tl.exp2((m_i - m_safe) * base2)
+    weight = tl.exp2((lse - m_safe) * base2)
     o = tl.load(o_ptrs, mask=o_in & (lse != float("-inf"))[:, None], other=0.0).to(tl.float32)
     return acc * alpha[:, None] + weight[:, None] * o, m_new, l_i * alpha + weight
 
@@ -70,7 +73,7 @@ def merge_kernel(
     o = (acc / safe[:, None]).to(out_ptr.dtype.element_ty)
     o_at = (b * stride_out[0] + token * stride_out[1] + head * stride_out[2])[:, None] + offs[None, :] * stride_out[3]
     tl.store(out_ptr + o_at, o, mask=at)
-    lse = tl.where(l_i > 0, (m_i + tl.log2(safe)) / base2, float("-inf"))
+    lse = tl.where(l_i > 0, m_i + tl.log2(safe) / base2, float("-inf"))
     lse_at = b * stride_out_lse[0] + head * stride_out_lse[1] + token * stride_out_lse[2]
     tl.store(out_lse_ptr + lse_at, lse, mask=inside)
 
