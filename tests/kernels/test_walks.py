@@ -74,14 +74,14 @@ PLANS = [
 
 @pytest.mark.parametrize("keys", [True, False], ids=["keys", "queries"])
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-def test_walks_meet_every_visible_pair_once(plan: Plan, keys: bool):
+def test_walks_meet_every_visible_pair_once(plan: Plan, keys: bool, device: str):
     if not keys and plan.blocks is not None and plan.blocks[0] % ROWS:
         pytest.skip("tiles of query rows are whole mask blocks")
     max_q, max_k = (max(span[i][1] for span in plan.spans) for i in range(2))
     heads_q, heads_k = plan.heads
-    lists, dense = _lists(plan, max_q, max_k, keys)
+    lists, dense = _lists(plan, max_q, max_k, keys, device)
     spans = tuple(
-        torch.tensor(column, dtype=torch.int32)
+        torch.tensor(column, dtype=torch.int32, device=device)
         for column in (
             [q[0] for q, _ in plan.spans], [q[0] + q[1] for q, _ in plan.spans],
             [k[0] for _, k in plan.spans], [k[0] + k[1] for _, k in plan.spans],
@@ -95,8 +95,9 @@ def test_walks_meet_every_visible_pair_once(plan: Plan, keys: bool):
         lists, spans, keys=keys, batch=len(plan.spans), lengths=(max_q, max_k), window=plan.window, heads=heads,
         per_head=per_head, section_heads=heads // heads_k, mask_group=heads_q // plan.mask_heads if lists else 1,
         blocks=(blocks[1], blocks[0]) if keys else blocks, step=step, out_rows=0 if plan.packed else 5000,
-        packed=plan.packed, ragged=(plan.ragged, plan.ragged), processors=1, device=torch.device("cpu"),
+        packed=plan.packed, ragged=(plan.ragged, plan.ragged), processors=1, device=torch.device(device),
     )  # fmt: skip
+    records, ranges = records.cpu(), ranges.cpu()
     assert counter.item() == 0
     assert (records[total] == -1).all()
     tiles = -(-(max_k if keys else max_q) // ROWS)
@@ -136,12 +137,12 @@ def test_walks_meet_every_visible_pair_once(plan: Plan, keys: bool):
     _check_order(records[:total], tiles * heads // heads_k)
 
 
-def _lists(plan: Plan, max_q: int, max_k: int, keys: bool):
+def _lists(plan: Plan, max_q: int, max_k: int, keys: bool, device: str):
     if plan.blocks is None:
         return None, None
     shape = (plan.mask_batch, plan.mask_heads, -(-max_q // plan.blocks[0]), -(-max_k // plan.blocks[1]))
     dense = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    mask = BlockMask.from_blocks(dense, block_size=plan.blocks, seq_lens=(max_q, max_k))
+    mask = BlockMask.from_blocks(dense.to(device), block_size=plan.blocks, seq_lens=(max_q, max_k))
     counts, indices = mask.transposed() if keys else (mask.kv_num_blocks, mask.kv_indices)
     rows = counts.shape[-1]
     stride = 0 if plan.mask_batch == 1 else plan.mask_heads * rows
