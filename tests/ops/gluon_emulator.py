@@ -489,6 +489,8 @@ def async_load(d: Descriptor, coordinates: Any, full: Memory, tile: Memory, pred
 
 
 def _async_write(d: Descriptor, coordinates: Any, tile: Memory, add: bool) -> None:
+    if any(int(unwrap(c)) < 0 for c in coordinates):
+        raise EmulationError("a tensor map writes at a negative coordinate: an illegal instruction on an H200")
     index, inside = d.addresses(coordinates)
     tile.check_fenced()
     world, done = context().world, [False]
