@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
+from sparseattn.kernels.clear import clear_rows
 from sparseattn.kernels.combine import combine_kernel
 from sparseattn.ops.block_sparse.extra import (
     call_facts,
@@ -163,13 +164,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Outputs and LSE; see ``reference.forward``, which this matches."""
     heads, dim_v = q.shape[-2], v.shape[-1]
-    ragged = g.q_start is not None
     rows = q.shape[0] if g.packed else q.shape[1]
-    o = (torch.zeros if ragged else torch.empty)((*q.shape[:-1], dim_v), dtype=q.dtype, device=q.device)
+    o = torch.empty((*q.shape[:-1], dim_v), dtype=q.dtype, device=q.device)
     lse_shape = (heads, rows) if g.packed else (g.batch, heads, rows)
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
-    if ragged:
-        lse.fill_(float("-inf"))
+    if g.q_start is not None and g.q_end is not None:
+        clear_rows(o, lse, g.q_start, g.q_end, g.max_q, packed=g.packed)
     if q.numel() == 0 or g.max_q == 0:
         return o, lse
     pack, splits = _split_plan(q, k, g)

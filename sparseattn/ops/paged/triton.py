@@ -15,7 +15,8 @@ import triton
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
-from sparseattn.kernels.launches import Launches, launch
+from sparseattn.kernels.clear import clear_rows, clear_rows_kernel
+from sparseattn.kernels.launches import launch, scratch
 from sparseattn.ops.dispatch import triton_device_reason
 from sparseattn.ops.paged.pages_triton import append_kernel
 from sparseattn.ops.paged.problem import PagedProblem
@@ -110,21 +111,19 @@ def unsupported_reason(q: Tensor, q_rope: Tensor | None, p: PagedProblem) -> str
     return triton_device_reason(q)
 
 
-def attend(
-    q: Tensor, q_rope: Tensor | None, out: Tensor, lse: Tensor, p: PagedProblem, record: Launches | None = None
-) -> None:
-    """Attention into ``out`` and ``lse``; see ``reference.attend``, which this matches. ``record`` keeps launches."""
+def attend(q: Tensor, q_rope: Tensor | None, out: Tensor, lse: Tensor, p: PagedProblem) -> None:
+    """Attention into ``out`` and ``lse``; see ``reference.attend``, which this matches."""
     clear(out, lse, p)
     q, k, q_rope, k_rope = _split_columns(q, q_rope, p)
     for plan in make_plans(q, p):
-        _launch(q, k, q_rope, k_rope, out, lse, p, plan, record)
+        _launch(q, k, q_rope, k_rope, out, lse, p, plan)
 
 
 def clear(out: Tensor, lse: Tensor, p: PagedProblem) -> None:
     """What comes before the launches: rows past the last sequence, such as the padding of a captured batch."""
-    if p.cu_seqlens_q is not None:
-        out.zero_()
-        lse.fill_(-math.inf)
+    cu = p.cu_seqlens_q
+    if cu is not None:
+        clear_rows(out, lse, cu[:-1], cu[1:], p.max_q, packed=True)
 
 
 def _launch(
@@ -136,17 +135,12 @@ def _launch(
     lse: Tensor,
     p: PagedProblem,
     plan: Plan,
-    record: Launches | None = None,
 ) -> None:
     """One kernel, and the merge of its shares. What a call does not have is stood in for by any tensor."""
     split = plan.target > 0
     shape = (plan.items, plan.columns)
-    part = torch.empty((*shape, plan.block_m, p.v.shape[-1]), dtype=torch.float32, device=q.device) if split else lse
-    sums = torch.empty((*shape, 2, plan.block_m), dtype=torch.float32, device=q.device) if split else lse
-    if record is not None and split:
-        record.scratch(part)
-        record.scratch(sums)
-    start = launch if record is None else record.launch
+    part = scratch((*shape, plan.block_m, p.v.shape[-1]), torch.float32, q.device) if split else lse
+    sums = scratch((*shape, 2, plan.block_m), torch.float32, q.device) if split else lse
     table, counts, lists = (lse if t is None else t for t in (p.page_table, p.list_counts, p.list_indices))
     if p.indices is not None:
         table = p.indices
@@ -159,7 +153,7 @@ def _launch(
     cu = lse if p.cu_seqlens_q is None else p.cu_seqlens_q
     least = _LEAST_TILES * plan.block_n
     list_rows = counts.shape[-1] if p.list_counts is not None else 0
-    start(
+    launch(
         paged_kernel, shape[::-1] if split else shape,
         q, q_rope, k, v, k_rope, out, lse, part, sums,
         cu, p.seq_lens, table, lse if p.indptr is None else p.indptr, counts, lists, custom,
@@ -178,7 +172,7 @@ def _launch(
         V_SCALE=p.v_scale is not None, SPLIT=split, num_warps=plan.num_warps, num_stages=plan.num_stages, **LAUNCH,
     )  # fmt: skip
     if split:
-        start(
+        launch(
             paged_combine_kernel, (p.batch * plan.longest, q.shape[1]),
             part, sums, out, lse, sinks, cu, p.seq_lens, out.stride(),
             q.shape[0], p.batch, plan.limit, plan.target, least, plan.rows_to, plan.longest, plan.columns,
@@ -346,11 +340,13 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
             cases.append((f"paged-{name}-sm{major}0", *offline, tiles.num_warps, tiles.num_stages))
     constants = {"BLOCK_M": 16, "GROUP": 4, "PACK": 4, "SINKS": True, "RAGGED_Q": True}
     cases.append(("paged-combine", *_offline(paged_combine_kernel, (128, 0, 128), constants, "bf16"), 1, 1))
+    cases.append(("clear-rows", *_offline(clear_rows_kernel, (128, 0, 128), {"ROWS": 32, "CHUNK": 128}, "bf16"), 4, 1))
     cases.append(("paged-append", *_offline(append_kernel, (128, 0, 128), {"BLOCK": 1024, "H": 8}, "u8"), 4, 1))
     return cases
 
 
 _INTEGERS = {"cu_ptr", "lens_ptr", "table_ptr", "indptr_ptr", "count_ptr", "list_ptr", "batch_ptr", "position_ptr"}
+_INTEGERS |= {"start_ptr", "end_ptr"}
 _FLOATS = {"lse_ptr", "part_ptr", "sums_ptr", "slopes_ptr", "k_scale_ptr", "v_scale_ptr"}
 _REALS = {"scale", "v_factor", "softcap", "theta_log2", "rope_scale"}
 
