@@ -44,15 +44,15 @@ def clear_rows_kernel(
         held += tl.sum(tl.maximum(tl.minimum(end, r1) - tl.maximum(start, r0), 0), 0)
     if (held < r1 - r0) | (unordered > 0):
         row = r0 + tl.arange(0, ROWS)
-        owned = row < 0
+        owned = row * 0
         for c in range(first, last, CHUNK):
             b = c + tl.arange(0, CHUNK)
             start = tl.load(start_ptr + b, mask=b < last, other=0)
             end = tl.load(end_ptr + b, mask=b < last, other=0)
             end = tl.minimum(end, start + max_q)
             within = (row[:, None] >= start[None, :]) & (row[:, None] < end[None, :])
-            owned = owned | (tl.max(within.to(tl.int32), 1) > 0)
-        free = (row < rows) & ((unordered > 0) | (owned == 0))
+            owned = tl.maximum(owned, tl.max(within.to(tl.int32), 1))
+        free = (tl.where(unordered > 0, 0, owned) == 0) & (row < rows)
         columns = tl.arange(0, BLOCK_DV)
         o_row = entry.to(tl.int64) * stride_out[0] + row.to(tl.int64) * stride_out[1]
         o_at = o_ptr + o_row[:, None] + (columns * stride_out[3])[None, :]
