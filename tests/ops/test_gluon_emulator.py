@@ -70,6 +70,12 @@ def test_a_row_outside_of_the_tensor_is_an_error() -> None:
         _copy(90, 50, 0)
 
 
+def test_a_write_at_a_negative_coordinate_is_an_error() -> None:
+    """Of a load it gives zeros; a store there is an illegal instruction on the chip."""
+    with pytest.raises(EmulationError, match="negative coordinate"):
+        _copy(-8, 4, 0)
+
+
 @gluon.jit
 def two_partitions(AWAITED: gl.constexpr):
     _tiles, full, _empty = ring(gl.int32, 2, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]), 1, 1)
