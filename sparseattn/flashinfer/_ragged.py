@@ -27,17 +27,22 @@ from sparseattn.flashinfer._common import (
 )
 from sparseattn.flashinfer._prefill import Masking, PrefillWrapper, Rows, float8_scales
 from sparseattn.flashinfer._wrapper import as_results, check_fits, check_results, fill
-from sparseattn.ops.block_sparse import block_sparse_attention
+from sparseattn.kernels.launches import repeatable
+from sparseattn.ops.arguments import starts_with
+from sparseattn.ops.block_sparse import RepeatedBlocks, block_sparse_attention, repeated_blocks
 from sparseattn.ops.paged import CustomMask, RepeatedAttention
+
+# Requests times queries up to which tiles are made for requests of all queries.
+_FEW_ROWS = 1 << 16
 
 
 @dataclass
 class RaggedPlan:
     """A plan of ragged attention: everything but the tensors of a layer.
 
-    Where lengths were given on the CPU and a call is plain, the dense kernels of block-sparse attention run. Others see
-    keys as a cache of small pages that lie one after the other: its kernels rotate, mask and scale, and make their
-    schedule on the device when the host knows no length.
+    Where a call is plain and lengths were given on the CPU, or tiles for the longest that they can be are few, the
+    dense kernels of block-sparse attention run. Others see keys as a cache of small pages that lie one after the other:
+    its kernels rotate, mask and scale, and make their schedule on the device when the host knows no length.
 
     Attributes:
         rows: Rows of queries.
@@ -53,6 +58,7 @@ class RaggedPlan:
         dtypes: Declared ones.
         mask: A custom mask or None.
         impl: See ``paged_attention``.
+        follows: Captured calls follow later plans.
     """
 
     rows: Rows
@@ -68,14 +74,16 @@ class RaggedPlan:
     dtypes: Dtypes
     mask: CustomMask | None
     impl: str
+    follows: bool = False
     _arguments: dict[str, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_heads(self.num_qo_heads, self.num_kv_heads)
         self._arguments = self.options.arguments(self.num_qo_heads, self.dims[0], self.device)
         self._scale = self._arguments.pop("scale")
-        known = self.kv_host is not None and bool(self.rows.lengths)  # so nothing past the end is read
-        self._plain = known and self.mask is None and self._arguments["positions"] is None
+        self._known = self.kv_host is not None and bool(self.rows.lengths)  # so nothing past the end is read
+        self._plain = self.mask is None and self._arguments["positions"] is None
+        self._blocks: dict[tuple[Any, ...], RepeatedBlocks] = {}
         self._plain_arguments = {n: value for n, value in self._arguments.items() if n != "positions"}
         # The largest page that all requests fill: fewer numbers to look up. Powers of two only, for few kernels.
         self._page = 1 if self.kv_host is None else math.gcd(256, *self.kv_host)
@@ -113,19 +121,47 @@ class RaggedPlan:
             self._accepted.add(form)
         folded = fold_scales(self._scale, *scales)
         q = as_queries(q, folded.q)
-        if self._plain and q.dtype == k.dtype and folded.k is None and folded.v is None:
+        plain = self._plain and q.dtype == k.dtype and folded.k is None and folded.v is None
+        if plain and (self._known or self._few(q)):
             return self._dense(q, k, v, folded.scale, out, lse, return_lse)
         return self._paged(q, k, v, folded, out, lse, return_lse)
 
     def _dense(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor | None, lse: Tensor | None, return_lse: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
-        check_results(q, self.dims[1], self.dtypes.o, out, lse)
-        o, natural = block_sparse_attention(
-            q, k, v, **self._plain_arguments, scale=scale, cu_seqlens_q=self.rows.indptr, cu_seqlens_k=self.kv_indptr,
-            max_seqlen_q=self.rows.longest, max_seqlen_k=self._longest_k, return_lse=True, impl=self.impl,
-        )  # fmt: skip
-        return as_results(o, natural, self.dtypes.o, out, lse, return_lse)
+        o_dtype = self.dtypes.o
+        if out is not None or lse is not None:
+            check_results(q, self.dims[1], o_dtype, out, lse)
+        arguments = {**self._plain_arguments, "scale": scale, "impl": self.impl}
+        form = (q.dtype, v.dtype, q.device, q.shape, k.shape, v.shape, scale)
+        if not repeatable(q, k, v) or (
+            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        ):
+            o, natural = block_sparse_attention(q, k, v, **arguments, **self._lengths(q, k), return_lse=True)
+            return as_results(o, natural, o_dtype, out, lse, return_lse)
+        if form not in self._blocks:
+            self._blocks[form] = repeated_blocks(q, k, v, **arguments, **self._lengths(q, k))
+        direct = out if out is not None and o_dtype == q.dtype and not starts_with(out, q, k, v) else None
+        o, natural = self._blocks[form](q, k, v, None, direct)
+        return as_results(o, natural, o_dtype, out, lse, return_lse)
+
+    def _few(self, q: Tensor) -> bool:
+        """Whether tiles for as many queries and keys as there can be, for every request, are few.
+
+        Bounds of lengths on the device are not those of a graph's later plans.
+        """
+        return not self.follows and 0 < self.kv_lens.shape[0] * q.shape[0] <= _FEW_ROWS
+
+    def _lengths(self, q: Tensor, k: Tensor) -> dict[str, Any]:
+        """Lengths as block-sparse attention takes them; those that the host does not know end where tensors do."""
+        starts_q, starts_k = self.rows.indptr, self.kv_indptr
+        if self._known:
+            longest = {"max_seqlen_q": self.rows.longest, "max_seqlen_k": self._longest_k}
+            return {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, **longest}
+        ends = (starts_q, q.shape[0]), (starts_k, k.shape[0])
+        starts_q, starts_k = (t.clamp(0, end).cummax(0).values for t, end in ends)
+        longest_q = q.shape[0] if self.rows.longest is None else min(self.rows.longest, q.shape[0])
+        return {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, "max_seqlen_q": longest_q}
 
     def _paged(
         self, q: Tensor, k: Tensor, v: Tensor, folded: Scales, out: Tensor | None, lse: Tensor | None, return_lse: bool
@@ -305,7 +341,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
         rows, mask = self._keep(rows, mask, non_blocking)
         self._planned = RaggedPlan(
             rows, starts, lengths, kv_host, num_qo_heads, num_kv_heads, (head_dim_qk, head_dim_vo or head_dim_qk),
-            self._kv_layout, options, self.device, dtypes, mask, self._impl,
+            self._kv_layout, options, self.device, dtypes, mask, self._impl, self.is_cuda_graph_enabled,
         )  # fmt: skip
 
     def run(

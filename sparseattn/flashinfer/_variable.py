@@ -10,10 +10,11 @@ from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.flashinfer._common import Options, base2, check_dtype, check_heads, check_output
+from sparseattn.kernels.launches import repeatable
 from sparseattn.masks import BlockMask, VariableBlockMask
 from sparseattn.masks.lists import compact
 from sparseattn.masks.tilings import block_spans
-from sparseattn.ops.block_sparse import block_sparse_attention
+from sparseattn.ops.block_sparse import RepeatedBlocks, block_sparse_attention, repeated_blocks
 from sparseattn.ops.paged import PagedCache, paged_attention
 
 
@@ -79,6 +80,7 @@ class VariablePlan:
             raise argument_error("pos_encoding_mode", "'NONE' with variable blocks", repr(mode), hint)
         device = torch.device("cpu")  # of slopes, which no mode here has
         self._arguments = self.options.arguments(self.heads[0], self.head_dim, device)
+        self._blocks: dict[tuple[Any, ...], RepeatedBlocks] = {}
 
     def replaced(self, **options: Any) -> VariablePlan:
         """The plan with other options."""
@@ -107,12 +109,17 @@ class VariablePlan:
         mask = self.pattern.mask((q.shape[1], k.shape[1]))
         if self.gathered and mask is not None:
             return _attend_gathered(q[0], k[0], v[0], mask, self._arguments, self.impl)
-        a = self._arguments
-        result = block_sparse_attention(
-            q, k, v, mask, causal=a["causal"], scale=a["scale"], softcap=a["softcap"], return_lse=True, impl=self.impl
-        )
-        assert isinstance(result, tuple)
-        return result
+        a = {n: self._arguments[n] for n in ("causal", "scale", "softcap")}
+        if not repeatable(q, k, v) or (
+            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        ):
+            result = block_sparse_attention(q, k, v, mask, **a, return_lse=True, impl=self.impl)
+            assert isinstance(result, tuple)
+            return result
+        form = (q.dtype, q.device, q.shape, k.shape, v.shape)
+        if form not in self._blocks:
+            self._blocks[form] = repeated_blocks(q, k, v, mask, **a, impl=self.impl)
+        return self._blocks[form](q, k, v)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Raise unless tensors are as planned."""

@@ -33,11 +33,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Any
     return kernel[grid](*args, **kwargs) if record is None else record.launch(kernel, grid, *args, **kwargs)
 
 
-def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor that nobody but the launches of a call uses."""
+def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, zeros: bool = False) -> Tensor:
+    """A tensor, uninitialised or of zeros, that nobody but the launches of a call uses."""
     record: Launches | None = getattr(_open, "record", None)
-    t = torch.empty(shape, dtype=dtype, device=device)
-    return t if record is None else record.scratch(t)
+    t = (torch.zeros if zeros else torch.empty)(shape, dtype=dtype, device=device)
+    return t if record is None else record.scratch(t, zeros)
 
 
 def fill(t: Tensor, value: float) -> None:
@@ -57,6 +57,16 @@ def recording(record: Launches) -> Iterator[None]:
         yield
     finally:
         _open.record = before
+
+
+def repeatable(*tensors: Tensor | None) -> bool:
+    """Whether launches can stand for a call of these tensors: nobody traces it, and no subclass hides behind one."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+    )
 
 
 class _Place:
@@ -103,8 +113,8 @@ class Launches:
         self._ties: set[tuple[str, str, int]] = set()
         self._staying = {_storage(t) for t in staying if t is not None}
         self._kept: list[Tensor] = []  # so that no two scratch tensors lie in the same place while this is recorded
-        self._scratch: list[tuple[str, int]] = []
-        self._bytes = 0
+        self._scratch: tuple[list[tuple[str, int]], list[tuple[str, int]]] = [], []  # uninitialised, and of zeros
+        self._bytes = [0, 0]
         self._fills: list[tuple[str, float]] = []
         self._launches: list[_Again] = []
         self._hooked: list[Any] = []
@@ -120,11 +130,11 @@ class Launches:
         self._kept.clear()
         return self if self.complete else None
 
-    def scratch(self, t: Tensor) -> Tensor:
+    def scratch(self, t: Tensor, zeros: bool = False) -> Tensor:
         """``t``, a contiguous tensor that only the launches of the call use, made anew for every repetition."""
-        name = f"scratch {len(self._scratch)}"
-        self._scratch.append((name, self._bytes))
-        self._bytes += -(-t.nbytes // _ALIGNMENT) * _ALIGNMENT
+        name = f"scratch {len(self._kept)}"
+        self._scratch[zeros].append((name, self._bytes[zeros]))
+        self._bytes[zeros] += -(-t.nbytes // _ALIGNMENT) * _ALIGNMENT
         self._moving.append((name, t.data_ptr(), max(1, t.nbytes), _storage(t)))
         self._kept.append(t)
         return t
@@ -187,9 +197,7 @@ class Launches:
             self._complete = False
         return None
 
-    def repeat(
-        self, device: torch.device, addresses: dict[str, int], tensors: dict[str, Tensor] | None = None
-    ) -> bool:
+    def repeat(self, device: torch.device, addresses: dict[str, int], tensors: dict[str, Tensor] | None = None) -> bool:
         """Make the launches again, on the current stream.
 
         Args:
@@ -207,11 +215,13 @@ class Launches:
             assert tensors is not None
             tensors[name].fill_(value)
         addresses[""] = 0
-        if self._bytes:
-            memory = torch.empty(self._bytes, dtype=torch.uint8, device=device)
-            start_of = memory.data_ptr()
-            for name, offset in self._scratch:
-                addresses[name] = start_of + offset
+        memory = []
+        for make, size, parts in zip((torch.empty, torch.zeros), self._bytes, self._scratch, strict=True):
+            if size:
+                memory.append(make(size, dtype=torch.uint8, device=device))
+                beginning = memory[-1].data_ptr()
+                for name, offset in parts:
+                    addresses[name] = beginning + offset
         stream = 0
         for start, template, slots, maps, stream_at in self._hooked if _hooks() else self._launches:
             values = template.copy()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.attention import full_range, key_range, sequence_span
+from sparseattn.kernels.launches import launch, scratch
 from sparseattn.kernels.tiles import LENGTHS, WINDOW
 
 # int32 fields of a record; see ``schedule_kernel``.
@@ -296,8 +297,9 @@ def piece_walks(
     """
     batch, heads, rows, width, _ = tiles.shape
     row_tiles = pieces.shape[1] * (block[0] // tokens)
-    walks = torch.empty((batch, heads, row_tiles, 8), dtype=torch.int32, device=pieces.device)
-    piece_walks_kernel[(triton.cdiv(row_tiles, _TILES), heads, batch)](
+    walks = scratch((batch, heads, row_tiles, 8), torch.int32, pieces.device)
+    launch(
+        piece_walks_kernel, (triton.cdiv(row_tiles, _TILES), heads, batch),
         walks, pieces, counts, tiles, pieces.shape[1], row_tiles, rows, width, lengths[1] // block[1], *lengths,
         *window, TOKENS=tokens, BLOCK_Q=block[0], BLOCK_KV=block[1], TILES=_TILES, CAUSAL=causal,
         WINDOW=window[0] >= 0 or window[1] >= 0, num_warps=4, **LAUNCH,
@@ -354,10 +356,11 @@ def tile_schedule(
     rows = triton.cdiv(lengths[0], tokens) if walks is None else walks.shape[2]
     counts = counts if walks is None else walks
     size = rows * heads * splits
-    records = torch.empty((batch * sections * size, RECORD), dtype=torch.int32, device=device)
-    counter = torch.empty(1, dtype=torch.int32, device=device)
+    records = scratch((batch * sections * size, RECORD), torch.int32, device)
+    counter = scratch((1,), torch.int32, device)
     stand_in = counter if counts is None else counts
-    schedule_kernel[(triton.cdiv(size, _TILES), sections, batch)](
+    launch(
+        schedule_kernel, (triton.cdiv(size, _TILES), sections, batch),
         records, counter, stand_in, stand_in if indices is None else indices, *spans, *lists, *lengths,
         rows, splits, *window,
         TOKENS=tokens, BLOCK_Q=block[0], BLOCK_KV=block[1], TILE_N=tile_n, HEADS=heads, MASK_GROUP=mask_group,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask, VariableBlockMask
 from sparseattn.ops.block_sparse.checks import make_geometry
 from sparseattn.ops.block_sparse.library import attend, gradients_form, resolve_call
+from sparseattn.ops.block_sparse.repeat import RepeatedBlocks
 from sparseattn.ops.sequences import resolve_sequences
 
 
@@ -98,6 +101,29 @@ def block_sparse_attention(
         raise argument_error("deterministic", "a bool", repr(deterministic), kind=TypeError)
     o, lse = attend(q, k, v, sinks, mask, g, impl, deterministic)
     return (o, lse) if return_lse else o
+
+
+def repeated_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask | VariableBlockMask | None = None,
+    *,
+    causal: bool | None = None,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    impl: str = "auto",
+    **layout: Any,
+) -> RepeatedBlocks:
+    """The forward pass of ``block_sparse_attention`` for these tensors and others of the same shapes and dtypes.
+
+    Arguments are those of ``block_sparse_attention``; contents of masks and lengths may change in place.
+    """
+    sequences = resolve_sequences(q, k, **layout)
+    return RepeatedBlocks(
+        make_geometry(q, k, v, mask, causal, scale, window, softcap, None, impl, sequences, False), impl
+    )
 
 
 def unsupported_reason(

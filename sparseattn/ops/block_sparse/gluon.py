@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
+from sparseattn.kernels.clear import clear_rows
 from sparseattn.kernels.combine import combine_kernel
 from sparseattn.kernels.hopper import row_tiles
 from sparseattn.kernels.hopper_forward import Facts, forward_kernel
@@ -29,6 +30,7 @@ from sparseattn.kernels.hopper_tiles import (
     processors_of,
     unmappable,
 )
+from sparseattn.kernels.launches import launch, scratch
 from sparseattn.kernels.schedule import piece_walks, piece_walks_kernel, schedule_kernel, tile_schedule
 from sparseattn.ops.block_sparse.extra import prepare_extra
 from sparseattn.ops.block_sparse.geometry import Geometry, list_arguments
@@ -112,34 +114,43 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, g: Geometry) -> str | None:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) -> tuple[Tensor, Tensor]:
     """Outputs and LSE; see ``reference.forward``, which this matches."""
+    o = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+    lse = torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32, device=q.device)
+    forward_into(q, k, v, o, lse, sinks, g)
+    return o, lse
+
+
+def writable(o: Tensor) -> bool:
+    """Whether ``forward_into`` can write there."""
+    return unmappable("out", o) is None
+
+
+def forward_into(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks: Tensor | None, g: Geometry
+) -> None:  # fmt: skip
+    """``forward`` into ``o``, which a tensor map must be able to describe, and a contiguous ``lse``."""
     heads, dim_v = q.shape[-2], v.shape[-1]
-    ragged = g.q_start is not None
-    rows = q.shape[0] if g.packed else q.shape[1]
-    o = (torch.zeros if ragged else torch.empty)((*q.shape[:-1], dim_v), dtype=q.dtype, device=q.device)
-    lse_shape = (heads, rows) if g.packed else (g.batch, heads, rows)
-    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
-    if ragged:
-        lse.fill_(float("-inf"))
+    if g.q_start is not None and g.q_end is not None:
+        clear_rows(o, lse, g.q_start, g.q_end, g.max_q, packed=g.packed)
     if q.numel() == 0 or g.max_q == 0:
-        return o, lse
+        return
     cut = plan(q, k, v, g, processors_of(q.device))
     if cut.splits == 1 and not g.extra_keys:
         _attend_blocks(q, k, v, o, o, lse, lse, sinks, g, cut)
-        return o, lse
+        return
     # Zero sums are what a row outside every sequence contributes to ``combine_kernel``; ``finish`` never asks for it.
-    make = torch.empty if g.extra_keys else torch.zeros
-    o_part = make((cut.splits, *o.shape), dtype=torch.float32, device=q.device)
-    lse_part = make((cut.splits, 2, *lse.shape), dtype=torch.float32, device=q.device)
+    o_part = scratch((cut.splits, *o.shape), torch.float32, q.device, zeros=not g.extra_keys)
+    lse_part = scratch((cut.splits, 2, *lse.shape), torch.float32, q.device, zeros=not g.extra_keys)
     _attend_blocks(q, k, v, o, o_part, lse, lse_part, None, g, cut)
     if g.extra_keys:
         finish(q, k, v, o_part, lse_part, o, lse, sinks, prepare_extra(k, v, g, lse), g)
     else:
         count = lse.numel()
-        combine_kernel[(count,)](
-            o_part, lse_part, o, lse, lse if sinks is None else sinks, count, heads, rows, cut.splits,
+        launch(
+            combine_kernel, (count,),
+            o_part, lse_part, o, lse, lse if sinks is None else sinks, count, heads, q.shape[-3], cut.splits,
             DV=dim_v, BLOCK_DV=triton.next_power_of_2(dim_v), SINKS=sinks is not None, num_warps=1, **LAUNCH,
         )  # fmt: skip
-    return o, lse
 
 
 def _attend_blocks(
@@ -177,7 +188,8 @@ def _attend_blocks(
         VARIABLE=walks is not None,
     )  # fmt: skip
     descriptors = (row_tiles(t, *box) for t, box in zip((q, k, v, o), facts.boxes(), strict=True))
-    forward_kernel[(programs,)](
+    launch(
+        forward_kernel, (programs,),
         *descriptors, o_out, lse_out, lse if sinks is None else sinks, records, counter,
         counts, indices, *spans, *strides, g.max_q, g.max_k, records.shape[0],
         batch_rows(q), batch_rows(k), batch_rows(v), batch_rows(o), *g.lse_strides(q),

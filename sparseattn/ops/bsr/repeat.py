@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.kernels.launches import Launches
+from sparseattn.kernels.launches import Launches, repeatable
 from sparseattn.ops.arguments import check_apart
-from sparseattn.ops.block_sparse.geometry import Geometry
-from sparseattn.ops.bsr.api import Options, attend_lists, attend_rows, check_output, make_call, sums_for
+from sparseattn.ops.block_sparse import RepeatedBlocks
+from sparseattn.ops.bsr.api import Options, attend_rows, check_output, make_call, sums_for
 from sparseattn.ops.bsr.library import PACKAGE
 from sparseattn.ops.bsr.problem import BSRProblem
 from sparseattn.ops.bsr.rows import BlockRows
@@ -20,7 +20,7 @@ from sparseattn.ops.dispatch import implementations, on_its_device, require
 class _Known(NamedTuple):
     """What a form of call came to, without the tensors of the call."""
 
-    geometry: Geometry | None = None
+    blocks: RepeatedBlocks | None = None
     module: Any = None
     problem: BSRProblem | None = None
     launches: Launches | None = None
@@ -43,6 +43,8 @@ class RepeatedRows:
         self._rows = rows
         self._options = options
         self._impl = impl
+        sinks = options.get("sinks")
+        self._sinks = sinks.contiguous() if isinstance(sinks, Tensor) else None
         self._known: dict[tuple[Any, ...], _Known] = {}
 
     @on_its_device
@@ -59,8 +61,7 @@ class RepeatedRows:
     ) -> tuple[Tensor, Tensor]:
         """Outputs (``out``, if given) and the natural-log LSE; arguments and errors of ``attend_rows``."""
         if (
-            torch.compiler.is_compiling()
-            or not type(q) is type(k) is type(v) is Tensor
+            not repeatable(q, k, v)
             or isinstance(k_scale, Tensor)
             or isinstance(v_scale, Tensor)
             or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
@@ -78,9 +79,8 @@ class RepeatedRows:
         known = self._known.get(key)
         if known is None:
             return self._first(key, q, k, v, scale, k_scale, v_scale, out)
-        if known.geometry is not None:
-            sinks = self._options.get("sinks")
-            return attend_lists(q, k, v, known.geometry, self._rows, sinks, out, self._impl)
+        if known.blocks is not None:
+            return known.blocks(q, k, v, self._sinks, out)
         if out is None:
             out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
         lse = sums_for(q)
@@ -110,8 +110,11 @@ class RepeatedRows:
         call = make_call(q, k, v, self._rows, self._impl, options)
         out = check_output(out, q, v.shape[-1])
         if call.geometry is not None:
-            self._known[key] = _Known(call.geometry)
-            return attend_lists(q, k, v, call.geometry, self._rows, options.sinks, out, self._impl)
+            blocks = RepeatedBlocks(call.geometry, self._impl)
+            if out is not None:
+                check_apart(out, q, k, v)
+            self._known[key] = _Known(blocks)
+            return blocks(q, k, v, self._sinks, out)
         p = call.problem
         assert p is not None
         if out is None:
@@ -127,7 +130,7 @@ class RepeatedRows:
             moving = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
             launches = Launches(moving, [t for t in p._replace(k=p.indices, v=p.indices) if isinstance(t, Tensor)])
             module.attend_recorded(*tensors, p, launches)
-            launches = launches if launches.complete else None
+            launches = launches.close()
         else:
             module.attend(*tensors, p)
         # In the place of tensors that this must not keep alive stands one that the pattern holds anyway.

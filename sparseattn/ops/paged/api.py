@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.dispatch import implementations, resolve
 from sparseattn.ops.paged.cache import PagedCache
 from sparseattn.ops.paged.checks import make_problem
-from sparseattn.ops.paged.library import PACKAGE, attend
+from sparseattn.ops.paged.library import PACKAGE
 from sparseattn.ops.paged.options import ALiBi, CustomMask, PageLists, RoPE
+from sparseattn.ops.paged.repeat import RepeatedAttention, ordinary
 
 
 def paged_attention(
@@ -80,32 +82,19 @@ def paged_attention(
         ValueError: Shapes, devices or numbers that do not fit; q or a cache that requires a gradient; or ``impl``
             cannot run this call, with the reason.
     """
-    p, main, rest = make_problem(
-        q, cache, cu_seqlens_q, max_seqlen_q, causal, scale, window, softcap, sinks, positions, custom_mask, k_scale,
-        v_scale, mask, impl,
-    )  # fmt: skip
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (main, rest, p.k, p.v, sinks)):
-        raise argument_error(
-            "q", "tensors without gradients", "one that requires them",
-            "Paged attention has no backward: call it under torch.no_grad(), or use block_sparse_attention.",
-        )  # fmt: skip
-    out = output_for(out, main, p.v.shape[-1])
-    lse_dtype = torch.float64 if main.dtype == torch.float64 else torch.float32
-    lse = torch.empty((main.shape[1], main.shape[0]), dtype=lse_dtype, device=main.device)
-    attend(main, rest, out, lse, impl, p)
-    return (out, lse) if return_lse else out
-
-
-def output_for(out: Tensor | None, q: Tensor, dim: int) -> Tensor:
-    """Where to write: ``out``, if it fits."""
-    shape = (*q.shape[:2], dim)
-    if out is None:
-        return torch.empty(shape, dtype=q.dtype, device=q.device)
-    if out.dtype != q.dtype:
-        raise argument_error("out", f"{q.dtype} like q", out.dtype, kind=TypeError)
-    if tuple(out.shape) != shape or out.device != q.device:
-        raise argument_error("out", f"shape {shape} on {q.device}", f"shape {tuple(out.shape)} on {out.device}")
-    return out
+    options: dict[str, Any] = {
+        "cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q, "causal": causal, "window": window,
+        "softcap": softcap, "positions": positions, "custom_mask": custom_mask, "mask": mask, "impl": impl,
+    }  # fmt: skip
+    scales: dict[str, Any] = {"scale": scale, "k_scale": k_scale, "v_scale": v_scale}
+    main, rest = (q[0], q[1]) if isinstance(q, tuple) and len(q) == 2 else (q, None)
+    traced = torch.compiler.is_compiling() or not isinstance(main, Tensor) or not isinstance(cache, PagedCache)
+    if traced or (rest is None) != (cache.k_rope is None):
+        o, lse = ordinary(q, cache, (scale, k_scale, v_scale), sinks, out, options)
+    else:
+        call = RepeatedAttention(cache.seq_lens, cache.page_table, cache.indptr, cache.indices, cache.layout, **options)
+        o, lse = call(main, cache.k, cache.v, q_rope=rest, k_rope=cache.k_rope, **scales, sinks=sinks, out=out)
+    return (o, lse) if return_lse else o
 
 
 def unsupported_reason(

@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparseattn.kernels.launches import Launches
+from sparseattn.errors import argument_error
+from sparseattn.kernels.launches import Launches, recording, repeatable
 from sparseattn.masks import BlockMask
 from sparseattn.ops.arguments import check_apart, starts_with
 from sparseattn.ops.dispatch import implementations, on_its_device, require
-from sparseattn.ops.paged.api import output_for, paged_attention
 from sparseattn.ops.paged.cache import PagedCache
 from sparseattn.ops.paged.checks import make_problem
-from sparseattn.ops.paged.library import PACKAGE
+from sparseattn.ops.paged.library import PACKAGE, attend
 from sparseattn.ops.paged.options import ALiBi, CustomMask, PageLists
 from sparseattn.ops.paged.problem import PagedProblem
 
+_Scales = tuple[float | None, float | Tensor | None, float | Tensor | None]
+
 
 class _Known(NamedTuple):
-    """What a form of call came to: its problem, without the tensors of the call, and its launches to repeat."""
+    """What a form of call came to: its problem, without the tensors of the call."""
 
     module: Any
     problem: PagedProblem
-    launches: Launches | None
+
+
+class _Recorded(NamedTuple):
+    """What a form of call came to: its launches, and columns of its output."""
+
+    launches: Launches
     dim: int
+
+
+# Recorded calls of all page tables: what a plan costs must not be paid again by the next of the same shapes.
+_recorded: dict[tuple[Any, ...], _Recorded] = {}
+_MOST_RECORDED = 4096
 
 
 class RepeatedAttention:
     """``paged_attention`` over one page table with one set of options.
 
-    The first call of a form (shapes, strides, dtypes, devices and alignments of its tensors) is checked in full. What
-    it came to, down to the compiled kernels, serves those like it, which cost the host a fraction of an ordinary call.
-    Contents of the tensors given here may change between calls, in place: where something had to be computed from them
-    (offsets of a custom mask, say), and under ``torch.compile``, every call is an ordinary one.
+    The first call of a form (shapes, strides, dtypes, devices and alignments of all tensors, and options) is checked in
+    full. What it came to, down to the compiled kernels, serves those like it, over other page tables, too, which cost
+    the host a fraction of such a call. Contents of the tensors given here may change between calls, in place: where
+    something had to be computed from them (offsets of a custom mask, say), and under ``torch.compile``, every call is
+    an ordinary one.
 
     Args:
         seq_lens: As in ``PagedCache``, like the next four.
@@ -78,9 +90,11 @@ class RepeatedAttention:
             "cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q, "causal": causal, "window": window,
             "softcap": softcap, "positions": positions, "custom_mask": custom_mask, "mask": mask, "impl": impl,
         }  # fmt: skip
-        self._known: dict[tuple[Any, ...], _Known] = {}
+        self._known: dict[tuple[Any, ...], _Known | _Recorded] = {}
+        self._fixed: dict[str, Tensor] | None = None
+        self._places: dict[str, int] = {}
+        self._form: tuple[Any, ...] = ()
 
-    @on_its_device
     def __call__(
         self,
         q: Tensor,
@@ -103,28 +117,35 @@ class RepeatedAttention:
             The output (``out``, if given), and the natural-log LSE ``[Hq, total_q]``.
         """
         if isinstance(k_scale, Tensor) or isinstance(v_scale, Tensor) or self._unusual(q, k, v, q_rope, k_rope, sinks):
-            return self._ordinary(q, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, out)
-        key = (*_form(q), *_form(k), *_form(v), k.data_ptr() == v.data_ptr(), scale, k_scale, v_scale)
-        key += tuple(None if t is None else _form(t) for t in (q_rope, k_rope, sinks, out))
-        if out is not None:
-            key += (starts_with(out, q, k, v),)
-        known = self._known.get(key)
-        if known is None:
-            return self._first(key, q, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, out)
+            return ordinary(
+                q if q_rope is None else (q, q_rope), PagedCache(k, v, *self._table, k_rope, self._layout),
+                (scale, k_scale, v_scale), sinks, out, self._options,
+            )  # fmt: skip
+        at_q, at_k, at_v, device = q.data_ptr(), k.data_ptr(), v.data_ptr(), q.device
+        key = (
+            q.shape, q.stride(), q.dtype, device, at_q & 15, k.shape, k.stride(), k.dtype, k.device, at_k & 15,
+            v.shape, v.stride(), v.dtype, v.device, at_v & 15, at_k == at_v, scale, k_scale, v_scale,
+        )  # fmt: skip
+        if out is not None or q_rope is not None or sinks is not None:
+            key += tuple(None if t is None else _form(t) for t in (q_rope, k_rope, sinks, out))
+            key += (out is not None and starts_with(out, q, k, v),)
+        try:
+            known = self._known.get(key)
+        except TypeError:  # something that is no number, as the checks will say
+            known = None
+        if type(known) is not _Recorded or (device.type == "cuda" and device.index != torch._C._cuda_getDevice()):
+            return self._slowly(q, key, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, out)
+        given = out
         if out is None:
-            out = torch.empty((*q.shape[:2], known.dim), dtype=q.dtype, device=q.device)
+            out = torch.empty((*q.shape[:2], known.dim), dtype=q.dtype, device=device)
         lse = _sums(q)
-        if known.launches is None:
-            if self._layout == "HND":
-                k, v, k_rope = k.transpose(1, 2), v.transpose(1, 2), None if k_rope is None else k_rope.transpose(1, 2)
-            problem = known.problem._replace(k=k, v=v, k_rope=k_rope, sinks=sinks)
-            with torch.no_grad():
-                known.module.attend(q, q_rope, out, lse, problem)
-            return out, lse
-        known.module.clear(out, lse, known.problem)
-        moving = _moving(q, q_rope, k, v, k_rope, sinks, out, lse)
-        if not known.launches.repeat(q.device, {name: t.data_ptr() for name, t in moving.items()}):
-            return self._first(key, q, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, out)
+        places = {"q": at_q, "k": at_k, "v": at_v, "out": out.data_ptr(), "lse": lse.data_ptr(), **self._places}
+        if q_rope is not None and k_rope is not None:
+            places["q_rope"], places["k_rope"] = q_rope.data_ptr(), k_rope.data_ptr()
+        if sinks is not None:
+            places["sinks"] = sinks.data_ptr()
+        if not known.launches.repeat(device, places, {"out": out, "lse": lse}):
+            return self._first(key, q, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, given)
         return out, lse
 
     def _unusual(
@@ -132,8 +153,7 @@ class RepeatedAttention:
     ) -> bool:
         """Whether a call must be an ordinary one."""
         return (
-            torch.compiler.is_compiling()
-            or not type(q) is type(k) is type(v) is Tensor
+            not repeatable(q, k, v, q_rope, k_rope)
             or (q_rope is None) != (k_rope is None)
             or (sinks is not None and not (isinstance(sinks, Tensor) and sinks.is_contiguous()))
             or (
@@ -142,24 +162,67 @@ class RepeatedAttention:
             )
         )
 
-    def _ordinary(
+    @on_its_device
+    def _slowly(
         self,
         q: Tensor,
+        key: tuple[Any, ...],
         k: Tensor,
         v: Tensor,
         q_rope: Tensor | None,
         k_rope: Tensor | None,
-        scales: tuple[float | None, float | Tensor | None, float | Tensor | None],
+        scales: tuple[float | None, float | None, float | None],
         sinks: Tensor | None,
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        both = paged_attention(
-            q if q_rope is None else (q, q_rope), PagedCache(k, v, *self._table, k_rope, self._layout),
-            **self._options, scale=scales[0], k_scale=scales[1], v_scale=scales[2], sinks=sinks, out=out,
-            return_lse=True,
-        )  # fmt: skip
-        assert isinstance(both, tuple)
-        return both
+        """A call of a form that this table has not recorded, or on another GPU than the current one."""
+        self._describe()
+        try:
+            known = self._known.get(key) or (_recorded.get((self._form, key)) if self._form else None)
+        except TypeError:
+            known = None
+        if known is None:
+            return self._first(key, q, k, v, q_rope, k_rope, scales, sinks, out)
+        self._known[key] = known
+        if isinstance(known, _Recorded):
+            tensors = _moving(q, q_rope, k, v, k_rope, sinks, *self._results(q, known.dim, out))
+            places = {name: t.data_ptr() for name, t in tensors.items()} | self._places
+            if known.launches.repeat(q.device, places, tensors):
+                return tensors["out"], tensors["lse"]
+            return self._first(key, q, k, v, q_rope, k_rope, scales, sinks, out)
+        if self._layout == "HND":
+            k, v, k_rope = k.transpose(1, 2), v.transpose(1, 2), None if k_rope is None else k_rope.transpose(1, 2)
+        problem = known.problem._replace(k=k, v=v, k_rope=k_rope, sinks=sinks)
+        out, lse = self._results(q, v.shape[-1], out)
+        with torch.no_grad():
+            known.module.attend(q, q_rope, out, lse, problem)
+        return out, lse
+
+    def _results(self, q: Tensor, dim: int, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Where a call writes."""
+        if out is None:
+            out = torch.empty((*q.shape[:2], dim), dtype=q.dtype, device=q.device)
+        return out, _sums(q)
+
+    def _describe(self) -> None:
+        """Name the tensors that calls have in common, and say all that launches depend on but the call's tensors."""
+        if self._fixed is not None:
+            return
+        self._fixed = {}
+        given = dict(zip(("seq_lens", "page_table", "indptr", "indices"), self._table, strict=True)) | self._options
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                self._fixed[name] = value
+            elif isinstance(value, ALiBi | CustomMask | PageLists | BlockMask):
+                parts = vars(value).items()
+                self._fixed |= {f"{name}.{part}": t for part, t in parts if isinstance(t, Tensor)}
+        self._places = {name: t.data_ptr() for name, t in self._fixed.items()}
+        form = (self._layout, *((name, _facts(value)) for name, value in given.items()))
+        try:
+            hash(form)
+        except TypeError:  # an option that is not what it should be, as the first call will say
+            return
+        self._form = form
 
     def _first(
         self,
@@ -174,33 +237,90 @@ class RepeatedAttention:
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """A call of a form that is not known yet: checked, made and remembered."""
-        cache, o = PagedCache(k, v, *self._table, k_rope, self._layout), self._options
-        scale, k_scale, v_scale = scales
-        p, main, rest = make_problem(
-            q if q_rope is None else (q, q_rope), cache, o["cu_seqlens_q"], o["max_seqlen_q"], o["causal"], scale,
-            o["window"], o["softcap"], sinks, o["positions"], o["custom_mask"], k_scale, v_scale, o["mask"], o["impl"],
-        )  # fmt: skip
+        cache = PagedCache(k, v, *self._table, k_rope, self._layout)
+        p, main, rest = _problem(q if q_rope is None else (q, q_rope), cache, scales, sinks, self._options)
+        impl = self._options["impl"]
         out = output_for(out, main, v.shape[-1])
         check_apart(out, q, k, v)
         lse = _sums(q)
-        module = require(PACKAGE, o["impl"], implementations(o["impl"], main), main, rest, p)
+        module = require(PACKAGE, impl, implementations(impl, main), main, rest, p)
         if q.numel() == 0 or k.numel() == 0 or p.batch == 0:
             return out.zero_(), lse.fill_(-torch.inf)
+        assert self._fixed is not None
+        launches = Launches(_moving(main, rest, k, v, k_rope, sinks, out, lse) | self._fixed)
+        with torch.no_grad(), recording(launches):
+            module.attend(main, rest, out, lse, p)
+        recorded = launches.close()
+        if recorded is not None:
+            self._known[key] = found = _Recorded(recorded, v.shape[-1])
+            if len(_recorded) >= _MOST_RECORDED:
+                _recorded.clear()
+            if self._form:
+                _recorded[self._form, key] = found
+            return out, lse
         staying = [t for t in p._replace(k=q, v=q, k_rope=None, sinks=None) if isinstance(t, Tensor)]
-        moving = _moving(main, rest, k, v, k_rope, sinks, out, lse)
-        launches = Launches(moving, staying) if hasattr(module, "clear") else None
-        with torch.no_grad():
-            if launches is None:
-                module.attend(main, rest, out, lse, p)
-            else:
-                module.attend(main, rest, out, lse, p, launches)
-        given = {t.data_ptr() for t in (q, *_tensors(self._table), *_tensors(o.values()))}
+        given = {t.data_ptr() for t in (q, *self._fixed.values())}
         if all(t.data_ptr() in given for t in staying):
             table = self._table[0]  # in the place of tensors that this must not keep alive
-            launches = launches if launches is not None and launches.complete else None
-            problem = p._replace(k=table, v=table, k_rope=None, sinks=None)
-            self._known[key] = _Known(module, problem, launches, v.shape[-1])
+            self._known[key] = _Known(module, p._replace(k=table, v=table, k_rope=None, sinks=None))
         return out, lse
+
+
+def ordinary(
+    q: Tensor | tuple[Tensor, Tensor],
+    cache: PagedCache,
+    scales: _Scales,
+    sinks: Tensor | None,
+    out: Tensor | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """A call through the registered operator, as tracing needs it: checked in full, and nothing remembered.
+
+    Args:
+        q: As in ``paged_attention``, like ``cache``, ``sinks`` and ``out``.
+        cache: As there.
+        scales: ``scale``, ``k_scale`` and ``v_scale``.
+        sinks: As there.
+        out: As there.
+        options: Those of ``RepeatedAttention``.
+    """
+    p, main, rest = _problem(q, cache, scales, sinks, options)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (main, rest, p.k, p.v, sinks)):
+        raise argument_error(
+            "q", "tensors without gradients", "one that requires them",
+            "Paged attention has no backward: call it under torch.no_grad(), or use block_sparse_attention.",
+        )  # fmt: skip
+    out = output_for(out, main, p.v.shape[-1])
+    lse = _sums(main)
+    attend(main, rest, out, lse, options["impl"], p)
+    return out, lse
+
+
+def _problem(
+    q: Tensor | tuple[Tensor, Tensor],
+    cache: PagedCache,
+    scales: _Scales,
+    sinks: Tensor | None,
+    o: dict[str, Any],
+) -> tuple[PagedProblem, Tensor, Tensor | None]:
+    """``make_problem`` of options ``o``."""
+    scale, k_scale, v_scale = scales
+    return make_problem(
+        q, cache, o["cu_seqlens_q"], o["max_seqlen_q"], o["causal"], scale, o["window"], o["softcap"], sinks,
+        o["positions"], o["custom_mask"], k_scale, v_scale, o["mask"], o["impl"],
+    )  # fmt: skip
+
+
+def output_for(out: Tensor | None, q: Tensor, dim: int) -> Tensor:
+    """Where to write: ``out``, if it fits."""
+    shape = (*q.shape[:2], dim)
+    if out is None:
+        return torch.empty(shape, dtype=q.dtype, device=q.device)
+    if out.dtype != q.dtype:
+        raise argument_error("out", f"{q.dtype} like q", out.dtype, kind=TypeError)
+    if tuple(out.shape) != shape or out.device != q.device:
+        raise argument_error("out", f"shape {shape} on {q.device}", f"shape {tuple(out.shape)} on {out.device}")
+    return out
 
 
 def _moving(
@@ -218,18 +338,18 @@ def _moving(
     return {name: t for name, t in named.items() if t is not None}
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Tensors among ``values``, and those of masks and positions among them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, ALiBi | CustomMask | PageLists | BlockMask):
-            yield from (t for t in vars(value).values() if isinstance(t, Tensor))
-
-
 def _form(t: Tensor) -> tuple[Any, ...]:
     """All of ``t`` that a launch depends on; Triton tells addresses apart by 16 bytes."""
     return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15
+
+
+def _facts(value: Any) -> Any:
+    """All of an option that a launch depends on."""
+    if isinstance(value, Tensor):
+        return _form(value)
+    if isinstance(value, ALiBi | CustomMask | PageLists | BlockMask):
+        return type(value), *((name, _facts(part)) for name, part in vars(value).items())
+    return type(value), value
 
 
 def _sums(q: Tensor) -> Tensor:

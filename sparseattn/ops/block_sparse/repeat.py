@@ -1,0 +1,143 @@
+"""One block-sparse forward pass made again and again with other tensors, as a model's layers do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparseattn.kernels.launches import Launches, recording
+from sparseattn.ops.block_sparse.geometry import Geometry
+from sparseattn.ops.dispatch import implementations, on_its_device, require
+
+PACKAGE = "sparseattn.ops.block_sparse"
+
+
+class _Recorded(NamedTuple):
+    """What a form of call came to: its launches, and columns of its output."""
+
+    launches: Launches
+    dim: int
+
+
+# Recorded calls of all geometries: what one costs must not be paid again by the next of the same shapes.
+_recorded: dict[tuple[Any, ...], _Recorded] = {}
+_MOST_RECORDED = 4096
+
+
+def empty_results(q: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Where an output of ``dim`` columns and an LSE go."""
+    o = torch.empty((*q.shape[:-1], dim), dtype=q.dtype, device=q.device)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return o, torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=lse_dtype, device=q.device)
+
+
+class RepeatedBlocks:
+    """The forward pass of one geometry, which a caller has checked against the tensors of its calls.
+
+    The first call of a form (shapes, strides, dtypes, devices and alignments of all tensors, and the geometry's
+    numbers) finds the implementation. Launches of its kernels are recorded and serve calls like it, of other
+    geometries, too.
+
+    Args:
+        g: The geometry.
+        impl: As in ``block_sparse_attention``.
+    """
+
+    def __init__(self, g: Geometry, impl: str) -> None:
+        self._g, self._impl = g, impl
+        self._fixed = {name: x for name, x in zip(g._fields, g, strict=True) if isinstance(x, Tensor)}
+        self._places = {name: t.data_ptr() for name, t in self._fixed.items()}
+        self._form = (impl, *(_form(x) if isinstance(x, Tensor) else x for x in g))
+        self._known: dict[tuple[Any, ...], _Recorded | None] = {}
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs and natural-log LSE, without gradients.
+
+        Args:
+            q: ``[B, Sq, Hq, D]`` or packed; ``[Sq, Hq, D]`` where the geometry has a batch of 1.
+            k: Likewise.
+            v: Likewise.
+            sinks: float, contiguous, ``[Hq]``, or None.
+            out: Where to write; it must fit, and be none of the others.
+        """
+        at_q, at_k, at_v, device = q.data_ptr(), k.data_ptr(), v.data_ptr(), q.device
+        key = (
+            q.shape, q.stride(), q.dtype, device, at_q & 15, k.shape, k.stride(), k.dtype, at_k & 15,
+            v.shape, v.stride(), v.dtype, at_v & 15, None if sinks is None else _form(sinks),
+            None if out is None else _form(out),
+        )  # fmt: skip
+        known = self._known.get(key)
+        if known is None or (device.type == "cuda" and device.index != torch._C._cuda_getDevice()):
+            return self._slowly(q, key, k, v, sinks, out)
+        o, lse = empty_results(q, known.dim) if out is None else (out, sums_for(q))
+        places = {"q": at_q, "k": at_k, "v": at_v, "o": o.data_ptr(), "lse": lse.data_ptr(), **self._places}
+        if sinks is not None:
+            places["sinks"] = sinks.data_ptr()
+        if not known.launches.repeat(device, places):
+            return self._first(key, q, k, v, sinks, out)
+        return o, lse
+
+    @on_its_device
+    def _slowly(
+        self, q: Tensor, key: tuple[Any, ...], k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """A call of a form that this geometry has not recorded, or on another GPU than the current one."""
+        known = self._known.get(key) or _recorded.get((self._form, key))
+        if known is None:
+            return self._first(key, q, k, v, sinks, out)
+        self._known[key] = known
+        o, lse = empty_results(q, known.dim) if out is None else (out, sums_for(q))
+        places = {name: t.data_ptr() for name, t in _moving(q, k, v, sinks, o, lse).items()} | self._places
+        return (o, lse) if known.launches.repeat(q.device, places) else self._first(key, q, k, v, sinks, out)
+
+    def _first(
+        self, key: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """A call of a form that is not known yet, or that cannot be recorded."""
+        o, lse = empty_results(q, v.shape[-1]) if out is None else (out, sums_for(q))
+        tensors = _batched(self._g, q, k, v, o, lse)
+        module = require(PACKAGE, self._impl, implementations(self._impl, q), *tensors[:3], self._g, None)
+        if q.numel() == 0 or k.numel() == 0:
+            return o.zero_(), lse.fill_(-math.inf)
+        into = getattr(module, "forward_into", None)
+        if into is None or self._g.extra_keys or not module.writable(o):
+            results = module.forward(*tensors[:3], sinks, self._g)
+            if self._g.packed or q.dim() == 4:
+                return results if out is None else (out.copy_(results[0]), results[1])
+            return results[0][0] if out is None else out.copy_(results[0][0]), results[1][0]
+        record = Launches(_moving(q, k, v, sinks, o, lse) | self._fixed)
+        with recording(record):
+            into(*tensors, sinks, self._g)
+        closed = record.close()
+        if closed is not None:
+            if len(_recorded) >= _MOST_RECORDED:
+                _recorded.clear()
+            self._known[key] = _recorded[self._form, key] = _Recorded(closed, v.shape[-1])
+        return o, lse
+
+
+def sums_for(q: Tensor) -> Tensor:
+    """Where the LSE of queries goes."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=dtype, device=q.device)
+
+
+def _batched(g: Geometry, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors with a batch dimension, where the geometry has one."""
+    return tensors if g.packed or tensors[0].dim() == 4 else tuple(t[None] for t in tensors)
+
+
+def _moving(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, o: Tensor, lse: Tensor) -> dict[str, Tensor]:
+    """Tensors whose places change from call to call."""
+    named = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "sinks": sinks}
+    return {name: t for name, t in named.items() if t is not None}
+
+
+def _form(t: Tensor) -> tuple[Any, ...]:
+    """All of ``t`` that a launch depends on; Triton tells addresses apart by 16 bytes."""
+    return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15
