@@ -27,7 +27,7 @@ from sparseattn.flashinfer._common import (
 )
 from sparseattn.flashinfer._prefill import Masking, PrefillWrapper, Rows, float8_scales
 from sparseattn.flashinfer._wrapper import as_results, check_fits, check_results, fill
-from sparseattn.kernels.launches import repeatable
+from sparseattn.kernels.launches import differentiable, repeatable
 from sparseattn.ops.arguments import starts_with
 from sparseattn.ops.block_sparse import RepeatedBlocks, block_sparse_attention, repeated_blocks
 from sparseattn.ops.paged import CustomMask, RepeatedAttention
@@ -134,9 +134,7 @@ class RaggedPlan:
             check_results(q, self.dims[1], o_dtype, out, lse)
         arguments = {**self._plain_arguments, "scale": scale, "impl": self.impl}
         form = (q.dtype, v.dtype, q.device, q.shape, k.shape, v.shape, scale)
-        if not repeatable(q, k, v) or (
-            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        ):
+        if not repeatable(q, k, v) or differentiable(q, k, v):
             o, natural = block_sparse_attention(q, k, v, **arguments, **self._lengths(q, k), return_lse=True)
             return as_results(o, natural, o_dtype, out, lse, return_lse)
         if form not in self._blocks:

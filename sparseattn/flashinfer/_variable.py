@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.flashinfer._common import Options, base2, check_dtype, check_heads, check_output
-from sparseattn.kernels.launches import repeatable
+from sparseattn.kernels.launches import differentiable, repeatable
 from sparseattn.masks import BlockMask, VariableBlockMask
 from sparseattn.masks.lists import compact
 from sparseattn.masks.tilings import block_spans
@@ -110,9 +110,7 @@ class VariablePlan:
         if self.gathered and mask is not None:
             return _attend_gathered(q[0], k[0], v[0], mask, self._arguments, self.impl)
         a = {n: self._arguments[n] for n in ("causal", "scale", "softcap")}
-        if not repeatable(q, k, v) or (
-            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        ):
+        if not repeatable(q, k, v) or differentiable(q, k, v):
             result = block_sparse_attention(q, k, v, mask, **a, return_lse=True, impl=self.impl)
             assert isinstance(result, tuple)
             return result

@@ -4,14 +4,15 @@ Triton finds the kernel of a launch by the types and divisibilities of all argum
 many arguments takes longer than a small batch runs. A call that differs from an earlier one in where its tensors lie,
 and in nothing else, launches the same kernels with other addresses.
 
-Host code launches with ``launch``, takes memory that only kernels use with ``scratch``, and presets results with
-``fill``; while a record is open (``recording``), these note what they do.
+Host code launches with ``launch`` and takes memory that only kernels use with ``scratch``; while a record is open
+(``recording``), these note what they do. Nothing else may happen on the device then.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -40,17 +41,9 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, ze
     return t if record is None else record.scratch(t, zeros)
 
 
-def fill(t: Tensor, value: float) -> None:
-    """``t.fill_(value)`` for a result of a call."""
-    record: Launches | None = getattr(_open, "record", None)
-    t.fill_(value)
-    if record is not None:
-        record.fill(t, value)
-
-
 @contextlib.contextmanager
 def recording(record: Launches) -> Iterator[None]:
-    """Have ``launch``, ``scratch`` and ``fill`` of this thread note in ``record`` what they do."""
+    """Have ``launch`` and ``scratch`` of this thread note in ``record`` what they do."""
     before = getattr(_open, "record", None)
     _open.record = record
     try:
@@ -61,12 +54,23 @@ def recording(record: Launches) -> Iterator[None]:
 
 def repeatable(*tensors: Tensor | None) -> bool:
     """Whether launches can stand for a call of these tensors: nobody traces it, and no subclass hides behind one."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+    for t in tensors:
+        if type(t) is not Tensor and t is not None and type(t) is not torch.nn.Parameter:
+            return False
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
     )
+
+
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Whether gradients may be asked for."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 class _Place:
@@ -99,6 +103,14 @@ class _Again(NamedTuple):
     stream_at: int
 
 
+class _Move(NamedTuple):
+    """Where the addresses of one moving tensor stand: arguments ``(values, at, offset)``, and maps likewise."""
+
+    name: str
+    slots: list[tuple[list[Any], int, int]]
+    maps: list[tuple[list[Any], int, int, Callable[[int], Any], dict[int, Any]]]
+
+
 class Launches:
     """The launches of one call: recorded as they are made, then made again.
 
@@ -108,17 +120,18 @@ class Launches:
     """
 
     def __init__(self, moving: dict[str, Tensor], staying: Iterable[Tensor | None] = ()) -> None:
-        self._given = {name: (t.shape, t.stride(), t.data_ptr()) for name, t in moving.items()}
         self._moving = [(name, t.data_ptr(), _width(t), _storage(t)) for name, t in moving.items()]
         self._ties: set[tuple[str, str, int]] = set()
         self._staying = {_storage(t) for t in staying if t is not None}
         self._kept: list[Tensor] = []  # so that no two scratch tensors lie in the same place while this is recorded
-        self._scratch: tuple[list[tuple[str, int]], list[tuple[str, int]]] = [], []  # uninitialised, and of zeros
-        self._bytes = [0, 0]
-        self._fills: list[tuple[str, float]] = []
+        self._bytes = {"scratch": 0, "zeros": 0}
+        self._parts: dict[str, tuple[str, int]] = {}
         self._launches: list[_Again] = []
         self._hooked: list[Any] = []
         self._complete = True
+        self._lock = threading.Lock()
+        self._moves: list[_Move] | None = None
+        self._places: list[int] = []
 
     @property
     def complete(self) -> bool:
@@ -132,21 +145,12 @@ class Launches:
 
     def scratch(self, t: Tensor, zeros: bool = False) -> Tensor:
         """``t``, a contiguous tensor that only the launches of the call use, made anew for every repetition."""
-        name = f"scratch {len(self._kept)}"
-        self._scratch[zeros].append((name, self._bytes[zeros]))
-        self._bytes[zeros] += -(-t.nbytes // _ALIGNMENT) * _ALIGNMENT
+        name, kind = f"scratch {len(self._kept)}", "zeros" if zeros else "scratch"
+        self._parts[name] = kind, self._bytes[kind]
+        self._bytes[kind] += -(-t.nbytes // _ALIGNMENT) * _ALIGNMENT
         self._moving.append((name, t.data_ptr(), max(1, t.nbytes), _storage(t)))
         self._kept.append(t)
         return t
-
-    def fill(self, t: Tensor, value: float) -> None:
-        """Note that ``t`` was filled; before the launches, and it must be one of the moving tensors, whole."""
-        form = (t.shape, t.stride(), t.data_ptr())
-        names = [name for name, given in self._given.items() if given == form]
-        if names and not self._launches:
-            self._fills.append((names[0], value))
-        else:
-            self._complete = False
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
         """As the function, and recorded."""
@@ -190,56 +194,89 @@ class Launches:
         ]
         if views:
             offset, name = min(reversed(views), key=lambda view: view[0])  # a later tensor may lie where one was freed
-            if not name.startswith("scratch"):
-                self._ties |= {(name, other, offset - far) for far, other in views if other != name}
+            if name in self._parts:
+                kind, part = self._parts[name]
+                return kind, part + offset
+            self._ties |= {(name, other, offset - far) for far, other in views if other != name}
             return name, offset
         if storage not in self._staying:
             self._complete = False
         return None
 
-    def repeat(self, device: torch.device, addresses: dict[str, int], tensors: dict[str, Tensor] | None = None) -> bool:
+    def repeat(self, device: torch.device, addresses: dict[str, int]) -> bool:
         """Make the launches again, on the current stream.
 
         Args:
             device: For scratch tensors.
             addresses: Where each moving tensor begins. Their shapes, strides, dtypes and alignments must be the same,
                 and so must be the device.
-            tensors: Those of the moving tensors that are filled first, at least.
 
         Returns:
             Whether they were made: not if tensors overlapped when they were recorded, and lie otherwise now.
         """
         if self._ties and any(addresses[other] - addresses[name] != apart for name, other, apart in self._ties):
             return False
-        for name, value in self._fills:
-            assert tensors is not None
-            tensors[name].fill_(value)
         addresses[""] = 0
         memory = []
-        for make, size, parts in zip((torch.empty, torch.zeros), self._bytes, self._scratch, strict=True):
+        for kind, size in self._bytes.items():
             if size:
+                make = torch.zeros if kind == "zeros" else torch.empty
                 memory.append(make(size, dtype=torch.uint8, device=device))
-                beginning = memory[-1].data_ptr()
-                for name, offset in parts:
-                    addresses[name] = beginning + offset
-        stream = 0
-        for start, template, slots, maps, stream_at in self._hooked if _hooks() else self._launches:
-            values = template.copy()
-            for i, name, offset in slots:
-                values[i] = addresses[name] + offset
-            for i, name, offset, make, made in maps:
-                address = addresses[name] + offset
+                addresses[kind] = memory[-1].data_ptr()
+        if _hooks():
+            for again in self._hooked:
+                _start(again, addresses)
+            return True
+        stream = torch._C._cuda_getCurrentRawStream(device.index or 0) if self._launches[0].stream_at >= 0 else 0
+        with self._lock:  # arguments stay where they are from one call to the next, for most are the same
+            self._place(addresses)
+            for start, values, _slots, _maps, stream_at in self._launches:
+                if stream_at >= 0:
+                    values[stream_at] = stream
+                start(*values)
+        return True
+
+    def _place(self, addresses: dict[str, int]) -> None:
+        """Put the addresses that differ from those of the last call into the arguments."""
+        if self._moves is None:
+            self._moves = _moves(self._launches)
+            self._places = [-1] * len(self._moves)
+        places = self._places
+        for n, (name, slots, maps) in enumerate(self._moves):
+            address = addresses[name]
+            if places[n] == address:
+                continue
+            places[n] = address
+            for values, at, offset in slots:
+                values[at] = address + offset
+            for values, at, offset, make, made in maps:
                 described = made.get(address)
                 if described is None:
                     if len(made) >= _MOST_MAPS:
                         made.clear()
-                    described = made[address] = make(address)
-                values[i] = described
-            if stream_at >= 0:
-                stream = stream or torch._C._cuda_getCurrentRawStream(device.index or 0)
-                values[stream_at] = stream
-            start(*values)
-        return True
+                    described = made[address] = make(address + offset)
+                values[at] = described
+
+
+def _moves(launches: list[_Again]) -> list[_Move]:
+    """The slots of launches by the tensor whose address they take."""
+    moves: dict[str, _Move] = {}
+    for _start, values, slots, maps, _at in launches:
+        for at, name, offset in slots:
+            moves.setdefault(name, _Move(name, [], [])).slots.append((values, at, offset))
+        for at, name, offset, make, made in maps:
+            moves.setdefault(name, _Move(name, [], [])).maps.append((values, at, offset, make, made))
+    return list(moves.values())
+
+
+def _start(again: _Again, addresses: dict[str, int]) -> None:
+    """Make one launch in Triton's own way."""
+    values = again.values.copy()
+    for at, name, offset in again.slots:
+        values[at] = addresses[name] + offset
+    for at, name, offset, make, _made in again.maps:
+        values[at] = make(addresses[name] + offset)
+    again.start(*values)
 
 
 def _describer(described: Any) -> Callable[[int], Any]:
@@ -255,10 +292,18 @@ def _describer(described: Any) -> Callable[[int], Any]:
 
 def _hooks() -> bool:
     """Whether somebody (a profiler) wants to hear of launches, for which Triton's own way is taken."""
+    runtime = _knobs().runtime
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        (before is not None and getattr(before, "calls", True)) or (after is not None and getattr(after, "calls", True))
+    )
+
+
+@functools.cache
+def _knobs() -> Any:
     from triton import knobs
 
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    return knobs
 
 
 def _direct(compiled: Any, grid: tuple[int, ...], again: _Again) -> _Again | None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.kernels.launches import Launches, repeatable
+from sparseattn.kernels.launches import Launches, differentiable, repeatable
 from sparseattn.ops.arguments import check_apart
 from sparseattn.ops.block_sparse import RepeatedBlocks
 from sparseattn.ops.bsr.api import Options, attend_rows, check_output, make_call, sums_for
@@ -64,7 +64,7 @@ class RepeatedRows:
             not repeatable(q, k, v)
             or isinstance(k_scale, Tensor)
             or isinstance(v_scale, Tensor)
-            or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+            or differentiable(q, k, v)
         ):
             scales: dict[str, Any] = {"scale": scale, "k_scale": k_scale, "v_scale": v_scale}
             both = attend_rows(

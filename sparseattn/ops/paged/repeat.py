@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.kernels.launches import Launches, recording, repeatable
+from sparseattn.kernels.launches import Launches, differentiable, recording, repeatable
 from sparseattn.masks import BlockMask
 from sparseattn.ops.arguments import check_apart, starts_with
 from sparseattn.ops.dispatch import implementations, on_its_device, require
@@ -122,7 +122,7 @@ class RepeatedAttention:
                 (scale, k_scale, v_scale), sinks, out, self._options,
             )  # fmt: skip
         at_q, at_k, at_v, device = q.data_ptr(), k.data_ptr(), v.data_ptr(), q.device
-        key = (
+        key: tuple[Any, ...] = (
             q.shape, q.stride(), q.dtype, device, at_q & 15, k.shape, k.stride(), k.dtype, k.device, at_k & 15,
             v.shape, v.stride(), v.dtype, v.device, at_v & 15, at_k == at_v, scale, k_scale, v_scale,
         )  # fmt: skip
@@ -144,7 +144,7 @@ class RepeatedAttention:
             places["q_rope"], places["k_rope"] = q_rope.data_ptr(), k_rope.data_ptr()
         if sinks is not None:
             places["sinks"] = sinks.data_ptr()
-        if not known.launches.repeat(device, places, {"out": out, "lse": lse}):
+        if not known.launches.repeat(device, places):
             return self._first(key, q, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, given)
         return out, lse
 
@@ -156,10 +156,7 @@ class RepeatedAttention:
             not repeatable(q, k, v, q_rope, k_rope)
             or (q_rope is None) != (k_rope is None)
             or (sinks is not None and not (isinstance(sinks, Tensor) and sinks.is_contiguous()))
-            or (
-                torch.is_grad_enabled()
-                and any(t is not None and t.requires_grad for t in (q, k, v, q_rope, k_rope, sinks))
-            )
+            or differentiable(q, k, v, q_rope, k_rope, sinks)
         )
 
     @on_its_device
@@ -187,7 +184,7 @@ class RepeatedAttention:
         if isinstance(known, _Recorded):
             tensors = _moving(q, q_rope, k, v, k_rope, sinks, *self._results(q, known.dim, out))
             places = {name: t.data_ptr() for name, t in tensors.items()} | self._places
-            if known.launches.repeat(q.device, places, tensors):
+            if known.launches.repeat(q.device, places):
                 return tensors["out"], tensors["lse"]
             return self._first(key, q, k, v, q_rope, k_rope, scales, sinks, out)
         if self._layout == "HND":
