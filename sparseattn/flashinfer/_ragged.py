@@ -138,7 +138,7 @@ class RaggedPlan:
             o, natural = block_sparse_attention(q, k, v, **arguments, **self._lengths(q, k), return_lse=True)
             return as_results(o, natural, o_dtype, out, lse, return_lse)
         if form not in self._blocks:
-            self._blocks[form] = repeated_blocks(q, k, v, **arguments, **self._lengths(q, k))
+            self._blocks[form] = repeated_blocks(q, k, v, **arguments, **self._lengths(q, k), fixed=not self.follows)
         direct = out if out is not None and o_dtype == q.dtype and not starts_with(out, q, k, v) else None
         o, natural = self._blocks[form](q, k, v, None, direct)
         return as_results(o, natural, o_dtype, out, lse, return_lse)
@@ -185,7 +185,8 @@ class RaggedPlan:
         numbers = torch.arange(pages, dtype=torch.int32, device=self.device)
         call = RepeatedAttention(
             self.kv_lens, None, self._page_indptr, numbers, cu_seqlens_q=self.rows.indptr,
-            max_seqlen_q=self.rows.longest, custom_mask=self.mask, impl=self.impl, **self._arguments,
+            max_seqlen_q=self.rows.longest, custom_mask=self.mask, impl=self.impl, fixed=not self.follows,
+            **self._arguments,
         )  # fmt: skip
         if not capturing:  # a graph owns what it allocates, and outlives plans
             self._calls = pages, call

@@ -116,7 +116,7 @@ class VariablePlan:
             return result
         form = (q.dtype, q.device, q.shape, k.shape, v.shape)
         if form not in self._blocks:
-            self._blocks[form] = repeated_blocks(q, k, v, mask, **a, impl=self.impl)
+            self._blocks[form] = repeated_blocks(q, k, v, mask, **a, impl=self.impl, fixed=True)
         return self._blocks[form](q, k, v)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -222,6 +222,7 @@ class PagedPlan:
         custom_mask: See ``paged_attention``.
         mask: Likewise.
         impl: Likewise.
+        follows: Contents of the table may change without another plan, as those of a graph's buffers do.
     """
 
     table: Table
@@ -240,6 +241,7 @@ class PagedPlan:
     custom_mask: Tensor | CustomMask | None = None
     mask: BlockMask | PageLists | None = None
     impl: str = "auto"
+    follows: bool = True
     _arguments: dict[str, Any] = field(init=False, repr=False)
     _scale: float = field(init=False, repr=False)
     _call: RepeatedAttention | None = field(init=False, repr=False, default=None)
@@ -255,7 +257,8 @@ class PagedPlan:
         if self._call is None:
             self._call = RepeatedAttention(
                 *self.table, layout=self.kv_layout, cu_seqlens_q=self.cu_seqlens_q, max_seqlen_q=self.max_seqlen_q,
-                custom_mask=self.custom_mask, mask=self.mask, impl=self.impl, **self._arguments,
+                custom_mask=self.custom_mask, mask=self.mask, impl=self.impl, fixed=not self.follows,
+                **self._arguments,
             )  # fmt: skip
         return self._call
 

@@ -216,6 +216,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             max_seqlen_q=q_len_per_req,
             total_q=batch * q_len_per_req,
             impl=self._impl,
+            follows=self.is_cuda_graph_enabled,
         )
 
     def _with_rows(self, plan: PagedPlan, rows: int) -> PagedPlan:

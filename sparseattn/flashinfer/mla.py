@@ -344,9 +344,11 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         """The call that all runs of a plan make; those of other tables are made once."""
         if self._call is not None and self._call[0] is plan and plan.table is table:
             return self._call[1]
+        planned = plan is self._planned and plan.table is table
         call = RepeatedAttention(
-            *table, cu_seqlens_q=plan.rows, max_seqlen_q=plan.longest, causal=plan.causal, impl=self._impl
-        )
-        if plan is self._planned and plan.table is table:
+            *table, cu_seqlens_q=plan.rows, max_seqlen_q=plan.longest, causal=plan.causal, impl=self._impl,
+            fixed=planned and not self._graph,
+        )  # fmt: skip
+        if planned:
             self._call = plan, call
         return call

@@ -232,7 +232,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
         rows, mask = self._keep(rows, mask, non_blocking)
         return PagedPlan(
             table=pages, kv_layout=self._kv_layout, device=self.device, cu_seqlens_q=rows.indptr,
-            max_seqlen_q=rows.longest, total_q=rows.total, custom_mask=mask, impl=self._impl, **fields,
+            max_seqlen_q=rows.longest, total_q=rows.total, custom_mask=mask, impl=self._impl, follows=graph,
+            **fields,
         )  # fmt: skip
 
     def _table(

@@ -73,6 +73,20 @@ def differentiable(*tensors: Tensor | None) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def of_fixed() -> Iterator[None]:
+    """Launches in here, and scratch tensors made here, depend on nothing but what calls have in common.
+
+    Whatever else the launches of a call do to these scratch tensors they must undo: ``Launches.repeat`` can keep them.
+    """
+    before = getattr(_open, "fixed", False)
+    _open.fixed = True
+    try:
+        yield
+    finally:
+        _open.fixed = before
+
+
 class _Place:
     """What a tensor map describes, as far as Triton asks: memory that begins at an address."""
 
@@ -101,6 +115,7 @@ class _Again(NamedTuple):
     slots: list[tuple[int, str, int]]
     maps: list[_Map]
     stream_at: int
+    once: bool
 
 
 class _Move(NamedTuple):
@@ -124,7 +139,7 @@ class Launches:
         self._ties: set[tuple[str, str, int]] = set()
         self._staying = {_storage(t) for t in staying if t is not None}
         self._kept: list[Tensor] = []  # so that no two scratch tensors lie in the same place while this is recorded
-        self._bytes = {"scratch": 0, "zeros": 0}
+        self._bytes = {"scratch": 0, "zeros": 0, "kept": 0}
         self._parts: dict[str, tuple[str, int]] = {}
         self._launches: list[_Again] = []
         self._hooked: list[Any] = []
@@ -145,7 +160,8 @@ class Launches:
 
     def scratch(self, t: Tensor, zeros: bool = False) -> Tensor:
         """``t``, a contiguous tensor that only the launches of the call use, made anew for every repetition."""
-        name, kind = f"scratch {len(self._kept)}", "zeros" if zeros else "scratch"
+        kind = "zeros" if zeros else "kept" if getattr(_open, "fixed", False) else "scratch"
+        name = f"scratch {len(self._kept)}"
         self._parts[name] = kind, self._bytes[kind]
         self._bytes[kind] += -(-t.nbytes // _ALIGNMENT) * _ALIGNMENT
         self._moving.append((name, t.data_ptr(), max(1, t.nbytes), _storage(t)))
@@ -175,7 +191,7 @@ class Launches:
                 values[i] = described = copy.copy(value)
                 described.base = None  # the record keeps no tensor of the call alive
                 maps.append(_Map(i, name, offset, _describer(described), {}))
-        again = _Again(compiled[(*grid, 1, 1)[:3]], values, slots, maps, -1)
+        again = _Again(compiled[(*grid, 1, 1)[:3]], values, slots, maps, -1, getattr(_open, "fixed", False))
         self._hooked.append(again)
         self._launches.append(_direct(compiled, grid, again) or again)
         return compiled
@@ -203,13 +219,16 @@ class Launches:
             self._complete = False
         return None
 
-    def repeat(self, device: torch.device, addresses: dict[str, int]) -> bool:
+    def repeat(self, device: torch.device, addresses: dict[str, int], kept: dict[int, Tensor] | None = None) -> bool:
         """Make the launches again, on the current stream.
 
         Args:
             device: For scratch tensors.
             addresses: Where each moving tensor begins. Their shapes, strides, dtypes and alignments must be the same,
                 and so must be the device.
+            kept: By stream, what launches of ``of_fixed`` left, which need not be made again then: the same dictionary
+                for calls whose common tensors have the same contents. None: all launches are made. So they are while a
+                graph is captured, which outlives whoever holds this.
 
         Returns:
             Whether they were made: not if tensors overlapped when they were recorded, and lie otherwise now.
@@ -217,23 +236,34 @@ class Launches:
         if self._ties and any(addresses[other] - addresses[name] != apart for name, other, apart in self._ties):
             return False
         addresses[""] = 0
-        memory = []
+        if kept is not None and device.type == "cuda" and torch._C._cuda_isCurrentStreamCapturing():
+            kept = None
+        stream = torch._C._cuda_getCurrentRawStream(device.index or 0) if device.type == "cuda" else 0
+        memory: dict[str, Tensor] = {}
+        if kept is not None and self._bytes["kept"] and stream in kept:
+            memory["kept"] = kept[stream]
+        again = "kept" not in memory
         for kind, size in self._bytes.items():
             if size:
-                make = torch.zeros if kind == "zeros" else torch.empty
-                memory.append(make(size, dtype=torch.uint8, device=device))
-                addresses[kind] = memory[-1].data_ptr()
+                if kind not in memory:
+                    make = torch.zeros if kind == "zeros" else torch.empty
+                    memory[kind] = make(size, dtype=torch.uint8, device=device)
+                addresses[kind] = memory[kind].data_ptr()
         if _hooks():
-            for again in self._hooked:
-                _start(again, addresses)
-            return True
-        stream = torch._C._cuda_getCurrentRawStream(device.index or 0) if self._launches[0].stream_at >= 0 else 0
-        with self._lock:  # arguments stay where they are from one call to the next, for most are the same
-            self._place(addresses)
-            for start, values, _slots, _maps, stream_at in self._launches:
-                if stream_at >= 0:
-                    values[stream_at] = stream
-                start(*values)
+            for one in self._hooked:
+                if again or not one.once:
+                    _start(one, addresses)
+        else:
+            with self._lock:  # arguments stay where they are from one call to the next, for most are the same
+                self._place(addresses)
+                for start, values, _slots, _maps, stream_at, once in self._launches:
+                    if once and not again:
+                        continue
+                    if stream_at >= 0:
+                        values[stream_at] = stream
+                    start(*values)
+        if kept is not None and again and self._bytes["kept"]:
+            kept[stream] = memory["kept"]
         return True
 
     def _place(self, addresses: dict[str, int]) -> None:
@@ -261,7 +291,7 @@ class Launches:
 def _moves(launches: list[_Again]) -> list[_Move]:
     """The slots of launches by the tensor whose address they take."""
     moves: dict[str, _Move] = {}
-    for _start, values, slots, maps, _at in launches:
+    for _start, values, slots, maps, _at, _once in launches:
         for at, name, offset in slots:
             moves.setdefault(name, _Move(name, [], [])).slots.append((values, at, offset))
         for at, name, offset, make, made in maps:
@@ -338,7 +368,7 @@ def _direct(compiled: Any, grid: tuple[int, ...], again: _Again) -> _Again | Non
             values.extend((*value.shape, *value.strides))
     for m in again.maps:
         maps.append(m._replace(at=moved[m.at], make=_encoder(again.values[m.at], metas.pop(0)), made={}))
-    return _Again(start, values, [(moved[i], name, offset) for i, name, offset in again.slots], maps, 3)
+    return _Again(start, values, [(moved[i], name, offset) for i, name, offset in again.slots], maps, 3, again.once)
 
 
 def _encoder(described: Any, meta: dict[str, Any]) -> Callable[[int], Any]:

@@ -114,15 +114,16 @@ def repeated_blocks(
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
     impl: str = "auto",
+    fixed: bool = False,
     **layout: Any,
 ) -> RepeatedBlocks:
     """The forward pass of ``block_sparse_attention`` for these tensors and others of the same shapes and dtypes.
 
-    Arguments are those of ``block_sparse_attention``; contents of masks and lengths may change in place.
+    Arguments are those of ``block_sparse_attention``, and ``fixed``: contents of masks and lengths will not change.
     """
     sequences = resolve_sequences(q, k, **layout)
     return RepeatedBlocks(
-        make_geometry(q, k, v, mask, causal, scale, window, softcap, None, impl, sequences, False), impl
+        make_geometry(q, k, v, mask, causal, scale, window, softcap, None, impl, sequences, False), impl, fixed
     )
 
 

@@ -20,6 +20,7 @@ class _Recorded(NamedTuple):
 
     launches: Launches
     dim: int
+    kept: dict[int, Tensor] | None = None
 
 
 # Recorded calls of all geometries: what one costs must not be paid again by the next of the same shapes.
@@ -44,10 +45,11 @@ class RepeatedBlocks:
     Args:
         g: The geometry.
         impl: As in ``block_sparse_attention``.
+        fixed: Contents of the geometry's tensors do not change, so that what follows from them alone is computed once.
     """
 
-    def __init__(self, g: Geometry, impl: str) -> None:
-        self._g, self._impl = g, impl
+    def __init__(self, g: Geometry, impl: str, fixed: bool = False) -> None:
+        self._g, self._impl, self._kept = g, impl, fixed
         self._fixed = {name: x for name, x in zip(g._fields, g, strict=True) if isinstance(x, Tensor)}
         self._places = {name: t.data_ptr() for name, t in self._fixed.items()}
         self._form = (impl, *(_form(x) if isinstance(x, Tensor) else x for x in g))
@@ -78,7 +80,7 @@ class RepeatedBlocks:
         places = {"q": at_q, "k": at_k, "v": at_v, "o": o.data_ptr(), "lse": lse.data_ptr(), **self._places}
         if sinks is not None:
             places["sinks"] = sinks.data_ptr()
-        if not known.launches.repeat(device, places):
+        if not known.launches.repeat(device, places, known.kept):
             return self._first(key, q, k, v, sinks, out)
         return o, lse
 
@@ -90,10 +92,14 @@ class RepeatedBlocks:
         known = self._known.get(key) or _recorded.get((self._form, key))
         if known is None:
             return self._first(key, q, k, v, sinks, out)
+        if self._kept and known.kept is None:
+            known = known._replace(kept={})
         self._known[key] = known
         o, lse = empty_results(q, known.dim) if out is None else (out, sums_for(q))
         places = {name: t.data_ptr() for name, t in _moving(q, k, v, sinks, o, lse).items()} | self._places
-        return (o, lse) if known.launches.repeat(q.device, places) else self._first(key, q, k, v, sinks, out)
+        return (
+            (o, lse) if known.launches.repeat(q.device, places, known.kept) else self._first(key, q, k, v, sinks, out)
+        )
 
     def _first(
         self, key: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor | None
@@ -117,7 +123,8 @@ class RepeatedBlocks:
         if closed is not None:
             if len(_recorded) >= _MOST_RECORDED:
                 _recorded.clear()
-            self._known[key] = _recorded[self._form, key] = _Recorded(closed, v.shape[-1])
+            _recorded[self._form, key] = found = _Recorded(closed, v.shape[-1])
+            self._known[key] = found._replace(kept={}) if self._kept else found
         return o, lse
 
 

@@ -110,7 +110,7 @@ class RepeatedRows:
         call = make_call(q, k, v, self._rows, self._impl, options)
         out = check_output(out, q, v.shape[-1])
         if call.geometry is not None:
-            blocks = RepeatedBlocks(call.geometry, self._impl)
+            blocks = RepeatedBlocks(call.geometry, self._impl, fixed=True)
             if out is not None:
                 check_apart(out, q, k, v)
             self._known[key] = _Known(blocks)

@@ -33,6 +33,7 @@ class _Recorded(NamedTuple):
 
     launches: Launches
     dim: int
+    kept: dict[int, Tensor] | None = None
 
 
 # Recorded calls of all page tables: what a plan costs must not be paid again by the next of the same shapes.
@@ -64,6 +65,7 @@ class RepeatedAttention:
         custom_mask: As there.
         mask: As there.
         impl: As there.
+        fixed: Contents of the tensors given here do not change, so that what follows from them alone is computed once.
     """
 
     def __init__(
@@ -83,9 +85,11 @@ class RepeatedAttention:
         custom_mask: Any = None,
         mask: Any = None,
         impl: str = "auto",
+        fixed: bool = False,
     ) -> None:
         self._table = (seq_lens, page_table, indptr, indices)
         self._layout = layout
+        self._kept = fixed
         self._options: dict[str, Any] = {
             "cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q, "causal": causal, "window": window,
             "softcap": softcap, "positions": positions, "custom_mask": custom_mask, "mask": mask, "impl": impl,
@@ -144,7 +148,7 @@ class RepeatedAttention:
             places["q_rope"], places["k_rope"] = q_rope.data_ptr(), k_rope.data_ptr()
         if sinks is not None:
             places["sinks"] = sinks.data_ptr()
-        if not known.launches.repeat(device, places):
+        if not known.launches.repeat(device, places, known.kept):
             return self._first(key, q, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, given)
         return out, lse
 
@@ -180,11 +184,13 @@ class RepeatedAttention:
             known = None
         if known is None:
             return self._first(key, q, k, v, q_rope, k_rope, scales, sinks, out)
+        if isinstance(known, _Recorded) and self._kept and known.kept is None:
+            known = known._replace(kept={})
         self._known[key] = known
         if isinstance(known, _Recorded):
             tensors = _moving(q, q_rope, k, v, k_rope, sinks, *self._results(q, known.dim, out))
             places = {name: t.data_ptr() for name, t in tensors.items()} | self._places
-            if known.launches.repeat(q.device, places):
+            if known.launches.repeat(q.device, places, known.kept):
                 return tensors["out"], tensors["lse"]
             return self._first(key, q, k, v, q_rope, k_rope, scales, sinks, out)
         if self._layout == "HND":
@@ -249,7 +255,8 @@ class RepeatedAttention:
             module.attend(main, rest, out, lse, p)
         recorded = launches.close()
         if recorded is not None:
-            self._known[key] = found = _Recorded(recorded, v.shape[-1])
+            found = _Recorded(recorded, v.shape[-1])
+            self._known[key] = found._replace(kept={}) if self._kept else found
             if len(_recorded) >= _MOST_RECORDED:
                 _recorded.clear()
             if self._form:
