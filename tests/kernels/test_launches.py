@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from sparseattn.kernels.launches import Launches
+from sparseattn.kernels.launches import Launches, launch, of_fixed, recording, scratch
 
 
 class Kernel:
@@ -74,3 +76,108 @@ def test_what_is_neither_given_nor_kept_cannot_be_repeated():
     launches = Launches({"q": torch.zeros(4)}, [])
     launches.launch(Kernel(), (1,), torch.zeros(4), 0, 0)
     assert not launches.complete
+
+
+@dataclass
+class Map:
+    """A tensor map of Triton's form."""
+
+    base: Any
+    shape: tuple[int, ...] = (4, 24)
+    strides: tuple[int, ...] = (24, 1)
+    padding: str = "zero"
+
+
+CPU = torch.device("cpu")
+
+
+def test_host_code_that_knows_nothing_of_a_record_is_recorded():
+    kernel = Kernel()
+    q = torch.zeros(4, 24)
+    record = Launches({"q": q})
+    with recording(record):
+        part = scratch((5,), torch.float32, CPU, zeros=True)
+        launch(kernel, (1,), q, part, 3)
+    launch(kernel, (1,), q, part, 4)
+    assert record.close() is record
+    other = torch.ones(4, 24)
+    assert record.repeat(CPU, addresses(q=other))
+    assert len(kernel.launched) == 3
+    first, second, third = kernel.launched[2]
+    assert (first, third) == (other.data_ptr(), 3)
+    assert second not in (part.data_ptr(), other.data_ptr())
+
+
+def test_maps_move_with_their_tensors():
+    kernel = Kernel()
+    q, out = torch.zeros(2, 4, 24)
+    record = Launches({"q": q, "out": out})
+    record.launch(kernel, (1,), Map(q), Map(out[:, 8:]), 0)
+    assert record.complete
+    for x, y in torch.ones(2, 2, 4, 24).unbind():
+        assert record.repeat(CPU, addresses(q=x, out=y))
+        first, second, _ = kernel.launched[-1]
+        assert (first.base.data_ptr(), second.base.data_ptr()) == (x.data_ptr(), y[:, 8:].data_ptr())
+        assert first.shape == (4, 24)
+    record = Launches({"q": q})
+    record.launch(kernel, (1,), Map(out), 0, 0)
+    assert not record.complete, "nobody knows where it lies next time"
+
+
+def test_what_follows_from_common_tensors_is_computed_once():
+    kernel = Kernel()
+    q, table = torch.zeros(4), torch.zeros(7)
+    record = Launches({"q": q, "table": table})
+    with recording(record):
+        with of_fixed():
+            order = scratch((9,), torch.int32, CPU)
+            launch(kernel, (1,), order, table, 1)
+        launch(kernel, (1,), q, order, 2)
+    assert record.complete
+    kernel.launched.clear()
+    kept: dict[int, torch.Tensor] = {}
+    for _ in range(3):
+        assert record.repeat(CPU, addresses(q=q, table=table), kept)
+    assert [args[2] for args in kernel.launched] == [1, 2, 2, 2]
+    assert len({kernel.launched[0][0], *(args[1] for args in kernel.launched[1:])}) == 1
+    kernel.launched.clear()
+    assert record.repeat(CPU, addresses(q=q, table=table))
+    assert [args[2] for args in kernel.launched] == [1, 2], "others keep nothing"
+
+
+def test_the_function_beneath_the_launcher_is_given_what_the_launcher_gives_it(monkeypatch: pytest.MonkeyPatch):
+    """Grid, stream, the compiled function, and every argument, tensor maps followed by their shapes and strides."""
+    triton = pytest.importorskip("triton", reason="needs Triton")
+    from sparseattn.kernels import launches
+
+    given: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(launches, "_encoder", lambda described, meta: lambda address: (meta["name"], address))
+
+    def launcher(*args: Any) -> None:
+        given.append(args)
+
+    def inner(*args: Any) -> None:
+        launcher(*args)
+
+    class CudaLauncher:
+        launch = staticmethod(inner)
+        global_scratch_size = profile_scratch_size = 0
+        launch_cooperative_grid, launch_pdl = False, True
+
+    metas = [{"fp4_padded": False, "name": "a"}, {"fp4_padded": False, "name": "b"}]
+    kernel = Kernel()
+    vars(kernel).update(
+        run=CudaLauncher(), function=17, packed_metadata=(4, 1, 0), metadata=SimpleNamespace(tensordesc_meta=metas)
+    )
+    q, k = torch.zeros(2, 4, 24)
+    record = Launches({"q": q, "k": k})
+    record.launch(kernel, (5, 6), Map(q), k, Map(k))
+    x, y = torch.ones(2, 4, 24)
+    assert record.repeat(CPU, addresses(q=x, k=y))
+    start = (5, 6, 1, 0, 17, False, True, None, None, (4, 1, 0), None, None, None)
+    sizes = (4, 24, 24, 1)
+    at_x, at_y = x.data_ptr(), y.data_ptr()
+    assert given == [(*start, ("a", at_x), *sizes, at_y, ("b", at_y), *sizes)]
+    assert record.repeat(CPU, addresses(q=q, k=y))
+    assert given[1] == (*start, ("a", q.data_ptr()), *sizes, at_y, ("b", at_y), *sizes)
