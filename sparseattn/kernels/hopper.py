@@ -87,7 +87,7 @@ def row_tiles(t: Tensor, heads: int, rows: int, cols: int) -> TensorDescriptor:
         [_EXTENT, _EXTENT, t.shape[-2], _ROWS.value, t.shape[-1]],
         [(1 << 34) - stride_s, stride_s, stride_h, stride_s, 1],
         [1, 1, heads, rows, cols],
-        tile_layout(),
+        tile_layout(bits=8 * t.element_size()),
     )
 
 
