@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.flashinfer._common import Options, base2, check_dtype, check_heads, check_output
+from sparseattn.flashinfer._common import Options, base2, check_dtype, check_heads, check_output, usual_form
 from sparseattn.kernels.launches import differentiable, repeatable
 from sparseattn.masks import BlockMask, VariableBlockMask
 from sparseattn.masks.lists import compact
 from sparseattn.masks.tilings import block_spans
+from sparseattn.ops.arguments import starts_with
 from sparseattn.ops.block_sparse import RepeatedBlocks, block_sparse_attention, repeated_blocks
 from sparseattn.ops.paged import PagedCache, paged_attention
 
@@ -81,6 +82,7 @@ class VariablePlan:
         device = torch.device("cpu")  # of slopes, which no mode here has
         self._arguments = self.options.arguments(self.heads[0], self.head_dim, device)
         self._blocks: dict[tuple[Any, ...], RepeatedBlocks] = {}
+        self._usual: dict[tuple[Any, ...], RepeatedBlocks] = {}
 
     def replaced(self, **options: Any) -> VariablePlan:
         """The plan with other options."""
@@ -90,15 +92,32 @@ class VariablePlan:
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None, return_lse: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention; results in the layout of q, LSE ``[Hq, Lq]`` or ``[B, S, Hq]`` in base 2."""
+        usual = usual_form(q, k, v) if out is lse is None and not return_lse else None
+        known = self._usual.get(usual) if usual is not None else None
+        o = None if known is None or usual is None else known.again(usual, q, k, v)
+        if o is not None:
+            return o
         self._check(q, k, v)
         batched = self.batched is not None
         check_output("out", out, (*q.shape[:-1], v.shape[-1]), self.dtype, q)
         check_output("lse", lse, q.shape[:-1], torch.float32, q)
         tensors = (q, k, v) if batched else tuple(t.transpose(0, 1)[None] for t in (q, k, v))
-        o, natural = self._attend(*tensors)
-        if not batched:
-            o, natural = o[0].transpose(0, 1), natural[0].transpose(0, 1)
-        result = o.contiguous() if out is None else out.copy_(o)
+        blocks = self._repeated(*tensors)
+        if blocks is None:
+            o, natural = self._attend(*tensors)
+            o = o if batched else o[0].transpose(0, 1)
+            result = o.contiguous() if out is None else out.copy_(o)
+        else:
+            result = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+            if out is not None and starts_with(out, q, k, v):
+                result = torch.empty_like(out)
+            view = result if batched else result.transpose(0, 1)[None]
+            _, natural = blocks(*tensors, None, view)
+            if usual is not None:
+                blocks.learn(usual, *tensors, view, result, natural)
+                self._usual[usual] = blocks
+            result = result if out is None or result is out else out.copy_(result)
+        natural = natural if batched else natural[0].transpose(0, 1)
         if not return_lse and lse is None:
             return result
         sums = base2(natural, lse)
@@ -110,14 +129,20 @@ class VariablePlan:
         if self.gathered and mask is not None:
             return _attend_gathered(q[0], k[0], v[0], mask, self._arguments, self.impl)
         a = {n: self._arguments[n] for n in ("causal", "scale", "softcap")}
-        if not repeatable(q, k, v) or differentiable(q, k, v):
-            result = block_sparse_attention(q, k, v, mask, **a, return_lse=True, impl=self.impl)
-            assert isinstance(result, tuple)
-            return result
+        result = block_sparse_attention(q, k, v, mask, **a, return_lse=True, impl=self.impl)
+        assert isinstance(result, tuple)
+        return result
+
+    def _repeated(self, q: Tensor, k: Tensor, v: Tensor) -> RepeatedBlocks | None:
+        """What makes the call of these tensors again and again; None where it must be an ordinary one."""
+        if self.gathered or not repeatable(q, k, v) or differentiable(q, k, v):
+            return None
         form = (q.dtype, q.device, q.shape, k.shape, v.shape)
         if form not in self._blocks:
+            a = {n: self._arguments[n] for n in ("causal", "scale", "softcap")}
+            mask = self.pattern.mask((q.shape[1], k.shape[1]))
             self._blocks[form] = repeated_blocks(q, k, v, mask, **a, impl=self.impl, fixed=True)
-        return self._blocks[form](q, k, v)
+        return self._blocks[form]
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Raise unless tensors are as planned."""

@@ -27,6 +27,7 @@ from sparseattn.flashinfer._common import (
     index_tensor,
     readable,
     split_cache,
+    usual_form,
 )
 from sparseattn.masks import BlockMask
 from sparseattn.ops.paged import CustomMask, PagedCache, PageLists, RepeatedAttention, paged_attention
@@ -282,14 +283,25 @@ class PagedPlan:
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of ``q`` ``[tokens, Hq, D]``; the output ``[tokens, Hq, Dv]``, and base-2 LSE ``[tokens, Hq]``."""
+        usual = q_scale is k_scale is v_scale is sinks is out is lse is None and not return_lse
+        caches = paged_kv_cache if isinstance(paged_kv_cache, tuple) else (paged_kv_cache,)
+        form = usual_form(q, *caches) if usual else None
+        if form is not None and self._call is not None:
+            places = {"q": q.data_ptr(), "k": caches[0].data_ptr()}
+            if len(caches) == 2:
+                places["v"] = caches[1].data_ptr()
+                form += (places["k"] == places["v"],)
+            o = self._call.again(form, q, places, *caches)
+            if o is not None:
+                return o
         if not isinstance(q, Tensor) or q.dim() == 0:
             got = "a number" if isinstance(q, Tensor) else type(q).__name__
             raise argument_error("q", "a tensor [tokens, Hq, D]", got, kind=TypeError)
         k, v = split_cache(paged_kv_cache, self.kv_layout)
-        form = (q.dtype, q.shape, k.dtype, k.shape, v.shape)
-        if form not in self._accepted:
+        shapes = (q.dtype, q.shape, k.dtype, k.shape, v.shape)
+        if shapes not in self._accepted:
             self._check(q, k, v)
-            self._accepted.add(form)
+            self._accepted.add(shapes)
         scales = fold_scales(self._scale, q_scale, k_scale, v_scale)
         queries = as_queries(q, scales.q)
         o_dtype = queries.dtype if self.dtypes is None else self.dtypes.o
@@ -299,6 +311,9 @@ class PagedPlan:
             queries, k, v, scale=scales.scale, k_scale=scales.k, v_scale=scales.v, sinks=sinks,
             out=out if o_dtype == queries.dtype else None,
         )  # fmt: skip
+        if form is not None and o.dtype == o_dtype and queries is q:
+            form += (k.data_ptr() == v.data_ptr(),) if len(caches) == 2 else ()
+            self._attention().learn(form, q, k, v, scale=scales.scale)
         return as_results(o, natural, o_dtype, out, lse, return_lse)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -367,6 +382,8 @@ def as_results(
 
     Outputs that become float8 are limited to what it holds.
     """
+    if out is None and lse is None and not return_lse and o.dtype == o_dtype:
+        return o
     if o_dtype in FLOAT8:
         largest = torch.finfo(o_dtype).max
         o = o.clamp(-largest, largest)

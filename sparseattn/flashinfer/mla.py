@@ -20,6 +20,7 @@ from sparseattn.flashinfer._common import (
     implementation,
     number_of,
     unsupported,
+    usual_form,
 )
 from sparseattn.flashinfer._latent import Parts, joined_cache
 from sparseattn.flashinfer._lengths import lengths_table
@@ -227,8 +228,17 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         if profiler_buffer is not None or o_scale is not None:
             hint = "Outputs are not scaled; profile with torch.profiler."
             unsupported(hint, profiler_buffer=profiler_buffer, o_scale=o_scale)
+        others = out is lse is kv_len is page_table is ckv_scale is ckv_scale_arr is kpe_scale is None
+        usual = usual_form(q_nope, q_pe, ckv_cache, kpe_cache) if others and not return_lse else None
+        if usual is not None and self._call is not None and self._call[0] is self._planned:
+            at = ckv_cache.data_ptr()
+            places = {"q": q_nope.data_ptr(), "k": at, "v": at, "q_rope": q_pe.data_ptr()}
+            places["k_rope"] = kpe_cache.data_ptr()
+            o = self._call[1].again(usual, q_nope, places, q_pe, ckv_cache, kpe_cache)
+            if o is not None:
+                return o
         plan = self._plan_for(kv_len, page_table, ckv_cache)
-        form = tuple((t.dtype, t.shape) for t in (q_nope, q_pe, ckv_cache, kpe_cache) if isinstance(t, Tensor))
+        form = tuple([(t.dtype, t.shape) for t in (q_nope, q_pe, ckv_cache, kpe_cache) if isinstance(t, Tensor)])
         if plan is not self._planned or form not in self._accepted:
             self._check(plan, q_nope, q_pe, ckv_cache, kpe_cache)
             if plan is self._planned:
@@ -240,7 +250,12 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         elif ckv_scale is not None or ckv_scale_arr is not None or kpe_scale is not None:
             scales = {"ckv_scale": ckv_scale, "ckv_scale_arr": ckv_scale_arr, "kpe_scale": kpe_scale}
             unsupported("Scales are for float8 caches.", **scales)
-        return self._attend(plan, parts, out, lse, return_lse, return_lse_base_on_e)
+        result = self._attend(plan, parts, out, lse, return_lse, return_lse_base_on_e)
+        if usual is not None and self._call is not None and self._call[0] is plan and parts.q_nope is q_nope:
+            k, k_rope = ckv_cache.unsqueeze(2), kpe_cache.unsqueeze(2)
+            if kpe_cache.shape[-1] and parts.ckv is ckv_cache:
+                self._call[1].learn(usual, q_nope, k, k, q_pe, k_rope, plan.scale)
+        return result
 
     def forward(
         self,

@@ -269,7 +269,10 @@ def producer(call, F: gl.constexpr):
     position = gl.program_id(0)
     m, head, b, share, count, first, late, early = read_record(record_ptr, position)
     while position < num_tiles:
-        coming = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
+        claimed = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        if claimed == num_tiles - 1:  # as many claims as tiles: the last one leaves the counter as it was
+            gl.store(counter_ptr, 0)
+        coming = claimed + gl.num_programs(0)
         if count >= 0:
             post(info, turn, position)
             q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, F.RAGGED_Q)

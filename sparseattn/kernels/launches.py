@@ -25,6 +25,12 @@ _ALIGNMENT = 512
 # Tensor maps kept of one argument: caches of many layers recur, and so do places that the allocator hands out.
 _MOST_MAPS = 4096
 
+# Bytes of scratch memory that is kept for the next call.
+_MOST_KEPT = 1 << 24
+
+#: By stream, memory that calls may use one after the other, and where its kinds begin.
+Kept = dict[int, tuple[list[Tensor], dict[str, int]]]
+
 _open = threading.local()
 
 
@@ -138,7 +144,7 @@ class Launches:
         self._moving = [(name, t.data_ptr(), _width(t), _storage(t)) for name, t in moving.items()]
         self._ties: set[tuple[str, str, int]] = set()
         self._staying = {_storage(t) for t in staying if t is not None}
-        self._kept: list[Tensor] = []  # so that no two scratch tensors lie in the same place while this is recorded
+        self._tensors: list[Tensor] = []  # so that no two scratch tensors lie in the same place while this is recorded
         self._bytes = {"scratch": 0, "zeros": 0, "kept": 0}
         self._parts: dict[str, tuple[str, int]] = {}
         self._launches: list[_Again] = []
@@ -148,6 +154,11 @@ class Launches:
         self._moves: list[_Move] | None = None
         self._places: list[int] = []
 
+    @functools.cached_property
+    def _sizes(self) -> list[tuple[str, int]]:
+        """Bytes of scratch memory of each kind that there is; asked for when all is recorded."""
+        return [(kind, size) for kind, size in self._bytes.items() if size]
+
     @property
     def complete(self) -> bool:
         """Whether all launches can be repeated."""
@@ -155,17 +166,17 @@ class Launches:
 
     def close(self) -> Launches | None:
         """The record, if it is complete; nothing is recorded after this."""
-        self._kept.clear()
+        self._tensors.clear()
         return self if self.complete else None
 
     def scratch(self, t: Tensor, zeros: bool = False) -> Tensor:
         """``t``, a contiguous tensor that only the launches of the call use, made anew for every repetition."""
         kind = "zeros" if zeros else "kept" if getattr(_open, "fixed", False) else "scratch"
-        name = f"scratch {len(self._kept)}"
+        name = f"scratch {len(self._tensors)}"
         self._parts[name] = kind, self._bytes[kind]
         self._bytes[kind] += -(-t.nbytes // _ALIGNMENT) * _ALIGNMENT
         self._moving.append((name, t.data_ptr(), max(1, t.nbytes), _storage(t)))
-        self._kept.append(t)
+        self._tensors.append(t)
         return t
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
@@ -219,52 +230,59 @@ class Launches:
             self._complete = False
         return None
 
-    def repeat(self, device: torch.device, addresses: dict[str, int], kept: dict[int, Tensor] | None = None) -> bool:
+    def repeat(self, device: torch.device, addresses: dict[str, int], kept: Kept | None = None) -> bool:
         """Make the launches again, on the current stream.
 
         Args:
             device: For scratch tensors.
             addresses: Where each moving tensor begins. Their shapes, strides, dtypes and alignments must be the same,
                 and so must be the device.
-            kept: By stream, what launches of ``of_fixed`` left, which need not be made again then: the same dictionary
-                for calls whose common tensors have the same contents. None: all launches are made. So they are while a
-                graph is captured, which outlives whoever holds this.
+            kept: What launches of ``of_fixed`` left, which need not be made again then, and memory for the others: the
+                same for calls whose common tensors have the same contents. None: all launches are made, in memory of
+                their own. So they are while a graph is captured, which outlives whoever holds this.
 
         Returns:
             Whether they were made: not if tensors overlapped when they were recorded, and lie otherwise now.
         """
         if self._ties and any(addresses[other] - addresses[name] != apart for name, other, apart in self._ties):
             return False
+        stream = 0
+        if device.type == "cuda":
+            stream = torch._C._cuda_getCurrentRawStream(device.index or 0)
+            if kept is not None and torch._C._cuda_isCurrentStreamCapturing():
+                kept = None
+        held = None if kept is None else kept.get(stream)
+        if held is not None:
+            addresses.update(held[1])
+        memory = self._memory(device, addresses)
         addresses[""] = 0
-        if kept is not None and device.type == "cuda" and torch._C._cuda_isCurrentStreamCapturing():
-            kept = None
-        stream = torch._C._cuda_getCurrentRawStream(device.index or 0) if device.type == "cuda" else 0
-        memory: dict[str, Tensor] = {}
-        if kept is not None and self._bytes["kept"] and stream in kept:
-            memory["kept"] = kept[stream]
-        again = "kept" not in memory
-        for kind, size in self._bytes.items():
-            if size:
-                if kind not in memory:
-                    make = torch.zeros if kind == "zeros" else torch.empty
-                    memory[kind] = make(size, dtype=torch.uint8, device=device)
-                addresses[kind] = memory[kind].data_ptr()
         if _hooks():
             for one in self._hooked:
-                if again or not one.once:
+                if held is None or not one.once:
                     _start(one, addresses)
         else:
             with self._lock:  # arguments stay where they are from one call to the next, for most are the same
                 self._place(addresses)
                 for start, values, _slots, _maps, stream_at, once in self._launches:
-                    if once and not again:
-                        continue
-                    if stream_at >= 0:
-                        values[stream_at] = stream
-                    start(*values)
-        if kept is not None and again and self._bytes["kept"]:
-            kept[stream] = memory["kept"]
+                    if held is None or not once:
+                        if stream_at >= 0:
+                            values[stream_at] = stream
+                        start(*values)
+        if kept is not None and held is None:
+            small = {kind: t for kind, t in memory.items() if kind == "kept" or t.nbytes <= _MOST_KEPT}
+            small.pop("zeros", None)
+            kept[stream] = list(small.values()), {kind: addresses[kind] for kind in small}
         return True
+
+    def _memory(self, device: torch.device, addresses: dict[str, int]) -> dict[str, Tensor]:
+        """Scratch memory, but for what has an address."""
+        memory = {}
+        for kind, size in self._sizes:
+            if kind not in addresses:
+                make = torch.zeros if kind == "zeros" else torch.empty
+                memory[kind] = t = make(size, dtype=torch.uint8, device=device)
+                addresses[kind] = t.data_ptr()
+        return memory
 
     def _place(self, addresses: dict[str, int]) -> None:
         """Put the addresses that differ from those of the last call into the arguments."""

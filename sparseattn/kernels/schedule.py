@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.attention import full_range, key_range, sequence_span
-from sparseattn.kernels.launches import launch, scratch
+from sparseattn.kernels.launches import launch, of_fixed, scratch
 from sparseattn.kernels.tiles import LENGTHS, WINDOW
 
 # int32 fields of a record; see ``schedule_kernel``.
@@ -269,6 +269,7 @@ def piece_walks_kernel(
     tl.store(walk + 6, tl.zeros([TILES], tl.int32) + whole_slots, mask=inside)
 
 
+@of_fixed()
 def piece_walks(
     pieces: Tensor,
     counts: Tensor,
@@ -307,6 +308,7 @@ def piece_walks(
     return walks
 
 
+@of_fixed()
 def tile_schedule(
     counts: Tensor | None,
     indices: Tensor | None,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.kernels.launches import Launches, recording
+from sparseattn.kernels.launches import Kept, Launches, differentiable, recording, repeatable
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.dispatch import implementations, on_its_device, require
 
@@ -20,7 +20,16 @@ class _Recorded(NamedTuple):
 
     launches: Launches
     dim: int
-    kept: dict[int, Tensor] | None = None
+    kept: Kept | None = None
+
+
+class _Usual(NamedTuple):
+    """A recorded call of queries, keys and values whose LSE, of so many rows, nobody wants: sums by stream take it."""
+
+    recorded: _Recorded
+    shape: tuple[int, ...]
+    rows: int
+    sums: dict[int, Tensor]
 
 
 # Recorded calls of all geometries: what one costs must not be paid again by the next of the same shapes.
@@ -53,7 +62,8 @@ class RepeatedBlocks:
         self._fixed = {name: x for name, x in zip(g._fields, g, strict=True) if isinstance(x, Tensor)}
         self._places = {name: t.data_ptr() for name, t in self._fixed.items()}
         self._form = (impl, *(_form(x) if isinstance(x, Tensor) else x for x in g))
-        self._known: dict[tuple[Any, ...], _Recorded | None] = {}
+        self._known: dict[tuple[Any, ...], _Recorded] = {}
+        self._usual: dict[tuple[Any, ...], _Usual] = {}
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, out: Tensor | None = None
@@ -67,22 +77,60 @@ class RepeatedBlocks:
             sinks: float, contiguous, ``[Hq]``, or None.
             out: Where to write; it must fit, and be none of the others.
         """
-        at_q, at_k, at_v, device = q.data_ptr(), k.data_ptr(), v.data_ptr(), q.device
-        key = (
-            q.shape, q.stride(), q.dtype, device, at_q & 15, k.shape, k.stride(), k.dtype, at_k & 15,
-            v.shape, v.stride(), v.dtype, at_v & 15, None if sinks is None else _form(sinks),
-            None if out is None else _form(out),
-        )  # fmt: skip
+        device = q.device
+        key = _key(q, k, v, sinks, out)
         known = self._known.get(key)
         if known is None or (device.type == "cuda" and device.index != torch._C._cuda_getDevice()):
             return self._slowly(q, key, k, v, sinks, out)
         o, lse = empty_results(q, known.dim) if out is None else (out, sums_for(q))
-        places = {"q": at_q, "k": at_k, "v": at_v, "o": o.data_ptr(), "lse": lse.data_ptr(), **self._places}
+        places = {
+            "q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), "o": o.data_ptr(), "lse": lse.data_ptr(),
+            **self._places,
+        }  # fmt: skip
         if sinks is not None:
             places["sinks"] = sinks.data_ptr()
         if not known.launches.repeat(device, places, known.kept):
             return self._first(key, q, k, v, sinks, out)
         return o, lse
+
+    def again(self, form: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """The contiguous output of a call in a form that ``learn`` knows; None where something is unusual.
+
+        Args:
+            form: What the caller calls it: all that launches depend on, which are shapes, strides, dtypes, devices and
+                alignments, and what else it varies.
+            q: Queries, which lie where those of the call do.
+            k: Keys, likewise.
+            v: Values, likewise.
+        """
+        usual = self._usual.get(form)
+        if usual is None or not repeatable(q, k, v) or differentiable(q, k, v):
+            return None
+        device, stream = q.device, 0
+        if device.type == "cuda":
+            if device.index != torch._C._cuda_getDevice() or torch._C._cuda_isCurrentStreamCapturing():
+                return None
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
+        o = torch.empty(usual.shape, dtype=q.dtype, device=device)
+        lse = usual.sums.get(stream)
+        if lse is None:
+            lse = usual.sums[stream] = torch.empty(usual.rows, dtype=torch.float32, device=device)
+        places = {
+            "q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), "o": o.data_ptr(), "lse": lse.data_ptr(),
+            **self._places,
+        }  # fmt: skip
+        return o if usual.recorded.launches.repeat(device, places, usual.recorded.kept) else None
+
+    def learn(
+        self, form: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, result: Tensor, lse: Tensor
+    ) -> None:
+        """Have ``again`` know by ``form`` the call, without sinks, that was made with these tensors.
+
+        Outputs of ``again`` look like ``result``, which lies where the call's output does.
+        """
+        known = self._known.get(_key(q, k, v, None, out))
+        if known is not None and known.kept is not None and result.is_contiguous() and lse.dtype == torch.float32:
+            self._usual[form] = _Usual(known, tuple(result.shape), lse.numel(), {})
 
     @on_its_device
     def _slowly(
@@ -143,6 +191,15 @@ def _moving(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, o: Tensor, ls
     """Tensors whose places change from call to call."""
     named = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "sinks": sinks}
     return {name: t for name, t in named.items() if t is not None}
+
+
+def _key(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor | None) -> tuple[Any, ...]:
+    """All of a call's tensors that launches depend on."""
+    return (
+        q.shape, q.stride(), q.dtype, q.device, q.data_ptr() & 15, k.shape, k.stride(), k.dtype, k.data_ptr() & 15,
+        v.shape, v.stride(), v.dtype, v.data_ptr() & 15, None if sinks is None else _form(sinks),
+        None if out is None else _form(out),
+    )  # fmt: skip
 
 
 def _form(t: Tensor) -> tuple[Any, ...]:

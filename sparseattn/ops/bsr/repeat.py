@@ -73,7 +73,7 @@ class RepeatedRows:
             assert isinstance(both, tuple)
             return both
         at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        key = (*_form(q), *_form(k), *_form(v), scale, k_scale, v_scale, at_q == at_k, at_k == at_v, at_q == at_v)
+        key = _key(q, k, v, scale, k_scale, v_scale)
         if out is not None:
             key += (*_form(out), out.data_ptr() in (at_q, at_k, at_v))
         known = self._known.get(key)
@@ -93,6 +93,11 @@ class RepeatedRows:
         if not known.launches.repeat(q.device, places):
             return self._first(key, q, k, v, scale, k_scale, v_scale, out)
         return out, lse
+
+    def blocks_of(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> RepeatedBlocks | None:
+        """What has made the call of these tensors, without sinks, if block-sparse attention has."""
+        known = None if self._sinks is not None else self._known.get(_key(q, k, v, scale, None, None))
+        return None if known is None else known.blocks
 
     def _first(
         self,
@@ -136,6 +141,13 @@ class RepeatedRows:
         # In the place of tensors that this must not keep alive stands one that the pattern holds anyway.
         self._known[key] = _Known(None, module, p._replace(k=p.indices, v=p.indices), launches)
         return out, lse
+
+
+def _key(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, k_scale: float | None, v_scale: float | None
+) -> tuple[Any, ...]:
+    at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    return (*_form(q), *_form(k), *_form(v), scale, k_scale, v_scale, at_q == at_k, at_k == at_v, at_q == at_v)
 
 
 def _form(t: Tensor) -> tuple[Any, ...]:

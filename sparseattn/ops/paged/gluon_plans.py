@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.hopper_tiles import Tiles
-from sparseattn.kernels.launches import launch, scratch
+from sparseattn.kernels.launches import launch, of_fixed, scratch
 from sparseattn.ops.paged.gluon_schedule import merge_shares_kernel, page_gaps_kernel, paged_schedule_kernel
 from sparseattn.ops.paged.problem import PagedProblem
 
@@ -129,6 +129,7 @@ def lists_of(p: PagedProblem, stand_in: Tensor) -> tuple[Tensor, Tensor, tuple[i
     return p.list_counts, indices, (0 if batch == 1 else heads * rows, rows, width)
 
 
+@of_fixed()
 def schedule(q: Tensor, p: PagedProblem, cut: Plan, careful: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Records, counter, merges and spans of ``paged_schedule_kernel``; ``careful`` kernels hide keys in every tile."""
     heads, heads_k = q.shape[1], p.k.shape[2]

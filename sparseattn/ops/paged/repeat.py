@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.kernels.launches import Launches, differentiable, recording, repeatable
+from sparseattn.kernels.launches import Kept, Launches, differentiable, recording, repeatable
 from sparseattn.masks import BlockMask
 from sparseattn.ops.arguments import check_apart, starts_with
 from sparseattn.ops.dispatch import implementations, on_its_device, require
@@ -33,7 +33,16 @@ class _Recorded(NamedTuple):
 
     launches: Launches
     dim: int
-    kept: dict[int, Tensor] | None = None
+    kept: Kept | None = None
+
+
+class _Usual(NamedTuple):
+    """A recorded call of queries, keys and values whose LSE nobody wants: sums by stream take it."""
+
+    recorded: _Recorded
+    shape: tuple[int, ...]
+    apart: int
+    sums: dict[int, Tensor]
 
 
 # Recorded calls of all page tables: what a plan costs must not be paid again by the next of the same shapes.
@@ -95,6 +104,7 @@ class RepeatedAttention:
             "softcap": softcap, "positions": positions, "custom_mask": custom_mask, "mask": mask, "impl": impl,
         }  # fmt: skip
         self._known: dict[tuple[Any, ...], _Known | _Recorded] = {}
+        self._usual: dict[tuple[Any, ...], _Usual] = {}
         self._fixed: dict[str, Tensor] | None = None
         self._places: dict[str, int] = {}
         self._form: tuple[Any, ...] = ()
@@ -125,14 +135,8 @@ class RepeatedAttention:
                 q if q_rope is None else (q, q_rope), PagedCache(k, v, *self._table, k_rope, self._layout),
                 (scale, k_scale, v_scale), sinks, out, self._options,
             )  # fmt: skip
-        at_q, at_k, at_v, device = q.data_ptr(), k.data_ptr(), v.data_ptr(), q.device
-        key: tuple[Any, ...] = (
-            q.shape, q.stride(), q.dtype, device, at_q & 15, k.shape, k.stride(), k.dtype, k.device, at_k & 15,
-            v.shape, v.stride(), v.dtype, v.device, at_v & 15, at_k == at_v, scale, k_scale, v_scale,
-        )  # fmt: skip
-        if out is not None or q_rope is not None or sinks is not None:
-            key += tuple(None if t is None else _form(t) for t in (q_rope, k_rope, sinks, out))
-            key += (out is not None and starts_with(out, q, k, v),)
+        device = q.device
+        key = _key(q, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, out)
         try:
             known = self._known.get(key)
         except TypeError:  # something that is no number, as the checks will say
@@ -143,7 +147,10 @@ class RepeatedAttention:
         if out is None:
             out = torch.empty((*q.shape[:2], known.dim), dtype=q.dtype, device=device)
         lse = _sums(q)
-        places = {"q": at_q, "k": at_k, "v": at_v, "out": out.data_ptr(), "lse": lse.data_ptr(), **self._places}
+        places = {
+            "q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), "out": out.data_ptr(), "lse": lse.data_ptr(),
+            **self._places,
+        }  # fmt: skip
         if q_rope is not None and k_rope is not None:
             places["q_rope"], places["k_rope"] = q_rope.data_ptr(), k_rope.data_ptr()
         if sinks is not None:
@@ -151,6 +158,51 @@ class RepeatedAttention:
         if not known.launches.repeat(device, places, known.kept):
             return self._first(key, q, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, given)
         return out, lse
+
+    def again(self, form: tuple[Any, ...], q: Tensor, places: dict[str, int], *others: Tensor) -> Tensor | None:
+        """The output of a call in a form that ``learn`` knows; None where it does not, or where something is unusual.
+
+        Args:
+            form: What the caller calls it: all that launches depend on, which are shapes, strides, dtypes, devices and
+                alignments, and what else it varies.
+            q: Queries.
+            places: Addresses of ``q``, ``k``, ``v`` and what else the call has; without ``v`` it lies as far from
+                ``k`` as it did.
+            others: Tensors of keys and values.
+        """
+        usual = self._usual.get(form)
+        if usual is None or not repeatable(q, *others) or differentiable(q, *others):
+            return None
+        device, stream = q.device, 0
+        if device.type == "cuda":
+            if device.index != torch._C._cuda_getDevice() or torch._C._cuda_isCurrentStreamCapturing():
+                return None
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
+        out = torch.empty(usual.shape, dtype=q.dtype, device=device)
+        lse = usual.sums.get(stream)
+        if lse is None:
+            lse = usual.sums[stream] = _sums(q)
+        if "v" not in places:
+            places["v"] = places["k"] + usual.apart
+        places.update(self._places)
+        places["out"], places["lse"] = out.data_ptr(), lse.data_ptr()
+        return out if usual.recorded.launches.repeat(device, places, usual.recorded.kept) else None
+
+    def learn(
+        self,
+        form: tuple[Any, ...],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_rope: Tensor | None = None,
+        k_rope: Tensor | None = None,
+        scale: float | None = None,
+    ) -> None:
+        """Have ``again`` know by ``form`` the call that was made with these tensors."""
+        known = self._known.get(_key(q, k, v, q_rope, k_rope, (scale, None, None), None, None))
+        if isinstance(known, _Recorded) and known.kept is not None:
+            apart = v.data_ptr() - k.data_ptr()
+            self._usual[form] = _Usual(known, (*q.shape[:2], known.dim), apart, {})
 
     def _unusual(
         self, q: Tensor, k: Tensor, v: Tensor, q_rope: Tensor | None, k_rope: Tensor | None, sinks: Tensor | None
@@ -340,6 +392,28 @@ def _moving(
     """Tensors whose places change from call to call."""
     named = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "q_rope": q_rope, "k_rope": k_rope, "sinks": sinks}
     return {name: t for name, t in named.items() if t is not None}
+
+
+def _key(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_rope: Tensor | None,
+    k_rope: Tensor | None,
+    scales: tuple[float | None, float | None, float | None],
+    sinks: Tensor | None,
+    out: Tensor | None,
+) -> tuple[Any, ...]:
+    """All of a call's tensors and numbers that launches depend on."""
+    at_k, at_v = k.data_ptr(), v.data_ptr()
+    key: tuple[Any, ...] = (
+        q.shape, q.stride(), q.dtype, q.device, q.data_ptr() & 15, k.shape, k.stride(), k.dtype, k.device, at_k & 15,
+        v.shape, v.stride(), v.dtype, v.device, at_v & 15, at_k == at_v, scales,
+    )  # fmt: skip
+    if out is not None or q_rope is not None or sinks is not None:
+        key += tuple(None if t is None else _form(t) for t in (q_rope, k_rope, sinks, out))
+        key += (out is not None and starts_with(out, q, k, v),)
+    return key
 
 
 def _form(t: Tensor) -> tuple[Any, ...]:
