@@ -118,10 +118,10 @@ class RaggedPlan:
         usual = None
         if scales[0] is scales[1] is scales[2] is out is lse is None and not return_lse:
             usual = usual_form(q, k, v)
-            known = self._usual.get(usual) if usual is not None else None
-            o = None if known is None else known.again(usual, q, k, v)
-            if o is not None:
-                return o
+            if usual is not None and usual in self._usual:
+                o = self._usual[usual].again(usual, q, k, v)
+                if o is not None:
+                    return o
         if self.kv_layout == "HND":
             k, v = k.transpose(0, 1), v.transpose(0, 1)
         form = (q.dtype, k.dtype, v.dtype, q.shape, k.shape, v.shape)

@@ -93,15 +93,15 @@ class VariablePlan:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention; results in the layout of q, LSE ``[Hq, Lq]`` or ``[B, S, Hq]`` in base 2."""
         usual = usual_form(q, k, v) if out is lse is None and not return_lse else None
-        known = self._usual.get(usual) if usual is not None else None
-        o = None if known is None or usual is None else known.again(usual, q, k, v)
-        if o is not None:
-            return o
+        if usual is not None and usual in self._usual:
+            o = self._usual[usual].again(usual, q, k, v)
+            if o is not None:
+                return o
         self._check(q, k, v)
         batched = self.batched is not None
         check_output("out", out, (*q.shape[:-1], v.shape[-1]), self.dtype, q)
         check_output("lse", lse, q.shape[:-1], torch.float32, q)
-        tensors = (q, k, v) if batched else tuple(t.transpose(0, 1)[None] for t in (q, k, v))
+        tensors = (q, k, v) if batched else (_batched(q), _batched(k), _batched(v))
         blocks = self._repeated(*tensors)
         if blocks is None:
             o, natural = self._attend(*tensors)
@@ -111,7 +111,7 @@ class VariablePlan:
             result = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
             if out is not None and starts_with(out, q, k, v):
                 result = torch.empty_like(out)
-            view = result if batched else result.transpose(0, 1)[None]
+            view = result if batched else _batched(result)
             _, natural = blocks(*tensors, None, view)
             if usual is not None:
                 blocks.learn(usual, *tensors, view, result, natural)
@@ -165,6 +165,11 @@ class VariablePlan:
         if self.batched is None and self.pattern.lengths is not None and got != self.pattern.lengths:
             expected = f"(Lq, Lk) = {self.pattern.lengths}, what the planned sizes add up to"
             raise argument_error("q and k", expected, got)
+
+
+def _batched(t: Tensor) -> Tensor:
+    """``[H, L, D]`` as ``[1, L, H, D]``."""
+    return t.transpose(0, 1)[None]
 
 
 def make_pattern(
