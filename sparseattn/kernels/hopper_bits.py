@@ -1,8 +1,9 @@
 """Bits inside listed blocks, for the Hopper forward kernel: which of a key tile's keys every row of a row tile sees.
 
-Bits are words int32 [rows of bits, words]: bit j % 32 of word j // 32 says whether the queries of a row, as many for
-each, see key j. Words cover whole key tiles. ``bits`` in the kernels is (pointer to the words, number
-of each row's first key tile [64, 1], list of key blocks).
+Bits are words int32 [row groups, key groups, 16, 4]: bit j % 32 of word j % 128 // 32 of row r % 16 says whether the
+queries of row r, as many for each, see key j; it stands in row group r // 16 and key group j // 128. What a warp wants
+of a tile thus lies together. ``bits`` in the kernels is (pointer to the words, offsets of each row's first [64, 1],
+list of key blocks).
 """
 
 # Layouts are parameters of kernels here, so annotations must stay objects: no ``from __future__ import annotations``.
@@ -19,23 +20,24 @@ def words_layout(words):
 
 
 @gluon.jit
-def bits_of(bits_ptr, stride, list_ptr, row, F: gl.constexpr):
-    """The bits of queries whose rows of bits are ``row`` [64], of ``stride`` words each."""
+def bits_of(bits_ptr, groups, list_ptr, row, F: gl.constexpr):
+    """The bits of queries whose rows of bits are ``row`` [64], of ``groups`` key groups each."""
     LAYOUT: gl.constexpr = gl.SliceLayout(1, words_layout(F.TILE_N // 32))
     row = gl.convert_layout(row, LAYOUT)
-    return bits_ptr, (row * (stride // (F.TILE_N // 32)))[:, None], list_ptr
+    return bits_ptr, (row // 16 * (groups * 16) + row % 16)[:, None] * 4, list_ptr
 
 
 @gluon.jit
 def load_bits(bits, tile, F: gl.constexpr):
     """Words [64, TILE_N / 32] of key tile ``tile`` of the list."""
-    bits_ptr, firsts, list_ptr = bits
+    bits_ptr, offsets, list_ptr = bits
     WORDS: gl.constexpr = F.TILE_N // 32
     PARTS: gl.constexpr = F.BLOCK_KV // F.TILE_N
     LAYOUT: gl.constexpr = gl.SliceLayout(0, words_layout(WORDS))
     block = gl.load(list_ptr + tile // PARTS)
-    tiles = firsts + (block * PARTS + tile % PARTS)
-    return gl.load(bits_ptr + (tiles * WORDS + gl.arange(0, WORDS, LAYOUT)[None, :]))  # 16 bytes at once
+    tile = block * PARTS + tile % PARTS
+    word = offsets + (tile // (4 // WORDS) * 64 + tile % (4 // WORDS) * WORDS)
+    return gl.load(bits_ptr + (word + gl.arange(0, WORDS, LAYOUT)[None, :]))  # 16 bytes at once
 
 
 @gluon.jit

@@ -6,10 +6,7 @@ row tile from the last to the first, so that those which the diagonal cuts come 
 with the products around it: the scores of one tile and the output of the tile before are in flight together.
 """
 
-# Annotations must stay objects for the Gluon front end: no ``from __future__ import annotations``.
-from dataclasses import dataclass, field
-from typing import Any
-
+# Layouts are parameters of kernels here, so annotations must stay objects: no ``from __future__ import annotations``.
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -43,121 +40,16 @@ from sparseattn.kernels.hopper_attention import (
     row_sums,
     thread_sums,
 )
+from sparseattn.kernels.hopper_bits import bits_of, keep_bits, load_bits
 from sparseattn.kernels.hopper_boxes import box_columns, key_boxes, load_key_boxes
+from sparseattn.kernels.hopper_facts import Facts as Facts
 
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
 NUMBERS = [
     "mask_stride_b", "mask_stride_h", "idx_width", "max_q", "max_k", "num_tiles", "q_rows", "k_rows", "v_rows",
     "o_rows", "lse_stride_b", "lse_stride_h", "window_left", "window_right", "lse_split_stride", "o_split_stride",
-    "num_pages",
+    "num_pages", "bit_rows", "bit_groups", "bit_queries",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Facts:
-    """What the kernel is compiled for.
-
-    Attributes:
-        HEADS: Query heads.
-        GROUP: Query heads of a KV head.
-        PACK: Query heads in a row tile; where GROUP is no multiple of them (``PAGE`` only), a group's last tile has
-            fewer, and every share a place.
-        MASK_GROUP: Query heads that share a list.
-        TOKENS: Query tokens of a row tile.
-        BLOCK_Q: Rows of a mask block.
-        BLOCK_KV: Columns of a mask block.
-        BLOCK_D: Head dimension of q and k, padded to a power of two.
-        DV: Head dimension of v.
-        BLOCK_DV: The same, padded.
-        CONSUMERS: Warpgroups that compute, 64 rows each.
-        TILE_N: Keys of a key tile.
-        K_STAGES: Key tiles in flight.
-        V_STAGES: Value tiles in flight.
-        Q_REGISTERS: Consumers hold their queries in registers, which frees the memory for the next tile's.
-        O_IN_Q: Outputs leave through the queries' memory.
-        MASKED: Key tiles come from block lists.
-        CAUSAL: Bottom-right aligned.
-        WINDOW: Either side is bounded.
-        SOFTCAP: Scores are capped.
-        SINKS: Heads have a sink logit.
-        SPLIT: Each tile is a share of a row's keys and leaves unnormalised sums.
-        RAGGED_Q: Sequences have query spans of their own.
-        RAGGED_K: Likewise, key spans.
-        PAGE: Tokens of a page, a multiple of 8; 0: keys lie in rows of their own. Spans of keys then are where a
-            sequence's page numbers begin and, from there, its length; the schedule counts the tiles.
-        SCALED: Scores and outputs have a factor for each KV head.
-        VARIABLE: Row tiles and key tiles begin and end anywhere, as ``piece_walks_kernel`` says.
-        PAGED: Keys lie in pages.
-        BOXED: The rows of a key tile come from ``key_boxes``.
-        GATHER: A key tile holds several mask blocks.
-        BOX: Keys that are loaded together.
-        LOADER: Registers of the producer's threads.
-        CHUNKS: Tiles into which a group's heads are cut.
-        SLOTS: Tokens of a row tile in one consumer.
-    """
-
-    HEADS: int
-    GROUP: int
-    PACK: int
-    MASK_GROUP: int
-    TOKENS: int
-    BLOCK_Q: int
-    BLOCK_KV: int
-    BLOCK_D: int
-    DV: int
-    BLOCK_DV: int
-    CONSUMERS: int
-    TILE_N: int
-    K_STAGES: int
-    V_STAGES: int
-    Q_REGISTERS: bool
-    O_IN_Q: bool
-    MASKED: bool = False
-    CAUSAL: bool = False
-    WINDOW: bool = False
-    SOFTCAP: bool = False
-    SINKS: bool = False
-    SPLIT: bool = False
-    RAGGED_Q: bool = False
-    RAGGED_K: bool = False
-    PAGE: int = 0
-    SCALED: bool = False
-    VARIABLE: bool = False
-
-    PAGED: Any = field(init=False, default=False)
-    BOXED: Any = field(init=False, default=False)
-    GATHER: Any = field(init=False, default=False)
-    BOX: Any = field(init=False, default=0)
-    LOADER: Any = field(init=False, default=24)
-    CHUNKS: Any = field(init=False, default=0)
-    SLOTS: Any = field(init=False, default=0)
-
-    def __post_init__(self) -> None:
-        gather = self.MASKED and self.BLOCK_KV < self.TILE_N
-        box = self.BLOCK_KV if gather else self.TILE_N
-        if self.PAGE:
-            parts = (self.PAGE, self.BLOCK_KV) if self.MASKED else (self.PAGE,)
-            box = min(self.TILE_N, *(n & -n for n in parts))
-        facts = vars(self) | {"PAGED": self.PAGE > 0, "GATHER": gather, "BOX": box, "SLOTS": 64 // self.PACK}
-        boxed = self.PAGE > 0 or self.VARIABLE
-        facts |= {"BOXED": boxed, "LOADER": 40 if boxed else 24, "CHUNKS": -(-self.GROUP // self.PACK)}
-        # Attributes of a compile-time argument must be compile-time values themselves.
-        for name, value in facts.items():
-            object.__setattr__(self, name, gl.constexpr(value))
-
-    def boxes(self) -> tuple[tuple[int, int, int], ...]:
-        """(heads, rows, columns) of the tensor-map tiles of q, k, v and o."""
-        slots, pack, tile_n, box, d, dv = (
-            getattr(self, n).value for n in ("SLOTS", "PACK", "TILE_N", "BOX", "BLOCK_D", "BLOCK_DV")
-        )
-        keys = ((1, box, 64),) * 2 if box < tile_n else ((1, tile_n, d), (1, tile_n, dv))
-        return (pack, slots, d), *keys, (pack, slots, dv)
-
-    def __eq__(self, other: object) -> bool:
-        return repr(self) == repr(other)
-
-    def __hash__(self) -> int:
-        return hash(repr(self))
 
 
 @gluon.jit
@@ -360,16 +252,26 @@ def weigh(p, values, stage, phase, acc):
 
 
 @gluon.jit
-def attend(acc, p, m_i, l_i, q, keys, values, ks, kp, vs, vp, zeros, qk_scale, softcap, F: gl.constexpr):
-    """Fold in a key tile that every row sees whole, its softmax under the previous tile's product with the values."""
+def attend(acc, p, m_i, l_i, q, keys, values, bits, tile, ks, kp, vs, vp, zeros, qk_scale, softcap, F: gl.constexpr):
+    """Fold in a key tile that every row sees whole, its softmax under the previous tile's product with the values.
+
+    Whole but for bits, those of key tile ``tile`` of the list.
+    """
     s = score(q, keys, ks, kp, zeros)
     acc = weigh(p, values, vs, vp, acc)
+    if F.BITS:
+        words = load_bits(bits, tile, F)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(keys[2].index(ks), count=1)
     ks, kp = next_stage(ks, kp, F.K_STAGES)
     if F.SOFTCAP:
         s = cap_scores(s, qk_scale, softcap)
-    probabilities, alpha, m_i, l_i = next_softmax(s, m_i, l_i, qk_scale, False)
+    if F.BITS:
+        s = keep_bits(s, words, F)
+    probabilities, alpha, m_i, l_i = next_softmax(s, m_i, l_i, qk_scale, F.BITS)
+    if F.CONSUMERS == 1:
+        # Over since before the product; but the compiler moves no softmax past this, and would past the wait for it.
+        mbarrier.wait(values[1].index(vs), vp)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     mbarrier.arrive(values[2].index(vs), count=1)
     vs, vp = next_stage(vs, vp, F.V_STAGES)
@@ -380,11 +282,13 @@ def attend(acc, p, m_i, l_i, q, keys, values, ks, kp, vs, vp, zeros, qk_scale, s
 
 @gluon.jit
 def cut_tile(
-    acc, m_i, l_i, q, keys, cols_s, ks, kp, zeros, tokens, offset, k_len, window, qk_scale, softcap, P: gl.constexpr,
-    F: gl.constexpr,
+    acc, m_i, l_i, q, keys, cols_s, bits, tile, ks, kp, zeros, tokens, offset, k_len, window, qk_scale, softcap,
+    P: gl.constexpr, F: gl.constexpr,
 ):  # fmt: skip
     """Probabilities of a key tile that some row does not see whole; ``acc`` comes back shrunk to the new maximum."""
     s = score(q, keys, ks, kp, zeros)
+    if F.BITS:
+        words = load_bits(bits, tile, F)
     s = warpgroup_mma_wait(0, deps=(s,))
     cols = cols_s.index(ks).load(gl.SliceLayout(0, s.type.layout))
     mbarrier.arrive(keys[2].index(ks), count=1)
@@ -392,6 +296,8 @@ def cut_tile(
     if F.SOFTCAP:
         s = cap_scores(s, qk_scale, softcap)
     s = hide(s, tokens, cols, offset, k_len, window[0], window[1], F.CAUSAL, F.WINDOW)
+    if F.BITS:
+        s = keep_bits(s, words, F)
     probabilities, alpha, m_i, l_i = next_softmax(s, m_i, l_i, qk_scale, True)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
     p = gl.convert_layout(probabilities.to(keys[0].dtype), P)
@@ -400,13 +306,14 @@ def cut_tile(
 
 @gluon.jit
 def attend_cut(
-    acc, m_i, l_i, q, keys, values, cols_s, ks, kp, vs, vp, zeros, tokens, offset, k_len, window, qk_scale, softcap,
-    P: gl.constexpr, F: gl.constexpr,
+    acc, m_i, l_i, q, keys, values, cols_s, bits, tile, ks, kp, vs, vp, zeros, tokens, offset, k_len, window, qk_scale,
+    softcap, P: gl.constexpr, F: gl.constexpr,
 ):  # fmt: skip
     """Fold in a key tile that some row does not see whole; nothing overlaps, as these are few."""
     acc, p, m_i, l_i, ks, kp = cut_tile(
-        acc, m_i, l_i, q, keys, cols_s, ks, kp, zeros, tokens, offset, k_len, window, qk_scale, softcap, P, F
-    )
+        acc, m_i, l_i, q, keys, cols_s, bits, tile, ks, kp, zeros, tokens, offset, k_len, window, qk_scale, softcap, P,
+        F,
+    )  # fmt: skip
     acc = weigh(p, values, vs, vp, acc)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     mbarrier.arrive(values[2].index(vs), count=1)
@@ -432,7 +339,7 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
     (
         o_desc, queries, keys, values, info, cols_s, o_s, o_ptr, lse_ptr, sinks_ptr, record_ptr, spans, max_q, max_k,
         o_rows, lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window, scale, softcap, sums_ptr,
-        scales_ptr, lists,
+        scales_ptr, lists, listed,
     ) = call  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.TILE_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_DV, 16])
@@ -473,19 +380,27 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
             q = q_s.index(CID)
         m_i = gl.full([64], float("-inf"), gl.float32, ROWS)
         l_i = thread_sums(zeros)
+        bits = 0
+        if F.BITS:
+            index_ptr, idx_width, bits_ptr, bit_rows, bit_groups, bit_queries = listed
+            bit_row = (b * lists[1] + head_q // F.MASK_GROUP * lists[2]) // gl.maximum(lists[2], 1) * bit_rows
+            bit_row += gl.minimum(tokens, q_len - 1) // bit_queries
+            bits = bits_of(bits_ptr, bit_groups, index_ptr + list_row * idx_width, bit_row, F)
+        top = first + gl.maximum(count, 1) - 1  # the last key tile
         late = gl.maximum(late, 1)
         for i in range(1, late):
             acc, m_i, l_i, ks, kp, vs, vp = attend_cut(
-                acc, m_i, l_i, q, keys, values, cols_s, ks, kp, vs, vp, zeros, tokens, offset, k_len, window, qk_scale,
-                softcap, P_LAYOUT, F,
+                acc, m_i, l_i, q, keys, values, cols_s, bits, top + 1 - i, ks, kp, vs, vp, zeros, tokens, offset, k_len,
+                window, qk_scale, softcap, P_LAYOUT, F,
             )  # fmt: skip
         acc, p, m_i, l_i, ks, kp = cut_tile(
-            acc, m_i, l_i, q, keys, cols_s, ks, kp, zeros, tokens, offset, k_len, window, qk_scale, softcap, P_LAYOUT, F
-        )
+            acc, m_i, l_i, q, keys, cols_s, bits, top + 1 - late, ks, kp, zeros, tokens, offset, k_len, window,
+            qk_scale, softcap, P_LAYOUT, F,
+        )  # fmt: skip
         whole = gl.maximum(count - early, late)
         for i in range(late, whole):
             acc, p, m_i, l_i, ks, kp, vs, vp = attend(
-                acc, p, m_i, l_i, q, keys, values, ks, kp, vs, vp, zeros, qk_scale, softcap, F
+                acc, p, m_i, l_i, q, keys, values, bits, top - i, ks, kp, vs, vp, zeros, qk_scale, softcap, F
             )
         acc = weigh(p, values, vs, vp, acc)
         if F.WINDOW:
@@ -494,8 +409,8 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
             vs, vp = next_stage(vs, vp, F.V_STAGES)
             for i in range(whole, count):
                 acc, m_i, l_i, ks, kp, vs, vp = attend_cut(
-                    acc, m_i, l_i, q, keys, values, cols_s, ks, kp, vs, vp, zeros, tokens, offset, k_len, window,
-                    qk_scale, softcap, P_LAYOUT, F,
+                    acc, m_i, l_i, q, keys, values, cols_s, bits, top - i, ks, kp, vs, vp, zeros, tokens, offset, k_len,
+                    window, qk_scale, softcap, P_LAYOUT, F,
                 )  # fmt: skip
         if not F.Q_REGISTERS and not F.O_IN_Q:
             mbarrier.arrive(q_empty.index(CID), count=1)
@@ -550,6 +465,7 @@ def forward_kernel(
     lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window_left, window_right, qk_scale, softcap,
     F: gl.constexpr, REGISTERS: gl.constexpr,
     table_ptr=None, held_ptr=None, num_pages=None, sums_ptr=None, scales_ptr=None,
+    bits_ptr=None, bit_rows=None, bit_groups=None, bit_queries=None,
 ):  # fmt: skip
     """One program a multiprocessor (or half of one): row tiles as the schedule hands them out, until none is left.
 
@@ -561,7 +477,8 @@ def forward_kernel(
     that is not negative is a place for sums in ``o_ptr``, float32 [places, o_split_stride], and ``sums_ptr``, float32
     [places, 2, lse_split_stride]: the rows of the tile, token by token. ``SCALED``: ``scales_ptr``, float32 [2, KV
     heads], has factors for scores and outputs. ``VARIABLE``: ``count_ptr`` has walks, ``index_ptr`` the tiles of a
-    ``Tiling``, of which ``idx_width`` are in a list.
+    ``Tiling``, of which ``idx_width`` are in a list. ``BITS``: ``bits_ptr`` has words of bits, a row for
+    ``bit_queries`` queries, ``bit_rows`` rows a list in groups of 16, ``bit_groups`` groups of 128 keys a row.
     """
     dtype: gl.constexpr = q_desc.dtype
     layout: gl.constexpr = tile_layout(2)
@@ -582,6 +499,7 @@ def forward_kernel(
         o_desc, queries, keys, values, info, cols_s, o_s, o_ptr, lse_ptr, sinks_ptr, record_ptr, spans, max_q, max_k,
         o_rows, lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window, qk_scale, softcap, sums_ptr,
         scales_ptr, (count_ptr, mask_stride_b, mask_stride_h),
+        (index_ptr, idx_width, bits_ptr, bit_rows, bit_groups, bit_queries),
     )  # fmt: skip
     loads = (
         q_desc, k_desc, v_desc, queries, keys, values, info, cols_s, record_ptr, counter_ptr, count_ptr, index_ptr,

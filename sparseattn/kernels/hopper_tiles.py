@@ -103,6 +103,7 @@ def offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
     floats = {"lse_ptr", "sinks_ptr", "sums_ptr", "scales_ptr"}
     given = {"table_ptr", "held_ptr", "num_pages", "sums_ptr"} if f.PAGED else set()
     given |= {"scales_ptr"} if f.SCALED else set()
+    given |= {"bits_ptr", "bit_rows", "bit_groups", "bit_queries"} if f.BITS else set()
     signature: dict[str, Any] = {}
     constexprs: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}

@@ -40,6 +40,7 @@ MODULES = (
     "sparseattn.ops.paged.triton",
     "sparseattn.ops.paged.gluon",
     "sparseattn.ops.bsr.triton",
+    "sparseattn.ops.bsr.gluon_bits",
 )
 TARGETS = (80, 90, 100)
 

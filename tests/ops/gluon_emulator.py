@@ -626,9 +626,18 @@ def _math(name: str) -> Callable[[Any], Any]:
     return lambda x: getattr(torch, name)(x) if isinstance(x, Tensor) else getattr(torch, name)(torch.tensor(x)).item()
 
 
-def _assembly(code: str, *_: Any, **__: Any) -> Any:
+def _signed_byte(x: Tensor, words: Tensor, selector: Tensor) -> Tensor:
+    """``x`` where the byte that the selector names four times, for its sign, is negative; -inf elsewhere."""
+    byte = selector & 7
+    assert torch.equal(selector, 0x8888 + 0x1111 * byte)
+    return torch.where((words >> (8 * byte + 7)) & 1 == 1, x, -math.inf)
+
+
+def _assembly(code: str, constraints: str, arguments: Sequence[Any], **_: Any) -> Any:
     if code.strip() == "mov.u32 $0, 0;":
         return Int(0)
+    if code.startswith("{ .reg .b32 t; prmt.b32 t, $2, 0, $3; lop3.b32 $0, $1, 0xff800000, t, 0xe4; }"):
+        return elementwise(_signed_byte)(*arguments)
     raise EmulationError(f"the emulator does not know this assembly: {code}")
 
 

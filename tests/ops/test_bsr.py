@@ -313,7 +313,7 @@ BAD = [
      ValueError, "gathered: expected N a multiple of C = 5"),
     ({"out": torch.empty(10, 4, 16).half()}, TypeError, "out: expected torch.float32 like q"),
     ({"out": torch.empty(10, 4, 8)}, ValueError, "out: expected shape (10, 4, 16)"),
-    ({"impl": "gluon"}, ValueError, "It takes blocks of multiples of 64"),
+    ({"impl": "gluon"}, ValueError, "impl: expected an implementation that can run this call"),
     ({"impl": "fa3"}, ValueError, "impl: expected one of"),
     ({"indices": dense((10, 12), (2, 3))[1] + 1, "validate": True}, ValueError, "indices: expected column blocks"),
     ({"indices": dense((10, 12), (2, 3))[1] // 2, "validate": True}, ValueError, "indices: expected no block twice"),
@@ -366,7 +366,8 @@ def test_repeated(name: str, impl: str, device: str):
     repeated = RepeatedRows(rows, impl=impl, **problem.kwargs)
     tensors = [t.nan_to_num(0) if t.element_size() > 1 else t for t in (problem.q, problem.k, problem.v)]
     for step in range(3):
-        q, k, v = (t.roll(step, -3).contiguous() for t in tensors)
+        # CUDA rolls no float8.
+        q, k, v = (t.view(torch.uint8).roll(step, -3).view(t.dtype) for t in tensors)
         if step == 2:
             q = q.transpose(-3, -2).contiguous().transpose(-3, -2)
         out = torch.empty_like(q) if step == 2 else None

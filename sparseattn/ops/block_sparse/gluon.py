@@ -112,11 +112,17 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, g: Geometry) -> str | None:
     return None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry) -> tuple[Tensor, Tensor]:
-    """Outputs and LSE; see ``reference.forward``, which this matches."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry, bits: tuple[Tensor, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Outputs and LSE; see ``reference.forward``, which this matches.
+
+    ``bits`` are words int32 [B|1, H, row groups, key groups, 16, 4] of as many lists as ``g`` has, and how many queries
+    share a row of bits: those keys of the listed blocks are seen whose bits are set (see ``hopper_bits``).
+    """
     o = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
     lse = torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32, device=q.device)
-    forward_into(q, k, v, o, lse, sinks, g)
+    forward_into(q, k, v, o, lse, sinks, g, bits)
     return o, lse
 
 
@@ -126,7 +132,8 @@ def writable(o: Tensor) -> bool:
 
 
 def forward_into(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks: Tensor | None, g: Geometry
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sinks: Tensor | None, g: Geometry,
+    bits: tuple[Tensor, int] | None = None,
 ) -> None:  # fmt: skip
     """``forward`` into ``o``, which a tensor map must be able to describe, and a contiguous ``lse``."""
     heads, dim_v = q.shape[-2], v.shape[-1]
@@ -136,12 +143,12 @@ def forward_into(
         return
     cut = plan(q, k, v, g, processors_of(q.device))
     if cut.splits == 1 and not g.extra_keys:
-        _attend_blocks(q, k, v, o, o, lse, lse, sinks, g, cut)
+        _attend_blocks(q, k, v, o, o, lse, lse, sinks, g, cut, bits)
         return
     # Zero sums are what a row outside every sequence contributes to ``combine_kernel``; ``finish`` never asks for it.
     o_part = scratch((cut.splits, *o.shape), torch.float32, q.device, zeros=not g.extra_keys)
     lse_part = scratch((cut.splits, 2, *lse.shape), torch.float32, q.device, zeros=not g.extra_keys)
-    _attend_blocks(q, k, v, o, o_part, lse, lse_part, None, g, cut)
+    _attend_blocks(q, k, v, o, o_part, lse, lse_part, None, g, cut, bits)
     if g.extra_keys:
         finish(q, k, v, o_part, lse_part, o, lse, sinks, prepare_extra(k, v, g, lse), g)
     else:
@@ -155,7 +162,7 @@ def forward_into(
 
 def _attend_blocks(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, o_out: Tensor, lse: Tensor, lse_out: Tensor, sinks: Tensor | None,
-    g: Geometry, cut: Plan,
+    g: Geometry, cut: Plan, bits: tuple[Tensor, int] | None,
 ) -> None:  # fmt: skip
     """Run the Hopper kernel; results go to ``o_out`` and ``lse_out``: ``o`` and ``lse``, or the sums of each share."""
     heads, heads_k, dim_v = q.shape[-2], k.shape[-2], v.shape[-1]
@@ -185,8 +192,13 @@ def _attend_blocks(
         heads, heads // heads_k, pack, mask_group, tokens, *block, block_d, dim_v, block_dv, tiles.consumers,
         tiles.tile_n, tiles.k_stages, tiles.v_stages, tiles.q_registers, tiles.o_in_q, masked, g.causal,
         g.window_left >= 0 or g.window_right >= 0, g.softcap > 0, sinks is not None, partial, *ragged,
-        VARIABLE=walks is not None,
+        VARIABLE=walks is not None, BITS=bits is not None,
     )  # fmt: skip
+    given: dict[str, Any] = {}
+    if bits is not None:
+        words, queries = bits
+        rows, groups = words.shape[2:4]
+        given = {"bits_ptr": words, "bit_rows": 16 * rows, "bit_groups": groups, "bit_queries": queries}
     descriptors = (row_tiles(t, *box) for t, box in zip((q, k, v, o), facts.boxes(), strict=True))
     launch(
         forward_kernel, (programs,),
@@ -194,7 +206,7 @@ def _attend_blocks(
         counts, indices, *spans, *strides, g.max_q, g.max_k, records.shape[0],
         batch_rows(q), batch_rows(k), batch_rows(v), batch_rows(o), *g.lse_strides(q),
         lse.numel(), o.numel(), *window, g.scale * math.log2(math.e), g.softcap,
-        facts, REGISTERS=consumer_registers(facts),
+        facts, REGISTERS=consumer_registers(facts), **given,
         num_warps=4, maxnreg=128 if tiles.programs == 2 else None, **LAUNCH,
     )  # fmt: skip
 
@@ -210,6 +222,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
         ("packed-128x128", (128, 128), plain | {"PACK": 4}),
         ("rows-64-128x128", (128, 128), plain | {"consumers": 1, "BLOCK_Q": 64, "BLOCK_KV": 64}),
         ("gather-128x128", (128, 128), plain | {"BLOCK_KV": 32, "PACK": 4}),
+        ("bits-128x128", (128, 128), {"MASKED": True, "BITS": True, "PACK": 4}),
         ("split-128x128", (128, 128), dense | {"SPLIT": True}),
         ("variable-128x128", (128, 128), plain | {"VARIABLE": True, "PACK": 4}),
         ("plain-64x64", (64, 64), plain),

@@ -24,6 +24,8 @@ _IMPLEMENTATIONS = ("auto", "gluon", "triton", "reference")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _BLOCKS = "blocks of multiples of 64 up to 256, without block_mask, positions, scales or gathered"
+# Queries of a block times heads of a group, from which on Hopper's kernels take small blocks.
+_LEAST_ROWS = 32
 
 
 def bsr_attention(
@@ -58,8 +60,11 @@ def bsr_attention(
 
     Blocks of multiples of 64 up to 256 run on the kernels of ``block_sparse_attention``, unless they need
     ``block_mask``, ``positions``, scales or ``gathered``: such calls are differentiable, and patterns become lists as
-    wide as the longest row may be, min(NB, nnz). Every other call gathers its blocks, R and C from 1 up, needs no
-    memory besides, and refuses tensors that require a gradient.
+    wide as the longest row may be, min(NB, nnz). Every other call refuses tensors that require a gradient. It gathers
+    its blocks, R and C from 1 up, and needs no memory besides; but Hopper's kernels take multiples of 16 like those of
+    64, and dense patterns of smaller blocks as bits, one for each row of blocks and key, which is less than
+    ``indices`` hold. Values of listed keys must be finite there: one that is not may reach queries beside those that
+    list its key.
 
     Args:
         q: Queries ``[M, Hq, D]``, or ``[B, M, Hq, D]``; bfloat16, float16, float32 or (reference) float64, any
@@ -91,8 +96,8 @@ def bsr_attention(
         out: Where to write: q's shape with the values' head dimension, q's dtype, any strides; not where q,
             k or v lie.
         return_lse: Also return the LSE.
-        impl: "auto" (Triton on CUDA, reference elsewhere), "triton" or "reference"; "gluon" where
-            ``block_sparse_attention`` takes the call.
+        impl: "auto" (Gluon on Hopper where it takes the call, else Triton on CUDA, reference elsewhere), "gluon",
+            "triton" or "reference".
 
     Returns:
         ``o`` like q with v's head dimension, in q's dtype (``out``, if given); with ``return_lse`` also the natural-log
@@ -142,6 +147,8 @@ def attend_rows(
     call = make_call(q, k, v, rows, impl, Options(**options))
     out = check_output(out, q, v.shape[-1])
     if call.geometry is not None:
+        if rows.small:
+            _refuse_gradients(q, k, v, options.get("sinks"))
         both = attend_lists(q, k, v, call.geometry, rows, options.get("sinks"), out, impl)
         return both if return_lse else both[0]
     assert call.problem is not None
@@ -239,9 +246,12 @@ def make_call(q: Tensor, k: Tensor, v: Tensor, rows: BlockRows, impl: str, given
             q, k, v, rows.lists, given.causal, given.scale, given.window, given.softcap, given.sinks, impl,
             resolve_sequences(q, k),
         )  # fmt: skip
-        return Call(None, g)
-    if impl == "gluon":
-        raise argument_error("impl", "an implementation that can run this call", "'gluon'", f"It takes {_BLOCKS}.")
+        # Small blocks have lists for Hopper's kernels, which fill 64 rows of a tile with queries and heads.
+        if not rows.small or (
+            impl in ("auto", "gluon") and rows.block_size[0] * (heads // heads_k) >= _LEAST_ROWS
+            and block_sparse_library.resolve_call(q, k, v, g, "gluon")[1] is None
+        ):  # fmt: skip
+            return Call(None, g)
     if given.sinks is not None:
         check_sinks(given.sinks, heads, q)
     left, right = check_window(given.window)
@@ -270,6 +280,7 @@ def make_call(q: Tensor, k: Tensor, v: Tensor, rows: BlockRows, impl: str, given
         0.0 if rope is None else float(rope.theta),
         1.0 if rope is None else float(rope.scale),
         v_factor,
+        *(rows.bits or (None,) * 4),
     )
     return Call(problem, None)
 

@@ -35,6 +35,11 @@ class BSRProblem(NamedTuple):
         rope_theta: 0 means no RoPE.
         rope_scale: Positions are divided by it.
         v_factor: v_scale as a number.
+        words: int32 [B|1, H, groups of rows, W, 16, 4], the same pattern as bits (see ``RowBits``), where it is worth
+            it, or None.
+        counts: int32 [B|1, H, T], likewise.
+        tiles: int32 [B|1, H, T, W], likewise.
+        keys: bool [B|1, H, N], likewise.
     """
 
     k: Tensor
@@ -59,6 +64,10 @@ class BSRProblem(NamedTuple):
     rope_theta: float
     rope_scale: float
     v_factor: float
+    words: Tensor | None = None
+    counts: Tensor | None = None
+    tiles: Tensor | None = None
+    keys: Tensor | None = None
 
     @property
     def csr(self) -> bool:
@@ -81,5 +90,5 @@ SCHEMA = (
     "Tensor k, Tensor v, Tensor bounds, Tensor indices, Tensor? mask, Tensor? mask_offsets, Tensor? sinks, "
     "Tensor? slopes, Tensor? k_scale, Tensor? v_scale, SymInt rows, SymInt columns, str layout, bool gathered, "
     "bool causal, SymInt window_left, SymInt window_right, float scale, float softcap, float rope_theta, "
-    "float rope_scale, float v_factor"
+    "float rope_scale, float v_factor, Tensor? words, Tensor? counts, Tensor? tiles, Tensor? keys"
 )

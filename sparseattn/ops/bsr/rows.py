@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
+from sparseattn.ops.dispatch import triton_missing
 from sparseattn.ops.paged.options import CustomMask
 
-# Blocks from which on the tiles of block-sparse attention, which are no larger than a block, are worth having; and the
-# largest lists that it is given (they are as wide as the longest row may be), in entries.
+if TYPE_CHECKING:
+    from sparseattn.ops.bsr.gluon_bits import RowBits
+
+# Blocks from which on the tiles of block-sparse attention, which are no larger than a block, are worth having; those of
+# Hopper's kernels, which gather several blocks; and the largest lists that it is given (they are as wide as the longest
+# row may be), in entries.
 _LEAST_BLOCK = 64
+_LEAST_HOPPER_BLOCK = 16
 _MOST_BLOCK = 256
 _MOST_ENTRIES = 1 << 26
+# Bits of Hopper's kernels: the share of the blocks that must be listed, for each query of a block and at most, because
+# more queries make better use of a gathered key; the fewest queries; the most words.
+_BITS_DENSITY = 0.04
+_BITS_MOST_DENSITY = 0.6
+_BITS_QUERIES = 1024
+_BITS_WORDS = 1 << 31
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,6 +44,7 @@ class BlockRows:
         mask_offsets: int64 [MB + 1], bytes at which a row's packed bits begin, or None.
         layout: Of ``mask``, as in ``BSRProblem``.
         lists: The same pattern for block-sparse attention, whose kernels are the faster ones, where it takes it.
+        bits: The same pattern as bits, where there are kernels for them and it is dense enough.
     """
 
     bounds: Tensor
@@ -41,6 +55,12 @@ class BlockRows:
     mask_offsets: Tensor | None
     layout: str
     lists: BlockMask | None
+    bits: RowBits | None = None
+
+    @property
+    def small(self) -> bool:
+        """Whether blocks are smaller than block-sparse attention has kernels for on any GPU."""
+        return any(size % _LEAST_BLOCK or size > _MOST_BLOCK for size in self.block_size)
 
     @property
     def batch(self) -> int:
@@ -127,7 +147,8 @@ def make_rows(
     if validate:
         rows.validate()
     blocks = _block_mask(rows, ascending) if lists and mask is None else None
-    return BlockRows(bounds, indices, block_size, (m, n), mask, offsets, layout, blocks)
+    bits = _bits(rows) if lists and mask is None and blocks is None else None
+    return BlockRows(bounds, indices, block_size, (m, n), mask, offsets, layout, blocks, bits)
 
 
 def _pair(name: str, value: object, least: int) -> tuple[int, int]:
@@ -196,8 +217,10 @@ def _check_mask(
 
 def _block_mask(rows: BlockRows, ascending: bool) -> BlockMask | None:
     """The rows as ascending lists, if block-sparse attention takes such blocks; numbers of no block are dropped."""
-    if any(size % _LEAST_BLOCK or size > _MOST_BLOCK for size in rows.block_size):
-        return None
+    if rows.small:
+        least, most = min(rows.block_size), max(rows.block_size)
+        if any(size % _LEAST_HOPPER_BLOCK for size in (least, most)) or most > _MOST_BLOCK or not _hopper(rows.device):
+            return None
     nb, bounds, nnz = -(-rows.seq_lens[1] // rows.block_size[1]), rows.bounds, rows.indices.shape[-1]
     csr = rows.indices.dim() == 1
     width = min(nb, nnz)
@@ -217,3 +240,24 @@ def _block_mask(rows: BlockRows, ascending: bool) -> BlockMask | None:
     listed &= indices == indices.clamp(0, nb - 1)
     indices = torch.where(listed, indices, nb).sort(-1).values[..., :width]
     return BlockMask(listed.sum(-1, dtype=torch.int32), indices, rows.block_size, rows.seq_lens)
+
+
+def _bits(rows: BlockRows) -> RowBits | None:
+    """The rows as bits, if that is worth it; by shapes alone."""
+    (r, columns), (m, n) = rows.block_size, rows.seq_lens
+    if rows.indices.dim() != 1 or m < _BITS_QUERIES or n == 0 or not _hopper(rows.device):
+        return None
+    lists = rows.bounds.shape[0] * rows.bounds.shape[1] * -(-m // r)
+    dense = rows.indices.shape[0] >= min(_BITS_DENSITY * r, _BITS_MOST_DENSITY) * lists * -(-n // columns)
+    if not dense or lists * (n + 127) // 32 >= _BITS_WORDS:
+        return None
+    from sparseattn.ops.bsr.gluon_bits import row_bits
+
+    return row_bits(rows.bounds, rows.indices, rows.block_size, rows.seq_lens)
+
+
+def _hopper(device: torch.device) -> bool:
+    """Whether Hopper's kernels may run calls on a device. Traced calls do without: they launch no kernel here."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0) and triton_missing() is None

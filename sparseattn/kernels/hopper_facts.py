@@ -1,0 +1,116 @@
+"""What the Hopper forward kernel is compiled for."""
+
+# Attributes are compile-time values of the Gluon front end: no ``from __future__ import annotations``.
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton.experimental.gluon.language as gl
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What the kernel is compiled for.
+
+    Attributes:
+        HEADS: Query heads.
+        GROUP: Query heads of a KV head.
+        PACK: Query heads in a row tile; where GROUP is no multiple of them (``PAGE`` only), a group's last tile has
+            fewer, and every share a place.
+        MASK_GROUP: Query heads that share a list.
+        TOKENS: Query tokens of a row tile.
+        BLOCK_Q: Rows of a mask block.
+        BLOCK_KV: Columns of a mask block.
+        BLOCK_D: Head dimension of q and k, padded to a power of two.
+        DV: Head dimension of v.
+        BLOCK_DV: The same, padded.
+        CONSUMERS: Warpgroups that compute, 64 rows each.
+        TILE_N: Keys of a key tile.
+        K_STAGES: Key tiles in flight.
+        V_STAGES: Value tiles in flight.
+        Q_REGISTERS: Consumers hold their queries in registers, which frees the memory for the next tile's.
+        O_IN_Q: Outputs leave through the queries' memory.
+        MASKED: Key tiles come from block lists.
+        CAUSAL: Bottom-right aligned.
+        WINDOW: Either side is bounded.
+        SOFTCAP: Scores are capped.
+        SINKS: Heads have a sink logit.
+        SPLIT: Each tile is a share of a row's keys and leaves unnormalised sums.
+        RAGGED_Q: Sequences have query spans of their own.
+        RAGGED_K: Likewise, key spans.
+        PAGE: Tokens of a page, a multiple of 8; 0: keys lie in rows of their own. Spans of keys then are where a
+            sequence's page numbers begin and, from there, its length; the schedule counts the tiles.
+        SCALED: Scores and outputs have a factor for each KV head.
+        VARIABLE: Row tiles and key tiles begin and end anywhere, as ``piece_walks_kernel`` says.
+        BITS: Bits say what queries see of listed blocks (see ``hopper_bits``), which are no smaller than a key tile.
+        PAGED: Keys lie in pages.
+        BOXED: The rows of a key tile come from ``key_boxes``.
+        GATHER: A key tile holds several mask blocks.
+        BOX: Keys that are loaded together.
+        LOADER: Registers of the producer's threads.
+        CHUNKS: Tiles into which a group's heads are cut.
+        SLOTS: Tokens of a row tile in one consumer.
+    """
+
+    HEADS: int
+    GROUP: int
+    PACK: int
+    MASK_GROUP: int
+    TOKENS: int
+    BLOCK_Q: int
+    BLOCK_KV: int
+    BLOCK_D: int
+    DV: int
+    BLOCK_DV: int
+    CONSUMERS: int
+    TILE_N: int
+    K_STAGES: int
+    V_STAGES: int
+    Q_REGISTERS: bool
+    O_IN_Q: bool
+    MASKED: bool = False
+    CAUSAL: bool = False
+    WINDOW: bool = False
+    SOFTCAP: bool = False
+    SINKS: bool = False
+    SPLIT: bool = False
+    RAGGED_Q: bool = False
+    RAGGED_K: bool = False
+    PAGE: int = 0
+    SCALED: bool = False
+    VARIABLE: bool = False
+    BITS: bool = False
+
+    PAGED: Any = field(init=False, default=False)
+    BOXED: Any = field(init=False, default=False)
+    GATHER: Any = field(init=False, default=False)
+    BOX: Any = field(init=False, default=0)
+    LOADER: Any = field(init=False, default=24)
+    CHUNKS: Any = field(init=False, default=0)
+    SLOTS: Any = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        gather = self.MASKED and self.BLOCK_KV < self.TILE_N
+        box = self.BLOCK_KV if gather else self.TILE_N
+        if self.PAGE:
+            parts = (self.PAGE, self.BLOCK_KV) if self.MASKED else (self.PAGE,)
+            box = min(self.TILE_N, *(n & -n for n in parts))
+        facts = vars(self) | {"PAGED": self.PAGE > 0, "GATHER": gather, "BOX": box, "SLOTS": 64 // self.PACK}
+        boxed = self.PAGE > 0 or self.VARIABLE
+        facts |= {"BOXED": boxed, "LOADER": 40 if boxed else 24, "CHUNKS": -(-self.GROUP // self.PACK)}
+        # Attributes of a compile-time argument must be compile-time values themselves.
+        for name, value in facts.items():
+            object.__setattr__(self, name, gl.constexpr(value))
+
+    def boxes(self) -> tuple[tuple[int, int, int], ...]:
+        """(heads, rows, columns) of the tensor-map tiles of q, k, v and o."""
+        slots, pack, tile_n, box, d, dv = (
+            getattr(self, n).value for n in ("SLOTS", "PACK", "TILE_N", "BOX", "BLOCK_D", "BLOCK_DV")
+        )
+        keys = ((1, box, 64),) * 2 if box < tile_n else ((1, tile_n, d), (1, tile_n, dv))
+        return (pack, slots, d), *keys, (pack, slots, dv)
+
+    def __eq__(self, other: object) -> bool:
+        return repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
