@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.flashinfer._wrapper import check_fits, fill
+from sparseattn.flashinfer._buffers import check_fits, fill
 from sparseattn.ops.paged import CustomMask, packbits, segment_packbits
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.flashinfer._buffers import check_fits, fill
 from sparseattn.flashinfer._common import FLOAT8, implementation, unsupported
 from sparseattn.flashinfer._masks import MaskBuffers, item_mask, prepare_mask
-from sparseattn.flashinfer._wrapper import Wrapper, check_fits, fill, query_rows
+from sparseattn.flashinfer._wrapper import Wrapper, query_rows
 from sparseattn.ops.paged import CustomMask
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.flashinfer._buffers import TableBuffers, check_fits, fill
 from sparseattn.flashinfer._checks import described
 from sparseattn.flashinfer._common import Options, Table, csr_table, dense_cache, resolve_dtypes
-from sparseattn.flashinfer._wrapper import PagedPlan, TableBuffers, Wrapper, attend, check_fits, fill, query_rows
+from sparseattn.flashinfer._wrapper import PagedPlan, Wrapper, attend, query_rows
 from sparseattn.ops import merge
 
 _Cache = Tensor | tuple[Tensor, Tensor]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.flashinfer._buffers import TableBuffers
 from sparseattn.flashinfer._checks import described
 from sparseattn.flashinfer._common import (
     Options,
@@ -23,7 +24,7 @@ from sparseattn.flashinfer._common import (
 from sparseattn.flashinfer._decode_fronts import cudnn_batch_decode_with_kv_cache as cudnn_batch_decode_with_kv_cache
 from sparseattn.flashinfer._decode_fronts import trtllm_batch_decode_with_kv_cache as trtllm_batch_decode_with_kv_cache
 from sparseattn.flashinfer._decode_fronts import xqa_batch_decode_with_kv_cache as xqa_batch_decode_with_kv_cache
-from sparseattn.flashinfer._wrapper import PagedPlan, TableBuffers, Wrapper, attend
+from sparseattn.flashinfer._wrapper import PagedPlan, Wrapper, attend
 
 _Dtype = torch.dtype | str | None
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.flashinfer._buffers import check_fits, fill
 from sparseattn.flashinfer._common import (
     FLOAT8,
     Table,
@@ -27,14 +28,7 @@ from sparseattn.flashinfer._lengths import lengths_table
 from sparseattn.flashinfer._mla_fronts import (
     trtllm_batch_decode_with_kv_cache_mla as trtllm_batch_decode_with_kv_cache_mla,
 )
-from sparseattn.flashinfer._wrapper import (
-    Wrapper,
-    as_results,
-    check_fits,
-    check_results,
-    fill,
-    query_rows,
-)
+from sparseattn.flashinfer._wrapper import Wrapper, as_results, check_results, query_rows
 from sparseattn.ops.paged import RepeatedAttention
 
 #: DeepSeek's: 128 columns of a head before absorption, and 64 rotary ones.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.flashinfer._buffers import TableBuffers
 from sparseattn.flashinfer._common import (
     Dtypes,
     Options,
@@ -30,7 +31,7 @@ from sparseattn.flashinfer._single_prefill import single_prefill_with_kv_cache a
 from sparseattn.flashinfer._single_prefill import (
     single_prefill_with_kv_cache_return_lse as single_prefill_with_kv_cache_return_lse,
 )
-from sparseattn.flashinfer._wrapper import PagedPlan, TableBuffers
+from sparseattn.flashinfer._wrapper import PagedPlan
 from sparseattn.ops.paged import lengths_from_last_pages
 
 _Dtype = torch.dtype | str | None

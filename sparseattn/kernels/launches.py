@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparseattn.kernels.starts import Again, Map, describer, direct, hooked, start_slowly
+
 # Bytes to which scratch tensors are aligned, as those of PyTorch's allocator are.
 _ALIGNMENT = 512
 # Tensor maps kept of one argument: caches of many layers recur, and so do places that the allocator hands out.
@@ -93,37 +95,6 @@ def of_fixed() -> Iterator[None]:
         _open.fixed = before
 
 
-class _Place:
-    """What a tensor map describes, as far as Triton asks: memory that begins at an address."""
-
-    def __init__(self, address: int) -> None:
-        self._address = address
-
-    def data_ptr(self) -> int:
-        return self._address
-
-
-class _Map(NamedTuple):
-    """An argument that is a tensor map: which argument, of which tensor, how far in, how to make one; those made."""
-
-    at: int
-    name: str
-    offset: int
-    make: Callable[[int], Any]
-    made: dict[int, Any]
-
-
-class _Again(NamedTuple):
-    """A launch to repeat: ``start(*values)`` with addresses at ``slots``, maps, and the stream in its place, if any."""
-
-    start: Any
-    values: list[Any]
-    slots: list[tuple[int, str, int]]
-    maps: list[_Map]
-    stream_at: int
-    once: bool
-
-
 class _Move(NamedTuple):
     """Where the addresses of one moving tensor stand: arguments ``(values, at, offset)``, and maps likewise."""
 
@@ -147,7 +118,7 @@ class Launches:
         self._tensors: list[Tensor] = []  # so that no two scratch tensors lie in the same place while this is recorded
         self._bytes = {"scratch": 0, "zeros": 0, "kept": 0}
         self._parts: dict[str, tuple[str, int]] = {}
-        self._launches: list[_Again] = []
+        self._launches: list[Again] = []
         self._hooked: list[Any] = []
         self._complete = True
         self._lock = threading.Lock()
@@ -201,10 +172,10 @@ class Launches:
                 name, offset = found or ("", base.data_ptr())
                 values[i] = described = copy.copy(value)
                 described.base = None  # the record keeps no tensor of the call alive
-                maps.append(_Map(i, name, offset, _describer(described), {}))
-        again = _Again(compiled[(*grid, 1, 1)[:3]], values, slots, maps, -1, getattr(_open, "fixed", False))
+                maps.append(Map(i, name, offset, describer(described), {}))
+        again = Again(compiled[(*grid, 1, 1)[:3]], values, slots, maps, -1, getattr(_open, "fixed", False))
         self._hooked.append(again)
-        self._launches.append(_direct(compiled, grid, again) or again)
+        self._launches.append(direct(compiled, grid, again) or again)
         return compiled
 
     def _find(self, t: Tensor) -> tuple[str, int] | None:
@@ -256,10 +227,10 @@ class Launches:
             addresses.update(held[1])
         memory = self._memory(device, addresses)
         addresses[""] = 0
-        if _hooks():
+        if hooked():
             for one in self._hooked:
                 if held is None or not one.once:
-                    _start(one, addresses)
+                    start_slowly(one, addresses)
         else:
             with self._lock:  # arguments stay where they are from one call to the next, for most are the same
                 self._place(addresses)
@@ -306,7 +277,7 @@ class Launches:
                 values[at] = described
 
 
-def _moves(launches: list[_Again]) -> list[_Move]:
+def _moves(launches: list[Again]) -> list[_Move]:
     """The slots of launches by the tensor whose address they take."""
     moves: dict[str, _Move] = {}
     for _start, values, slots, maps, _at, _once in launches:
@@ -315,90 +286,6 @@ def _moves(launches: list[_Again]) -> list[_Move]:
         for at, name, offset, make, made in maps:
             moves.setdefault(name, _Move(name, [], [])).maps.append((values, at, offset, make, made))
     return list(moves.values())
-
-
-def _start(again: _Again, addresses: dict[str, int]) -> None:
-    """Make one launch in Triton's own way."""
-    values = again.values.copy()
-    for at, name, offset in again.slots:
-        values[at] = addresses[name] + offset
-    for at, name, offset, make, _made in again.maps:
-        values[at] = make(addresses[name] + offset)
-    again.start(*values)
-
-
-def _describer(described: Any) -> Callable[[int], Any]:
-    """What makes the host's form of a tensor map for an address."""
-
-    def make(address: int) -> Any:
-        one = copy.copy(described)
-        one.base = _Place(address)
-        return one
-
-    return make
-
-
-def _hooks() -> bool:
-    """Whether somebody (a profiler) wants to hear of launches, for which Triton's own way is taken."""
-    runtime = _knobs().runtime
-    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(
-        (before is not None and getattr(before, "calls", True)) or (after is not None and getattr(after, "calls", True))
-    )
-
-
-@functools.cache
-def _knobs() -> Any:
-    from triton import knobs
-
-    return knobs
-
-
-def _direct(compiled: Any, grid: tuple[int, ...], again: _Again) -> _Again | None:
-    """The same launch through the C function beneath Triton's launcher; None where that is not the one known here.
-
-    Triton 3.6 encodes every tensor map at every launch and prepares for hooks that nobody has set: most of a launch's
-    time on the host. Here a map is encoded once for an address.
-    """
-    import triton
-
-    launcher = getattr(compiled, "run", None)
-    if not triton.__version__.startswith("3.6.") or type(launcher).__name__ != "CudaLauncher":
-        return None
-    assert launcher is not None
-    if launcher.global_scratch_size or launcher.profile_scratch_size:
-        return None
-    start, metas = launcher.launch, getattr(compiled.metadata, "tensordesc_meta", None) or []
-    if again.maps:
-        cells = dict(zip(start.__code__.co_freevars, start.__closure__ or (), strict=True))
-        if "launcher" not in cells or len(metas) != len(again.maps) or any(m is None or m["fp4_padded"] for m in metas):
-            return None
-        start = cells["launcher"].cell_contents
-    values: list[Any] = [
-        *(*grid, 1, 1)[:3], 0, compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None,
-        compiled.packed_metadata, None, None, None,
-    ]  # fmt: skip
-    moved, maps, metas = {}, [], list(metas)
-    for i, value in enumerate(again.values):
-        moved[i] = len(values)
-        values.append(value)
-        if any(m.at == i for m in again.maps):
-            values.extend((*value.shape, *value.strides))
-    for m in again.maps:
-        maps.append(m._replace(at=moved[m.at], make=_encoder(again.values[m.at], metas.pop(0)), made={}))
-    return _Again(start, values, [(moved[i], name, offset) for i, name, offset in again.slots], maps, 3, again.once)
-
-
-def _encoder(described: Any, meta: dict[str, Any]) -> Callable[[int], Any]:
-    """What encodes a tensor map for an address."""
-    from triton.backends.nvidia import driver
-    from triton.runtime import driver as runtime
-
-    encode = runtime.active.utils.fill_tma_descriptor
-    kind = driver.TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
-    before = (meta["swizzle"], meta["elem_size"], kind, meta["block_size"])
-    after = (list(described.shape), list(described.strides), int(described.padding == "nan"))
-    return lambda address: encode(address, *before, *after)
 
 
 def _width(t: Tensor) -> int:

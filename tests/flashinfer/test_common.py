@@ -12,7 +12,8 @@ import torch
 from oracle import make_batch, slopes
 
 from sparseattn.flashinfer import _common as common
-from sparseattn.flashinfer._wrapper import PagedPlan, TableBuffers, Wrapper, attend, query_rows
+from sparseattn.flashinfer._buffers import TableBuffers
+from sparseattn.flashinfer._wrapper import PagedPlan, Wrapper, attend, query_rows
 from sparseattn.ops.paged import ALiBi, RoPE
 
 CPU = torch.device("cpu")

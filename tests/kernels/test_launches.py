@@ -148,11 +148,11 @@ def test_what_follows_from_common_tensors_is_computed_once():
 def test_the_function_beneath_the_launcher_is_given_what_the_launcher_gives_it(monkeypatch: pytest.MonkeyPatch):
     """Grid, stream, the compiled function, and every argument, tensor maps followed by their shapes and strides."""
     triton = pytest.importorskip("triton", reason="needs Triton")
-    from sparseattn.kernels import launches
+    from sparseattn.kernels import starts
 
     given: list[tuple[Any, ...]] = []
     monkeypatch.setattr(triton, "__version__", "3.6.0")
-    monkeypatch.setattr(launches, "_encoder", lambda described, meta: lambda address: (meta["name"], address))
+    monkeypatch.setattr(starts, "encoder", lambda described, meta: lambda address: (meta["name"], address))
 
     def launcher(*args: Any) -> None:
         given.append(args)

@@ -10,10 +10,11 @@ from torch import Tensor
 from sparseattn.masks import BlockMask
 from sparseattn.ops.dispatch import implementations, resolve
 from sparseattn.ops.paged.cache import PagedCache
+from sparseattn.ops.paged.calls import ordinary
 from sparseattn.ops.paged.checks import make_problem
 from sparseattn.ops.paged.library import PACKAGE
 from sparseattn.ops.paged.options import ALiBi, CustomMask, PageLists, RoPE
-from sparseattn.ops.paged.repeat import RepeatedAttention, ordinary
+from sparseattn.ops.paged.repeat import RepeatedAttention
 
 
 def paged_attention(

@@ -7,18 +7,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.errors import argument_error
 from sparseattn.kernels.launches import Kept, Launches, differentiable, recording, repeatable
 from sparseattn.masks import BlockMask
-from sparseattn.ops.arguments import check_apart, starts_with
+from sparseattn.ops.arguments import check_apart
 from sparseattn.ops.dispatch import implementations, on_its_device, require
 from sparseattn.ops.paged.cache import PagedCache
-from sparseattn.ops.paged.checks import make_problem
-from sparseattn.ops.paged.library import PACKAGE, attend
+from sparseattn.ops.paged.calls import (
+    call_key,
+    facts_of,
+    moving_tensors,
+    ordinary,
+    output_for,
+    problem_of,
+    sums_for,
+)
+from sparseattn.ops.paged.library import PACKAGE
 from sparseattn.ops.paged.options import ALiBi, CustomMask, PageLists
 from sparseattn.ops.paged.problem import PagedProblem
-
-_Scales = tuple[float | None, float | Tensor | None, float | Tensor | None]
 
 
 class _Known(NamedTuple):
@@ -136,7 +141,7 @@ class RepeatedAttention:
                 (scale, k_scale, v_scale), sinks, out, self._options,
             )  # fmt: skip
         device = q.device
-        key = _key(q, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, out)
+        key = call_key(q, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, out)
         try:
             known = self._known.get(key)
         except TypeError:  # something that is no number, as the checks will say
@@ -146,7 +151,7 @@ class RepeatedAttention:
         given = out
         if out is None:
             out = torch.empty((*q.shape[:2], known.dim), dtype=q.dtype, device=device)
-        lse = _sums(q)
+        lse = sums_for(q)
         places = {
             "q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), "out": out.data_ptr(), "lse": lse.data_ptr(),
             **self._places,
@@ -181,7 +186,7 @@ class RepeatedAttention:
         out = torch.empty(usual.shape, dtype=q.dtype, device=device)
         lse = usual.sums.get(stream)
         if lse is None:
-            lse = usual.sums[stream] = _sums(q)
+            lse = usual.sums[stream] = sums_for(q)
         if "v" not in places:
             places["v"] = places["k"] + usual.apart
         places.update(self._places)
@@ -199,7 +204,7 @@ class RepeatedAttention:
         scale: float | None = None,
     ) -> None:
         """Have ``again`` know by ``form`` the call that was made with these tensors."""
-        known = self._known.get(_key(q, k, v, q_rope, k_rope, (scale, None, None), None, None))
+        known = self._known.get(call_key(q, k, v, q_rope, k_rope, (scale, None, None), None, None))
         if isinstance(known, _Recorded) and known.kept is not None:
             apart = v.data_ptr() - k.data_ptr()
             self._usual[form] = _Usual(known, (*q.shape[:2], known.dim), apart, {})
@@ -240,7 +245,7 @@ class RepeatedAttention:
             known = known._replace(kept={})
         self._known[key] = known
         if isinstance(known, _Recorded):
-            tensors = _moving(q, q_rope, k, v, k_rope, sinks, *self._results(q, known.dim, out))
+            tensors = moving_tensors(q, q_rope, k, v, k_rope, sinks, *self._results(q, known.dim, out))
             places = {name: t.data_ptr() for name, t in tensors.items()} | self._places
             if known.launches.repeat(q.device, places, known.kept):
                 return tensors["out"], tensors["lse"]
@@ -257,7 +262,7 @@ class RepeatedAttention:
         """Where a call writes."""
         if out is None:
             out = torch.empty((*q.shape[:2], dim), dtype=q.dtype, device=q.device)
-        return out, _sums(q)
+        return out, sums_for(q)
 
     def _describe(self) -> None:
         """Name the tensors that calls have in common, and say all that launches depend on but the call's tensors."""
@@ -272,7 +277,7 @@ class RepeatedAttention:
                 parts = vars(value).items()
                 self._fixed |= {f"{name}.{part}": t for part, t in parts if isinstance(t, Tensor)}
         self._places = {name: t.data_ptr() for name, t in self._fixed.items()}
-        form = (self._layout, *((name, _facts(value)) for name, value in given.items()))
+        form = (self._layout, *((name, facts_of(value)) for name, value in given.items()))
         try:
             hash(form)
         except TypeError:  # an option that is not what it should be, as the first call will say
@@ -293,16 +298,16 @@ class RepeatedAttention:
     ) -> tuple[Tensor, Tensor]:
         """A call of a form that is not known yet: checked, made and remembered."""
         cache = PagedCache(k, v, *self._table, k_rope, self._layout)
-        p, main, rest = _problem(q if q_rope is None else (q, q_rope), cache, scales, sinks, self._options)
+        p, main, rest = problem_of(q if q_rope is None else (q, q_rope), cache, scales, sinks, self._options)
         impl = self._options["impl"]
         out = output_for(out, main, v.shape[-1])
         check_apart(out, q, k, v)
-        lse = _sums(q)
+        lse = sums_for(q)
         module = require(PACKAGE, impl, implementations(impl, main), main, rest, p)
         if q.numel() == 0 or k.numel() == 0 or p.batch == 0:
             return out.zero_(), lse.fill_(-torch.inf)
         assert self._fixed is not None
-        launches = Launches(_moving(main, rest, k, v, k_rope, sinks, out, lse) | self._fixed)
+        launches = Launches(moving_tensors(main, rest, k, v, k_rope, sinks, out, lse) | self._fixed)
         with torch.no_grad(), recording(launches):
             module.attend(main, rest, out, lse, p)
         recorded = launches.close()
@@ -320,116 +325,3 @@ class RepeatedAttention:
             table = self._table[0]  # in the place of tensors that this must not keep alive
             self._known[key] = _Known(module, p._replace(k=table, v=table, k_rope=None, sinks=None))
         return out, lse
-
-
-def ordinary(
-    q: Tensor | tuple[Tensor, Tensor],
-    cache: PagedCache,
-    scales: _Scales,
-    sinks: Tensor | None,
-    out: Tensor | None,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """A call through the registered operator, as tracing needs it: checked in full, and nothing remembered.
-
-    Args:
-        q: As in ``paged_attention``, like ``cache``, ``sinks`` and ``out``.
-        cache: As there.
-        scales: ``scale``, ``k_scale`` and ``v_scale``.
-        sinks: As there.
-        out: As there.
-        options: Those of ``RepeatedAttention``.
-    """
-    p, main, rest = _problem(q, cache, scales, sinks, options)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (main, rest, p.k, p.v, sinks)):
-        raise argument_error(
-            "q", "tensors without gradients", "one that requires them",
-            "Paged attention has no backward: call it under torch.no_grad(), or use block_sparse_attention.",
-        )  # fmt: skip
-    out = output_for(out, main, p.v.shape[-1])
-    lse = _sums(main)
-    attend(main, rest, out, lse, options["impl"], p)
-    return out, lse
-
-
-def _problem(
-    q: Tensor | tuple[Tensor, Tensor],
-    cache: PagedCache,
-    scales: _Scales,
-    sinks: Tensor | None,
-    o: dict[str, Any],
-) -> tuple[PagedProblem, Tensor, Tensor | None]:
-    """``make_problem`` of options ``o``."""
-    scale, k_scale, v_scale = scales
-    return make_problem(
-        q, cache, o["cu_seqlens_q"], o["max_seqlen_q"], o["causal"], scale, o["window"], o["softcap"], sinks,
-        o["positions"], o["custom_mask"], k_scale, v_scale, o["mask"], o["impl"],
-    )  # fmt: skip
-
-
-def output_for(out: Tensor | None, q: Tensor, dim: int) -> Tensor:
-    """Where to write: ``out``, if it fits."""
-    shape = (*q.shape[:2], dim)
-    if out is None:
-        return torch.empty(shape, dtype=q.dtype, device=q.device)
-    if out.dtype != q.dtype:
-        raise argument_error("out", f"{q.dtype} like q", out.dtype, kind=TypeError)
-    if tuple(out.shape) != shape or out.device != q.device:
-        raise argument_error("out", f"shape {shape} on {q.device}", f"shape {tuple(out.shape)} on {out.device}")
-    return out
-
-
-def _moving(
-    q: Tensor,
-    q_rope: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    k_rope: Tensor | None,
-    sinks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-) -> dict[str, Tensor]:
-    """Tensors whose places change from call to call."""
-    named = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "q_rope": q_rope, "k_rope": k_rope, "sinks": sinks}
-    return {name: t for name, t in named.items() if t is not None}
-
-
-def _key(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_rope: Tensor | None,
-    k_rope: Tensor | None,
-    scales: tuple[float | None, float | None, float | None],
-    sinks: Tensor | None,
-    out: Tensor | None,
-) -> tuple[Any, ...]:
-    """All of a call's tensors and numbers that launches depend on."""
-    at_k, at_v = k.data_ptr(), v.data_ptr()
-    key: tuple[Any, ...] = (
-        q.shape, q.stride(), q.dtype, q.device, q.data_ptr() & 15, k.shape, k.stride(), k.dtype, k.device, at_k & 15,
-        v.shape, v.stride(), v.dtype, v.device, at_v & 15, at_k == at_v, scales,
-    )  # fmt: skip
-    if out is not None or q_rope is not None or sinks is not None:
-        key += tuple(None if t is None else _form(t) for t in (q_rope, k_rope, sinks, out))
-        key += (out is not None and starts_with(out, q, k, v),)
-    return key
-
-
-def _form(t: Tensor) -> tuple[Any, ...]:
-    """All of ``t`` that a launch depends on; Triton tells addresses apart by 16 bytes."""
-    return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15
-
-
-def _facts(value: Any) -> Any:
-    """All of an option that a launch depends on."""
-    if isinstance(value, Tensor):
-        return _form(value)
-    if isinstance(value, ALiBi | CustomMask | PageLists | BlockMask):
-        return type(value), *((name, _facts(part)) for name, part in vars(value).items())
-    return type(value), value
-
-
-def _sums(q: Tensor) -> Tensor:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty((q.shape[1], q.shape[0]), dtype=dtype, device=q.device)
