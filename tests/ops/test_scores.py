@@ -220,6 +220,19 @@ def test_triton_scores_match_the_reference(shape: tuple, triton_device: str) -> 
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", ["offset_odd", "two_sided"])
+def test_triton_launches_whole_tiles_apart(shape: str, monkeypatch: pytest.MonkeyPatch, triton_device: str) -> None:
+    sq, sk, stride, block, causal, dim = SHAPES[shape]
+    q, k = make(sq + 600, sk + 600, dim, torch.float32, triton_device)
+    options = {"stride": stride, "block_size": block, "causal": causal}
+    together = antidiagonal_scores(q, k, **options, impl="triton")
+    monkeypatch.setattr("sparseattn.ops.scores.triton._MANY", 1)
+    apart = antidiagonal_scores(q, k, **options, impl="triton")
+    torch.testing.assert_close(apart, together, rtol=1e-5, atol=1e-6)
+    expected = antidiagonal_scores(q.double(), k.double(), **options, impl="reference")
+    torch.testing.assert_close(apart.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dim", [80, 96, 36])
 def test_triton_takes_any_head_dim(dim: int, triton_device: str) -> None:
     q, k = make(133, 200, dim, torch.float16, triton_device)

@@ -96,14 +96,18 @@ def difference_index(rows: Tensor, columns: Tensor, num_kv_blocks: int) -> Tenso
 
 def block_sums(values: Tensor, block_size: int, num_blocks: int) -> Tensor:
     """``[..., N]`` token by token -> ``[..., num_blocks]`` sums over blocks."""
-    values = F.pad(values, (0, num_blocks * block_size - values.shape[-1]))
-    return values.view(*values.shape[:-1], num_blocks, block_size).sum(-1)
+    return _blocks(values, block_size, num_blocks).sum(-1)
 
 
 def block_any(selected: Tensor, block_size: int, num_blocks: int) -> Tensor:
     """bool ``[..., N]`` -> ``[..., num_blocks]``: blocks that hold a selected token."""
-    selected = F.pad(selected, (0, num_blocks * block_size - selected.shape[-1]))
-    return selected.view(*selected.shape[:-1], num_blocks, block_size).any(-1)
+    return _blocks(selected, block_size, num_blocks).any(-1)
+
+
+def _blocks(values: Tensor, block_size: int, num_blocks: int) -> Tensor:
+    """``[..., N]`` -> ``[..., num_blocks, block_size]``; padding copies, so only where there is something to pad."""
+    short = num_blocks * block_size - values.shape[-1]
+    return (F.pad(values, (0, short)) if short else values).unflatten(-1, (num_blocks, block_size))
 
 
 def crossing_mass(block_mass: Tensor, s: Sequences, block_size: int, num_q_blocks: int) -> Tensor:

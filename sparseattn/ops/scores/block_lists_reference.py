@@ -10,13 +10,14 @@ from sparseattn.ops.scores.block_lists import MASS, POOLED, ListPlan, Ranking, d
 
 
 def block_means(
-    x: Tensor, start: Tensor, end: Tensor, packed: bool, block_size: int, num_blocks: int, wanted: Tensor | None = None
-) -> Tensor:
+    x: Tensor, start: Tensor | None, end: Tensor | None, packed: bool, block_size: int, num_blocks: int,
+    wanted: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Means over blocks of rows, counted from each sequence's start.
 
     Args:
         x: ``[B, S, H, D]``, or packed ``[total, H, D]``.
-        start: int ``[B]``, first row.
+        start: int ``[B]``, first row. None, with ``end``, for all rows of an unpacked batch.
         end: int ``[B]``, one past the last.
         packed: Rows count in the packed tensor instead of the batch row.
         block_size: Rows of a block.
@@ -28,8 +29,11 @@ def block_means(
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     heads, head_dim = x.shape[-2:]
-    means = x.new_zeros((start.shape[0], num_blocks, heads, head_dim), dtype=dtype)
-    for b, (first, last) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+    spans = [(0, x.shape[1])] * x.shape[0]
+    if start is not None and end is not None:
+        spans = list(zip(start.tolist(), end.tolist(), strict=True))
+    means = x.new_zeros((len(spans), num_blocks, heads, head_dim), dtype=dtype)
+    for b, (first, last) in enumerate(spans):
         rows = (x if packed else x[b])[first:last].to(dtype)
         block = torch.arange(rows.shape[0], device=x.device) // block_size
         means[b].index_add_(0, block, rows)
@@ -113,6 +117,20 @@ def _top(scores: Tensor, planned: Tensor, r: Ranking) -> Tensor:
     order = scores.masked_fill(planned, torch.inf).sort(dim=-1, descending=True, stable=True).indices
     take = torch.arange(scores.shape[-1], device=scores.device) < r.top[..., None]
     return torch.zeros_like(planned).scatter(-1, order, take.expand_as(planned))
+
+
+def list_tokens(selected: Tensor, kept: int, width: int) -> tuple[Tensor, Tensor]:
+    """Tokens that any of the query heads selects that share a list.
+
+    Args:
+        selected: bool ``[B, H, Sk]``.
+        kept: Lists of a sequence.
+        width: Tokens of a list, as many as there can be.
+
+    Returns:
+        int32 counts ``[B, kept]`` and tokens ``[B, kept, width]``: ascending, undefined past the count.
+    """
+    return compact(selected.unflatten(1, (kept, -1)).any(2), width)
 
 
 def list_columns(

@@ -17,12 +17,12 @@ from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.attention import LOG2E
 from sparseattn.kernels.digits import SHIFTS, digit_sums, next_digit
 from sparseattn.ops.scores.block_lists import ListPlan, Ranking
-from sparseattn.ops.scores.vertical_slash_triton import offline, precision
+from sparseattn.ops.scores.vertical_slash_triton_mass import offline, precision
 
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
 _LENGTHS = [
     "num_rows", "num_cols", "visible_stride", "step", "shift", "width", "num_blocks", "steps", "last_stride",
-    "tokens_width", "most_stride",
+    "tokens_width", "most_stride", "length", "chunk",
 ]  # fmt: skip
 # Views into larger tensors: aligned or not as the number of blocks has it.
 _VIEWS = ["start_ptr", "end_ptr", "vertical_ptr", "band_ptr", "mass_ptr", "mass_band_ptr"]
@@ -33,7 +33,7 @@ _POOLED: tl.constexpr = tl.constexpr(1)
 
 @triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
 def _means_kernel(
-    x_ptr, means_ptr, start_ptr, end_ptr, wanted_ptr, stride_x, num_blocks,
+    x_ptr, means_ptr, start_ptr, end_ptr, wanted_ptr, stride_x, length, num_blocks,
     D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """Mean of one block of rows -> float32 ``means [B, H, num_blocks, D]``. Grid (num_blocks, H, B)."""
@@ -43,8 +43,12 @@ def _means_kernel(
     if SOME:  # noqa: SIM102
         if tl.load(wanted_ptr + b * tl.num_programs(1) + h) == 0:
             return
-    first = tl.load(start_ptr + b) + n * BLOCK
-    count = tl.minimum(tl.load(end_ptr + b) - first, BLOCK)
+    first = n * BLOCK
+    end = length
+    if start_ptr is not None:
+        first += tl.load(start_ptr + b)
+        end = tl.load(end_ptr + b)
+    count = tl.minimum(end - first, BLOCK)
     offs = tl.arange(0, STEP)
     offs_d = tl.arange(0, BLOCK_D)
     base = x_ptr + b.to(tl.int64) * stride_x[0] + h.to(tl.int64) * stride_x[2]
@@ -441,17 +445,46 @@ def _columns_kernel(
         count += tl.sum(keep)
 
 
+@triton.jit(do_not_specialize=_LENGTHS)
+def _tokens_kernel(
+    selected_ptr, counts_ptr, tokens_ptr, length, chunk, width, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Tokens that any of GROUP heads selects, ascending, the first ``width`` of them. Grid (chunks, B * kept heads).
+
+    Each chunk counts what lies ahead of it: bytes, few enough to read again.
+    """
+    c = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    count = 0
+    for n in range(0, tl.minimum((c + 1) * chunk, length), BLOCK):
+        offs = n + tl.arange(0, BLOCK)
+        keep = tl.zeros([BLOCK], tl.int32)
+        for g in tl.static_range(0, GROUP):
+            at = selected_ptr + (head * GROUP + g) * length + offs
+            keep |= tl.load(at, mask=offs < length, other=0).to(tl.int32)
+        if n >= c * chunk:
+            slot = count + tl.cumsum(keep, 0) - keep
+            tl.store(tokens_ptr + head * width + slot, offs, mask=(keep > 0) & (slot < width))
+        count += tl.sum(keep)
+    if c == tl.num_programs(0) - 1:
+        tl.store(counts_ptr + head, tl.minimum(count, width))
+
+
 def block_means(
-    x: Tensor, start: Tensor, end: Tensor, packed: bool, block_size: int, num_blocks: int, wanted: Tensor | None = None
-) -> Tensor:
+    x: Tensor, start: Tensor | None, end: Tensor | None, packed: bool, block_size: int, num_blocks: int,
+    wanted: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """float32 ``[B, H, num_blocks, D]``. See ``block_lists_reference.block_means``."""
     heads, head_dim = x.shape[-2:]
-    means = torch.empty((start.shape[0], heads, num_blocks, head_dim), dtype=torch.float32, device=x.device)
+    batch = x.shape[0] if start is None else start.shape[0]
+    means = torch.empty((batch, heads, num_blocks, head_dim), dtype=torch.float32, device=x.device)
     if means.numel():
         stride = (0, *x.stride()) if packed else x.stride()
-        _means_kernel[(num_blocks, heads, start.shape[0])](
-            x, means, start.int().contiguous(), end.int().contiguous(),
-            None if wanted is None else wanted.expand(means.shape[:2]).int().contiguous(), stride, num_blocks,
+        start, end = (None if t is None else t.int().contiguous() for t in (start, end))
+        _means_kernel[(num_blocks, heads, batch)](
+            x, means, start, end,
+            None if wanted is None else wanted.expand(means.shape[:2]).contiguous().view(torch.uint8), stride,
+            x.shape[0 if packed else 1], num_blocks,
             D=head_dim, BLOCK=block_size, STEP=min(block_size, 32), BLOCK_D=triton.next_power_of_2(head_dim),
             SOME=wanted is not None, num_warps=4, **LAUNCH,
         )  # fmt: skip
@@ -557,6 +590,20 @@ class _Launch:
         return state[-1, 0]
 
 
+def list_tokens(selected: Tensor, kept: int, width: int) -> tuple[Tensor, Tensor]:
+    """int32 counts ``[B, kept]`` and tokens ``[B, kept, width]``. See ``block_lists_reference.list_tokens``."""
+    batch, heads, length = selected.shape
+    counts = torch.empty((batch, kept), dtype=torch.int32, device=selected.device)
+    tokens = torch.empty((batch, kept, width), dtype=torch.int32, device=selected.device)
+    chunks = min(32, -(-length // 2048))
+    chunk = -(-length // (chunks * 2048)) * 2048
+    _tokens_kernel[(-(-length // chunk), batch * kept)](
+        selected.contiguous().view(torch.uint8), counts, tokens, length, chunk, width, GROUP=heads // kept, BLOCK=2048,
+        num_warps=4, **LAUNCH,
+    )  # fmt: skip
+    return counts, tokens
+
+
 def list_columns(
     tokens: Tensor, token_counts: Tensor, counts: Tensor, indices: Tensor, last: Tensor, block_size: int, columns: int
 ) -> Tensor:
@@ -578,7 +625,9 @@ def compile_cases() -> list[tuple[str, object, dict, dict, dict, int, int]]:
     floats = ("q_means_ptr", "k_means_ptr", "lse_ptr", "mass_ptr", "mass_band_ptr", "need_ptr", "histogram_ptr")
     types = {name: "*fp32" for name in (*floats, "means_ptr")} | {"vertical_ptr": "*u8", "band_ptr": "*u8"}
     case = offline(
-        _means_kernel, {"D": 128, "BLOCK": 128, "STEP": 32, "BLOCK_D": 128, "SOME": True}, types | {"x_ptr": "*bf16"}
+        _means_kernel,
+        {"D": 128, "BLOCK": 128, "STEP": 32, "BLOCK_D": 128, "SOME": True},
+        types | {"x_ptr": "*bf16", "wanted_ptr": "*u8"},
     )
     cases = [("block-means-128", *case, 4, 3)]
     shape = {"GROUP": 4, "D": 128, "BLOCK_D": 128, "PRECISION": "tf32", "BLOCK_M": _POOL_ROWS, "BLOCK_N": 64}
@@ -590,5 +639,7 @@ def compile_cases() -> list[tuple[str, object, dict, dict, dict, int, int]]:
     cases.append(("row-top-128", *offline(_row_top_kernel, walk, types), 4, 1))
     cases.append(("block-lists-precise", *offline(_lists_kernel, {**walk, "PRECISION": "tf32x3"}, types), 8, 1))
     cases.append(("block-lists-cap", *offline(_cap_kernel, {**walk, "HAS_MASS": False}, types), 4, 1))
+    selected = types | {"selected_ptr": "*u8"}
+    cases.append(("tokens", *offline(_tokens_kernel, {"GROUP": 4, "BLOCK": 2048}, selected), 4, 1))
     cases.append(("columns", *offline(_columns_kernel, {"BLOCK_KV": 128, "BLOCK": 128}, types), 4, 1))
     return cases

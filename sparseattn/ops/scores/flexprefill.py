@@ -26,7 +26,6 @@ from sparseattn.ops.scores.vertical_slash import (
     constants_on,
     implementation,
     sequence_lengths,
-    slash_bands,
 )
 from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_sequences, unflatten
 
@@ -226,25 +225,38 @@ def _flexprefill_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, 
     return _lists(q, k, last, c.options, kept, c.impl)
 
 
+def _last_rows(q: Tensor, p: LastQueries) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The queries looked at, as ``block_means`` takes them: rows, their starts and ends."""
+    s = p.sequences
+    if not s.ragged:
+        rows = min(p.num_queries, s.max_q, s.max_k if p.causal else s.max_q)
+        return q[:, s.max_q - rows :], None, None
+    q_len, _ = sequence_lengths(s, q.device)
+    end = q_len if s.q_end is None else s.q_end
+    return q, end - p.rows(q.device), end
+
+
 def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, kept: int, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """counts and indices of ``kept`` heads, and query_aware of every query head."""
     s, size = p.sequences, o.block_size
     shape, rows, columns = (s.batch, q.shape[-2]), -(-s.max_q // size), -(-s.max_k // size)
-    (q_len, k_len), module = sequence_lengths(s, q.device), implementation("block_lists", impl, q, k)
-    mass = torch.stack(implementation("vertical_slash", impl, q, k).last_query_mass(q, k, p))
+    module, masses = (implementation(name, impl, q, k) for name in ("block_lists", "vertical_slash"))
+    mass = masses.last_query_mass(q, k, p)
     block_mass = block_sums(mass, size, columns)
-    query_aware = torch.zeros(shape, dtype=torch.bool, device=q.device)
-    ranking = Ranking(query_aware.int(), scale=p.scale, half=q.dtype in (torch.float16, torch.bfloat16))
+    half = q.dtype in (torch.float16, torch.bfloat16)
     if o.tau > 0:
-        first_q = torch.zeros_like(q_len) if s.q_start is None else s.q_start.long()
-        first_k = torch.zeros_like(k_len) if s.k_start is None else s.k_start.long()
-        end = first_q + q_len
-        k_means = module.block_means(k, first_k, first_k + k_len, s.packed, size, columns)
-        q_mean = module.block_means(q, end - p.rows(q.device), end, s.packed, size, 1)
+        _, k_len = sequence_lengths(s, q.device)
+        k_means = module.block_means(k, s.k_start, s.k_end, s.packed, size, columns)
+        q_mean = module.block_means(*_last_rows(q, p), s.packed, size, 1)
         sizes = (k_len[:, None] - torch.arange(columns, device=q.device) * size).clamp(0, size)
-        query_aware = _distance(q_mean, k_means, block_mass[0], sizes, p.scale) < o.tau
-        q_means = module.block_means(q, first_q, end, s.packed, size, rows, query_aware)
-        ranking = ranking._replace(mode=query_aware.int() * POOLED, q_means=q_means, k_means=k_means)
+        # Without kernels of its own an implementation takes what defines the distance.
+        distance = getattr(masses, "distance", _distance)
+        query_aware = distance(q_mean, k_means, block_mass[0], sizes, p.scale) < o.tau
+        q_means = module.block_means(q, s.q_start, s.q_end, s.packed, size, rows, query_aware)
+        ranking = Ranking(query_aware.int() * POOLED, q_means, k_means, p.scale, half=half)
+    else:
+        query_aware = torch.zeros(shape, dtype=torch.bool, device=q.device)
+        ranking = Ranking(query_aware.int(), scale=p.scale, half=half)
 
     bounds = row_bounds(s, size, p.causal, False, q.device)
     if o.density < 0:
@@ -253,13 +265,13 @@ def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, kept: int, impl: s
         if list_cap(o.max_blocks) < o.needed(s.max_k):
             most = constants_on(q.device, ((list_cap(o.max_blocks),) * shape[1],))
             cap = ListCap(most, block_mass[0], crossing_mass(block_mass[1], s, size, rows))
-        plan = ListPlan(first, slash_bands(second, size, s, size, rows, columns), bounds.visible, cap=cap)
+        plan = ListPlan(first, masses.slash_bands(second, size, s, size, rows, columns), bounds.visible, cap=cap)
         ranked = ranking._replace(share=o.gamma) if o.tau > 0 and o.gamma > 0 else None
     else:
         first = torch.zeros((*shape, columns), dtype=torch.bool, device=q.device)
         first[..., 0] = o.keep_sink
         second = torch.full((*shape, 1), o.keep_recent, device=q.device)  # the diagonal alone
-        plan = ListPlan(first, slash_bands(second, 1, s, size, rows, columns), bounds.visible)
+        plan = ListPlan(first, masses.slash_bands(second, 1, s, size, rows, columns), bounds.visible)
         ranked = ranking._replace(
             mode=torch.where(query_aware, POOLED, MASS).int(),
             vertical=block_mass[0],

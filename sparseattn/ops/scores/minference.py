@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.masks.lists import compact
 from sparseattn.ops.dispatch import check_impl, on_its_device
 from sparseattn.ops.scores.block_lists import (
     POOLED,
@@ -31,7 +30,6 @@ from sparseattn.ops.scores.vertical_slash import (
     constants_on,
     implementation,
     sequence_lengths,
-    slash_bands,
 )
 from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_sequences, unflatten
 
@@ -193,17 +191,10 @@ def _selected(
 ) -> tuple[Tensor, Tensor, ListCap | None]:
     """bool ``[B, H, Sk]`` twice, the verticals and the slashes of vertical-slash heads, and the cap on their lists."""
     module = implementation("vertical_slash", impl, q, k)
-    mass = torch.stack(module.last_query_mass(q, k, p))  # [2, B, H, Sk]
+    mass = module.last_query_mass(q, k, p)  # [2, B, H, Sk]
     mass[0, ..., : o.num_sink] = torch.inf
     mass[1, ..., : o.num_local] = torch.inf
-    _, k_len = sequence_lengths(p.sequences, q.device)
-    wanted = table[:, :2].t()[:, None].long()  # [2, 1, H]
-    if o.adaptive >= 0:
-        budget = (k_len * o.adaptive).floor().long()
-        wanted = torch.stack([budget // 5, budget * 4 // 5])[..., None]  # [2, B, 1]
-    floor = torch.arange(2, device=q.device) * (max(o.num_local, 1) - max(o.num_sink, 1)) + max(o.num_sink, 1)
-    counts = torch.minimum(torch.maximum(wanted, floor[:, None, None]), k_len[:, None])
-    counts = torch.where(table[:, 0] > 0, counts, 0).expand(mass.shape[:-1])
+    counts = _kept_numbers(p.sequences, o, table).expand(mass.shape[:-1])
     vertical, slash = module.largest(mass, counts)
     max_k, size, cap = p.sequences.max_k, o.block_size, None
     rows, columns = -(-p.sequences.max_q // size), -(-max_k // size)
@@ -214,19 +205,35 @@ def _selected(
     return vertical, slash, cap
 
 
+def _kept_numbers(s: Sequences, o: _Options, table: Tensor) -> Tensor:
+    """int ``[2, B|1, H]``: how many verticals and slashes each head keeps."""
+    floors = (max(o.num_sink, 1), max(o.num_local, 1))
+    if o.adaptive < 0 and not s.ragged:
+        kept = (
+            tuple(min(max(b[kind], floor), s.max_k) if b.vertical else 0 for b in o.budgets)
+            for kind, floor in enumerate(floors)
+        )
+        return constants_on(table.device, tuple(kept))[:, None]
+    _, k_len = sequence_lengths(s, table.device)
+    wanted = table[:, :2].t()[:, None].long()  # [2, 1, H]
+    if o.adaptive >= 0:
+        budget = (k_len * o.adaptive).floor().long()
+        wanted = torch.stack([budget // 5, budget * 4 // 5])[..., None]  # [2, B, 1]
+    floor = constants_on(table.device, (floors,)).view(2, 1, 1)
+    counts = torch.minimum(torch.maximum(wanted, floor), k_len[:, None])
+    return torch.where(table[:, 0] > 0, counts, 0)
+
+
 def _ranking(q: Tensor, k: Tensor, p: LastQueries, o: _Options, table: Tensor, impl: str) -> Ranking | None:
     """How block-sparse heads rank; None where there is none."""
     if not any(b.blocks for b in o.budgets):
         return None
     s, size = p.sequences, o.block_size
     module = implementation("block_lists", impl, q, k)
-    q_len, k_len = sequence_lengths(s, q.device)
-    first_q = torch.zeros_like(q_len) if s.q_start is None else s.q_start.long()
-    first_k = torch.zeros_like(k_len) if s.k_start is None else s.k_start.long()
     return Ranking(
         ((table[:, 5] > 0).int() * POOLED).expand(s.batch, -1),
-        module.block_means(q, first_q, first_q + q_len, s.packed, size, -(-s.max_q // size), table[None, :, 5] > 0),
-        module.block_means(k, first_k, first_k + k_len, s.packed, size, -(-s.max_k // size)),
+        module.block_means(q, s.q_start, s.q_end, s.packed, size, -(-s.max_q // size), table[None, :, 5] > 0),
+        module.block_means(k, s.k_start, s.k_end, s.packed, size, -(-s.max_k // size)),
         p.scale,
         top=table[:, 5, None].expand(s.batch, -1, -(-s.max_q // size)),
         half=q.dtype in (torch.float16, torch.bfloat16),
@@ -240,30 +247,32 @@ def _lists(q: Tensor, k: Tensor, p: LastQueries, o: _Options, impl: str) -> tupl
     kept = k.shape[-2] if o.group_shared else heads
     _, lone = o.widths(kept, s.max_k)
     table = constants_on(q.device, tuple(tuple(b) for b in o.budgets))  # [H, 6]
-    init, local, last = table[:, 2, None], table[:, 3, None], table[:, 4]
+    local, last = table[:, 3, None], table[:, 4]
     shape = (s.batch, heads, s.max_k)
-    vertical = slash = torch.zeros(shape, dtype=torch.bool, device=q.device)
-    cap = None
     if o.slashed:
         vertical, slash, cap = _selected(q, k, p, o, table, impl)
-    slash = slash | (torch.arange(s.max_k, device=q.device) < local)
-    if o.columns:
-        # The first keys are kept as a block: that is a tile less to gather than as columns.
-        init = torch.maximum(init, torch.where(table[:, :1] > 0, o.num_sink, 0))
+    else:
+        vertical = slash = torch.zeros(shape, dtype=torch.bool, device=q.device)
+        cap = None
+    if any(b.local for b in o.budgets):
+        slash = slash | (torch.arange(s.max_k, device=q.device) < local)
+    # Verticals' first keys are kept as a block where columns are apart: a tile less to gather than as columns.
+    firsts = (max(b.init, o.num_sink if o.columns and b.vertical else 0) for b in o.budgets)
+    init = constants_on(q.device, (tuple(firsts),)).view(-1, 1)
     blocks = torch.arange(columns, device=q.device) * size < init
     blocks = blocks.expand(s.batch, -1, -1) if o.columns else blocks | block_any(vertical, size, columns)
-    q_len, _ = sequence_lengths(s, q.device)
-    dense_from = (q_len[:, None] - last).clamp(min=0) // size if any(b.last for b in o.budgets) else None
-    if dense_from is not None:
-        dense_from = torch.where(last > 0, dense_from, rows).int()
+    dense_from = None
+    if any(b.last for b in o.budgets):
+        q_len, _ = sequence_lengths(s, q.device)
+        dense_from = torch.where(last > 0, (q_len[:, None] - last).clamp(min=0) // size, rows).int()
     bounds = row_bounds(s, size, p.causal, False, q.device)
-    module = implementation("block_lists", impl, q, k)
-    plan = ListPlan(blocks, slash_bands(slash, 1, s, size, rows, columns), bounds.visible, dense_from, cap)
+    module, masses = (implementation(name, impl, q, k) for name in ("block_lists", "vertical_slash"))
+    plan = ListPlan(blocks, masses.slash_bands(slash, 1, s, size, rows, columns), bounds.visible, dense_from, cap)
     per_head, _ = o._replace(group_shared=False).widths(heads, s.max_k)
     counts, indices = grouped_lists(module.list_blocks, plan, _ranking(q, k, p, o, table, impl), per_head, kept)
     if lone == 0:
         return counts, indices, indices.new_empty((*counts.shape, 0))
-    token_counts, tokens = compact(vertical.unflatten(1, (kept, -1)).any(2), lone)
+    token_counts, tokens = module.list_tokens(vertical, kept, lone)
     end = last_keys(s, size, p.causal, rows, q.device)
     return counts, indices, module.list_columns(tokens, token_counts, counts, indices, end, size, columns)
 

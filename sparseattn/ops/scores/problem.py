@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.ops.dispatch import implementation, triton_missing
 from sparseattn.ops.sequences import Sequences
 
 #: No list is longer unless the caller says so: a quarter of a million keys of blocks of 128. At a million tokens, 32
 #: heads' lists then take 2 GiB instead of 8. It is a constant: were it to follow from the length of the prompt, a chunk
 #: of queries would not select what it does inside the whole.
 MAX_BLOCKS = 2048
+_EVERYTHING = 1 << 30  # keys; a row's number and it fit int32 together
 
 
 def list_cap(max_blocks: int | None) -> int:
@@ -91,12 +93,9 @@ def row_bounds(
         300 queries on 430 keys (offset 130), blocks of 128: the diagonals of query block 0 are keys 130..257, so blocks
         [0, 3) are visible and [1, 3) recent.
     """
-    if causal:
-        first, visible = diagonal_blocks(sequences, block_size, 0, 0, device)
-        return RowBounds(visible, first if keep_recent else visible)
-    rows, q_len, k_len = _lengths(sequences, block_size, device)
-    visible = torch.where(rows < q_len, (k_len + block_size - 1) // block_size, 0).int()
-    return RowBounds(visible, visible)
+    # Without causality everything counts as near.
+    first, visible = diagonal_blocks(sequences, block_size, 0, 0 if causal else _EVERYTHING, device)
+    return RowBounds(visible, first if causal and keep_recent else visible)
 
 
 def diagonal_blocks(
@@ -114,6 +113,10 @@ def diagonal_blocks(
     Returns:
         int32 [B|1, MB] each; ``stop`` is 0 past the end of a sequence.
     """
+    if device.type == "cuda" and not torch.compiler.is_compiling() and triton_missing() is None:
+        kernels = implementation("sparseattn.ops.scores.bounds_{}", "triton")
+        with torch.cuda.device(device):
+            return kernels.diagonal_blocks(sequences, block_size, before, after, device)
     rows, q_len, k_len = _lengths(sequences, block_size, device)
     offset = k_len - q_len
     last = torch.minimum(rows + block_size, q_len) - 1 + offset + after

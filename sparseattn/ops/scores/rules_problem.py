@@ -113,10 +113,9 @@ def list_bounds(s: Sequences, block_size: int, causal: bool, forced: Forced, dev
         recent, _ = diagonal_blocks(s, block_size, forced.local_tokens, 0, device)
     whole = None
     if forced.last_tokens:
-        rows = torch.arange(visible.shape[-1], device=device) * block_size + block_size
+        ends = torch.arange(1, visible.shape[-1] + 1, device=device) * block_size
         used = s.lengths_q()
-        length = torch.full((1, 1), s.max_q, device=device) if used is None else used[:, None]
-        whole = rows > length - forced.last_tokens
+        whole = (ends > (s.max_q if used is None else used[:, None]) - forced.last_tokens).view(-1, ends.numel())
     return ListBounds(visible, recent.int(), -(-forced.sink_tokens // block_size), whole)
 
 

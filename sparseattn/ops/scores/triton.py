@@ -37,6 +37,9 @@ _PITCHES = ["pitch", "scores_pitch", "scores_stride_b", "scores_stride_h", "list
 _VIEWS = ["q_start_ptr", "q_end_ptr", "k_start_ptr", "k_end_ptr", "scores_ptr"]
 
 
+_MANY = 4096  # tiles of a launch: more and those at the ends of sequences get one of their own
+
+
 class Tiles(NamedTuple):
     """Tile of ``_cells_kernel``: query cells, key cells, head dimensions of a step; warps and pipeline stages."""
 
@@ -54,11 +57,14 @@ def _cells_kernel(
     STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SWIZZLE: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     """Logits of BLOCK_M query cells against BLOCK_N key cells, reduced to block sums of ``exp2(logit - row maximum)``.
 
     Grid (q tiles * k tiles, Hq, B). Writes ``sums [B, Hq, num_cells, k_tiles * BLOCK_N / PER_BLOCK]``, ``tile_max`` and
     ``tile_sum [B, Hq, k_tiles, num_cells]``, all float32. Tiles no row of which sees a key are left unwritten.
+
+    TILES: "whole" are those all of whose tokens exist, which is not asked of each then; "edge" the others; or "all".
     """
     # SWIZZLE q tiles share each k tile while it is in L2; the tiles of the last rows, which are the longest under a
     # causal mask, come first.
@@ -82,6 +88,9 @@ def _cells_kernel(
         return
     if CAUSAL and col_0 > row_end - 1 + offset:
         return
+    if TILES != "all":  # noqa: SIM102 (a constant, and a condition of the device)
+        if ((row_0 + BLOCK_M * STRIDE <= q_len) & (col_0 + BLOCK_N * STRIDE <= k_len)) != (TILES == "whole"):
+            return
 
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -99,14 +108,20 @@ def _cells_kernel(
     for step in range(0, STRIDE * STEPS):
         s = step // STEPS
         d = (step % STEPS) * BLOCK_D
-        # Tokens that do not exist are zeros, so that pairs with them add nothing.
-        q_inside = (q_rows - s < q_len)[:, None]
-        k_inside = (cols + s < k_len)[None, :]
-        if D % BLOCK_D != 0:
-            q_inside = q_inside & (d + offs_d < D)[None, :]
-            k_inside = k_inside & (d + offs_d < D)[:, None]
-        q = tl.load(q_ptrs - s * stride_q[1] + d * stride_q[3], mask=q_inside, other=0.0)  # [BLOCK_M, BLOCK_D]
-        k = tl.load(k_ptrs + s * stride_k[1] + d * stride_k[3], mask=k_inside, other=0.0)  # [BLOCK_D, BLOCK_N]
+        q_step = q_ptrs - s * stride_q[1] + d * stride_q[3]  # [BLOCK_M, BLOCK_D]
+        k_step = k_ptrs + s * stride_k[1] + d * stride_k[3]  # [BLOCK_D, BLOCK_N]
+        if TILES == "whole" and D % BLOCK_D == 0:
+            q = tl.load(q_step)
+            k = tl.load(k_step)
+        else:
+            # Tokens that do not exist are zeros, so that pairs with them add nothing.
+            q_inside = (q_rows - s < q_len)[:, None]
+            k_inside = (cols + s < k_len)[None, :]
+            if D % BLOCK_D != 0:
+                q_inside = q_inside & (d + offs_d < D)[None, :]
+                k_inside = k_inside & (d + offs_d < D)[:, None]
+            q = tl.load(q_step, mask=q_inside, other=0.0)
+            k = tl.load(k_step, mask=k_inside, other=0.0)
         acc = tl.dot(q, k, acc, input_precision=PRECISION)
 
     acc *= scale * (LOG2E / STRIDE)
@@ -155,7 +170,7 @@ def _cells_kernel(
 def _scores_kernel(
     sums_ptr, tile_max_ptr, tile_sum_ptr, visible_ptr, scores_ptr, bounds_stride_b, first_block, num_cells, k_tiles,
     scores_stride_b, scores_stride_h, scores_pitch,
-    PER_BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_NB: tl.constexpr,
+    PER_BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_TILES: tl.constexpr,
     MAX: tl.constexpr,
 ):  # fmt: skip
     """Scores of one query block of the chunk: the softmax over all tiles, summed over the block's cells or their MAX.
@@ -191,29 +206,37 @@ def _scores_kernel(
     sums_ptr += head * num_cells * pitch
     scores_ptr += b.to(tl.int64) * scores_stride_b + h.to(tl.int64) * scores_stride_h
     scores_ptr += m_block.to(tl.int64) * scores_pitch
-    for n in range(0, visible, BLOCK_NB):
-        offs_n = n + tl.arange(0, BLOCK_NB)
-        seen = offs_n < visible
-        offs = (offs_n // TILE_BLOCKS).to(tl.int64)[None, :] * num_cells + cell[:, None]  # [PER_BLOCK, BLOCK_NB]
-        tile_max = tl.load(tile_max_ptr + offs, mask=seen[None, :], other=float("-inf"))
-        sums = tl.load(sums_ptr + cell.to(tl.int64)[:, None] * pitch + offs_n[None, :], mask=seen[None, :], other=0.0)
-        weight = tl.exp2(tile_max - m_i[:, None]) * inverse[:, None]
-        mass = sums * weight
+    offs_t = tl.arange(0, BLOCK_TILES)
+    offs_n = offs_t[:, None] * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)[None, :]  # [BLOCK_TILES, TILE_BLOCKS]
+    sums_ptrs = sums_ptr + cell.to(tl.int64)[:, None, None] * pitch + offs_n[None, :, :]
+    max_ptrs = tile_max_ptr + offs_t.to(tl.int64)[None, :] * num_cells + cell[:, None]
+    for t in range(0, tiles, BLOCK_TILES):
+        seen = t * TILE_BLOCKS + offs_n < visible
+        inside = (t + offs_t < tiles)[None, :]
+        tile_max = tl.load(max_ptrs + tl.cast(t, tl.int64) * num_cells, mask=inside, other=float("-inf"))
+        weight = tl.exp2(tile_max - m_i[:, None]) * inverse[:, None]  # [PER_BLOCK, BLOCK_TILES]
+        mass = tl.load(sums_ptrs + t * TILE_BLOCKS, mask=seen[None, :, :], other=0.0) * weight[:, :, None]
         if MAX:
             score = tl.max(mass, 0)
         else:
             score = tl.sum(mass, 0)
-        tl.store(scores_ptr + offs_n, score, mask=seen)
+        tl.store(scores_ptr + t * TILE_BLOCKS + offs_n, score, mask=seen)
 
 
 @triton.jit
-def _free_mass(row_ptr, first_free, recent, least, BLOCK: tl.constexpr):
-    """Sum of the scores of the blocks in ``[first_free, recent)`` whose bit pattern is at least ``least``."""
+def _free_mass(row, row_ptr, first_free, recent, least, FITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of the scores of the blocks in ``[first_free, recent)`` whose bit pattern is at least ``least``.
+
+    ``row`` holds those of the first BLOCK, and 0 elsewhere: with FITS, of all.
+    """
     mass = 0.0
-    for n in range(0, recent, BLOCK):
-        offs_n = n + tl.arange(0, BLOCK)
-        x = tl.load(row_ptr + offs_n, mask=(offs_n >= first_free) & (offs_n < recent), other=0.0)
-        mass += tl.sum(tl.where(x.to(tl.int32, bitcast=True) >= least, x, 0.0))
+    if FITS:
+        mass = tl.sum(tl.where(row.to(tl.int32, bitcast=True) >= least, row, 0.0))
+    else:
+        for n in range(0, recent, BLOCK):
+            offs_n = n + tl.arange(0, BLOCK)
+            x = tl.load(row_ptr + offs_n, mask=(offs_n >= first_free) & (offs_n < recent), other=0.0)
+            mass += tl.sum(tl.where(x.to(tl.int32, bitcast=True) >= least, x, 0.0))
     return mass
 
 
@@ -221,7 +244,8 @@ def _free_mass(row_ptr, first_free, recent, least, BLOCK: tl.constexpr):
 def _top_p_kernel(
     scores_ptr, threshold_ptr, visible_ptr, recent_ptr, counts_ptr, indices_ptr, bounds_stride_b, first_block,
     scores_stride_b, scores_stride_h, scores_pitch, lists_rows, lists_pitch, max_blocks,
-    HEAD_THRESHOLDS: tl.constexpr, KEEP_SINK: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD_THRESHOLDS: tl.constexpr, KEEP_SINK: tl.constexpr, CAPPED: tl.constexpr, FITS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The block list of one row: forced blocks, then the fewest others that reach the share. Grid (rows, H, B).
 
@@ -263,14 +287,17 @@ def _top_p_kernel(
         least = tl.full((), 0, tl.int32)
     elif need > 0.0:
         cut = tl.full((), 0, tl.int32)
+        # A row that fits is loaded once; a longer one is looked through anew for every bit.
+        offs = tl.arange(0, BLOCK)
+        row = tl.load(row_ptr + offs, mask=(offs >= first_free) & (offs < recent), other=0.0)
         for i in range(0, 31):
             candidate = cut | (1 << (30 - i))
-            if _free_mass(row_ptr, first_free, recent, candidate, BLOCK) >= need:
+            if _free_mass(row, row_ptr, first_free, recent, candidate, FITS, BLOCK) >= need:
                 cut = candidate
         # Rounding may put the need a little above everything there is: then cut is 0 and all that have mass are in.
         least = cut + 1
         if cut > 0:
-            above = _free_mass(row_ptr, first_free, recent, least, BLOCK)
+            above = _free_mass(row, row_ptr, first_free, recent, least, FITS, BLOCK)
             value = cut.to(tl.float32, bitcast=True)
             ties = tl.maximum(tl.minimum(tl.ceil((need - above) / value), 1.0e9), 1.0).to(tl.int32)
 
@@ -387,11 +414,13 @@ def _select(
     """Write the lists of the rows ``[first, first + scores.shape[2])`` from ``scores [B, H, rows, NB]``."""
     batch, heads, rows, columns = scores.shape
     visible, recent = bounds.visible.contiguous(), bounds.recent.contiguous()
+    # A warp to itself holds a row of up to 1024 in registers and sums without waiting for others.
+    block = next((size for size in (128, 1024) if columns <= size), 1024)
     _top_p_kernel[(rows, heads, batch)](
         scores, threshold, visible, recent, counts, indices, batch_stride(visible), first,
         *scores.stride()[:3], counts.shape[2], indices.shape[3], cap,
-        HEAD_THRESHOLDS=threshold.numel() > 1, KEEP_SINK=keep_sink, CAPPED=cap < columns, BLOCK=1024,
-        num_warps=4, **LAUNCH,
+        HEAD_THRESHOLDS=threshold.numel() > 1, KEEP_SINK=keep_sink, CAPPED=cap < columns, FITS=columns <= block,
+        BLOCK=block, num_warps=1 if columns <= block else 4, **LAUNCH,
     )  # fmt: skip
 
 
@@ -438,20 +467,35 @@ class _Plan:
         if k_tiles == 0:
             return
         grid = (cells // tiles.block_m * k_tiles, heads, s.batch)
-        _cells_kernel[grid](
-            q, k, self.sums, self.tile_max, self.tile_sum, s.q_start, s.q_end, s.k_start, s.k_end,
-            _strides(q, s.packed), _strides(k, s.packed), s.max_q, s.max_k, first * self.per_block, cells, k_tiles,
-            p.scale, STRIDE=p.stride, PER_BLOCK=self.per_block, GROUP=heads // k.shape[-2], D=head_dim,
-            CAUSAL=p.causal, RAGGED_Q=s.q_start is not None, RAGGED_K=s.k_start is not None,
-            PRECISION=_precision(q.dtype), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=tiles.block_d,
-            SWIZZLE=8, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **LAUNCH,
-        )  # fmt: skip
+        for part in self._parts(first * self.per_block + cells, k_tiles, math.prod(grid)):
+            _cells_kernel[grid](
+                q, k, self.sums, self.tile_max, self.tile_sum, s.q_start, s.q_end, s.k_start, s.k_end,
+                _strides(q, s.packed), _strides(k, s.packed), s.max_q, s.max_k, first * self.per_block, cells, k_tiles,
+                p.scale, STRIDE=p.stride, PER_BLOCK=self.per_block, GROUP=heads // k.shape[-2], D=head_dim,
+                CAUSAL=p.causal, RAGGED_Q=s.q_start is not None, RAGGED_K=s.k_start is not None,
+                PRECISION=_precision(q.dtype), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_D=tiles.block_d,
+                SWIZZLE=8, TILES=part, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **LAUNCH,
+            )  # fmt: skip
         visible = bounds.visible.contiguous()
         _scores_kernel[(blocks, heads, s.batch)](
             self.sums, self.tile_max, self.tile_sum, visible, scores, batch_stride(visible), first, cells, k_tiles,
-            *scores.stride()[:3], PER_BLOCK=self.per_block, TILE_BLOCKS=self.tile_blocks, BLOCK_T=32, BLOCK_NB=128,
-            MAX=p.aggregate == "max", num_warps=4, **LAUNCH,
+            *scores.stride()[:3], PER_BLOCK=self.per_block, TILE_BLOCKS=self.tile_blocks, BLOCK_T=32,
+            BLOCK_TILES=max(1, 64 // self.tile_blocks), MAX=p.aggregate == "max", num_warps=2, **LAUNCH,
         )  # fmt: skip
+
+    def _parts(self, cells: int, k_tiles: int, programs: int) -> tuple[str, ...]:
+        """Which tiles each launch takes: whole ones apart, where there are enough for that to be worth a launch.
+
+        Args:
+            cells: Up to the last query cell of the chunk.
+            k_tiles: Of its keys.
+            programs: Tiles of all heads.
+        """
+        s, stride = self.p.sequences, self.p.stride
+        fits = cells * stride <= s.max_q and k_tiles * self.tiles.block_n * stride <= s.max_k
+        if fits and not s.ragged:
+            return ("whole",)
+        return ("whole", "edge") if programs >= _MANY else ("all",)
 
 
 def _strides(x: Tensor, packed: bool) -> tuple[int, ...]:
@@ -476,15 +520,17 @@ def compile_cases() -> list[
                     "STRIDE": stride, "PER_BLOCK": block_size // stride, "GROUP": 4, "D": head_dim, "CAUSAL": True,
                     "RAGGED_Q": ragged, "RAGGED_K": ragged, "PRECISION": "tf32", "BLOCK_M": tiles.block_m,
                     "BLOCK_N": tiles.block_n, "BLOCK_D": tiles.block_d, "SWIZZLE": 8,
+                    "TILES": "all" if ragged else "whole",
                 }  # fmt: skip
                 name = f"cells-{head_dim}-stride{stride}-block{block_size}{'-ragged' * ragged}-sm{major}0"
                 cases.append((name, *_offline(_cells_kernel, constants), tiles.num_warps, tiles.num_stages))
     for per_block in (8, 16, 32):
-        constants = {"PER_BLOCK": per_block, "TILE_BLOCKS": 256 // per_block, "BLOCK_T": 32, "BLOCK_NB": 128}
+        blocks = 256 // per_block
+        constants = {"PER_BLOCK": per_block, "TILE_BLOCKS": blocks, "BLOCK_T": 32, "BLOCK_TILES": max(1, 64 // blocks)}
         constants["MAX"] = per_block == 32
-        cases.append((f"scores-{per_block}", *_offline(_scores_kernel, constants), 4, 1))
+        cases.append((f"scores-{per_block}", *_offline(_scores_kernel, constants), 2, 1))
     for sink in (False, True):
-        constants = {"HEAD_THRESHOLDS": not sink, "KEEP_SINK": sink, "CAPPED": sink, "BLOCK": 1024}
+        constants = {"HEAD_THRESHOLDS": not sink, "KEEP_SINK": sink, "CAPPED": sink, "FITS": sink, "BLOCK": 1024}
         cases.append((f"top_p-sink{int(sink)}", *_offline(_top_p_kernel, constants), 4, 1))
     return cases
 

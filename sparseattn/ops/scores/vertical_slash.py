@@ -79,7 +79,8 @@ def last_query_mass(
         TypeError: dtypes that differ or are not floating point.
     """
     p = last_queries(q, k, num_queries, causal, scale, sequences)
-    return implementation("vertical_slash", impl, q, k).last_query_mass(q.detach(), k.detach(), p)
+    vertical, slash = implementation("vertical_slash", impl, q, k).last_query_mass(q.detach(), k.detach(), p)
+    return vertical, slash
 
 
 @dispatch.on_its_device

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from sparseattn.ops.scores.vertical_slash import LastQueries
+from sparseattn.ops.scores.vertical_slash import slash_bands as slash_bands
 
 
-def last_query_mass(q: Tensor, k: Tensor, p: LastQueries) -> tuple[Tensor, Tensor]:
-    """``vertical`` and ``slash``, ``[B, Hq, Sk]``. See ``vertical_slash.last_query_mass``."""
+def last_query_mass(q: Tensor, k: Tensor, p: LastQueries) -> Tensor:
+    """``vertical`` and ``slash``, ``[2, B, Hq, Sk]``. See ``vertical_slash.last_query_mass``."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     s, heads = p.sequences, q.shape[-2]
-    vertical = q.new_zeros((s.batch, heads, s.max_k), dtype=dtype)
-    slash = torch.zeros_like(vertical)
+    both = q.new_zeros((2, s.batch, heads, s.max_k), dtype=dtype)
+    vertical, slash = both
     group = heads // k.shape[-2]
     for b, (q_start, q_end, k_start, k_end) in enumerate(s.bounds()):
         k_len = k_end - k_start
@@ -34,7 +35,7 @@ def last_query_mass(q: Tensor, k: Tensor, p: LastQueries) -> tuple[Tensor, Tenso
             for r in range(rows):
                 last = max(k_len - rows + r, -1)  # without causality there may be fewer keys than rows
                 slash[b, part, : last + 1] += mass[:, r, : last + 1].flip(-1)
-    return vertical, slash
+    return both
 
 
 def largest(values: Tensor, counts: Tensor) -> Tensor:
