@@ -131,6 +131,20 @@ def test_lengths(device: str):
     assert lengths_from_last_pages(indptr, last, 16).tolist() == [34, 0, 16]
 
 
+def test_lengths_by_a_kernel(device: str):
+    """The kernel that takes the place of several, over more sequences than a program has; twice, to repeat it."""
+    pytest.importorskip("triton", reason="needs Triton")
+    from sparseattn.ops.paged import pages_triton
+
+    pages = torch.randint(0, 3, (300,), dtype=torch.int32)
+    last = torch.randint(1, 17, (300,), dtype=torch.int32)
+    indptr = torch.nn.functional.pad(pages.cumsum(0), (1, 0)).int()
+    expected = torch.where(pages > 0, (pages - 1) * 16 + last, 0)
+    for _ in range(2):
+        got = pages_triton.lengths(indptr.to(device), last.to(device), 16)
+        assert torch.equal(got.cpu(), expected)
+
+
 @pytest.mark.parametrize("bitorder", ["little", "big"])
 def test_bits(bitorder: str, device: str):
     for n in (0, 1, 8, 19, 999):

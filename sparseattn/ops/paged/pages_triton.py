@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
+from sparseattn.kernels.launches import launch, repeatedly
 from sparseattn.ops.dispatch import triton_device_reason
+
+
+@triton.jit(do_not_specialize=["batch", "page_size"])
+def lengths_kernel(indptr_ptr, count_ptr, lens_ptr, batch, page_size, BLOCK: tl.constexpr):
+    """One program: tokens of ``BLOCK`` sequences, from where their pages begin and ``count``, those in the last."""
+    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = b < batch
+    pages = tl.load(indptr_ptr + b + 1, mask=inside, other=0) - tl.load(indptr_ptr + b, mask=inside, other=0)
+    last = tl.load(count_ptr + b, mask=inside, other=0)
+    tl.store(lens_ptr + b, tl.where(pages > 0, (pages - 1) * page_size + last, 0), mask=inside)
+
+
+def lengths(indptr: Tensor, last_page_len: Tensor, page_size: int) -> Tensor:
+    """See ``lengths_from_last_pages``; contiguous tensors of one device, of at least one sequence."""
+    out = torch.empty(last_page_len.shape, dtype=torch.int32, device=indptr.device)
+
+    def call(indptr: Tensor, last: Tensor, out: Tensor) -> None:
+        batch = out.shape[0]
+        launch(lengths_kernel, (triton.cdiv(batch, 256),), indptr, last, out, batch, page_size, BLOCK=256, **LAUNCH)
+
+    repeatedly(call, ("lengths", page_size), indptr=indptr, last=last_page_len, out=out)
+    return out
 
 
 @triton.jit(do_not_specialize=["batch", "table_width", "num_pages"])

@@ -18,7 +18,7 @@ from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.clear import clear_rows, clear_rows_kernel
 from sparseattn.kernels.launches import launch, scratch
 from sparseattn.ops.dispatch import triton_device_reason
-from sparseattn.ops.paged.pages_triton import append_kernel
+from sparseattn.ops.paged.pages_triton import append_kernel, lengths_kernel
 from sparseattn.ops.paged.problem import PagedProblem
 from sparseattn.ops.paged.triton_forward import paged_combine_kernel, paged_kernel
 
@@ -341,6 +341,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     constants = {"BLOCK_M": 16, "GROUP": 4, "PACK": 4, "SINKS": True, "RAGGED_Q": True}
     cases.append(("paged-combine", *_offline(paged_combine_kernel, (128, 0, 128), constants, "bf16"), 1, 1))
     cases.append(("clear-rows", *_offline(clear_rows_kernel, (128, 0, 128), {"ROWS": 32, "CHUNK": 128}, "bf16"), 4, 1))
+    cases.append(("paged-lengths", *_offline(lengths_kernel, (128, 0, 128), {"BLOCK": 256}, "bf16"), 4, 1))
     cases.append(("paged-append", *_offline(append_kernel, (128, 0, 128), {"BLOCK": 1024, "H": 8}, "u8"), 4, 1))
     return cases
 
