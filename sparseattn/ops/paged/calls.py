@@ -17,6 +17,8 @@ from sparseattn.ops.paged.options import ALiBi, CustomMask, PageLists
 from sparseattn.ops.paged.problem import PagedProblem
 
 Scales = tuple[float | None, float | Tensor | None, float | Tensor | None]
+#: Options that hold tensors.
+HOLDERS = (ALiBi, CustomMask, PageLists, BlockMask)
 
 
 def ordinary(
@@ -122,9 +124,9 @@ def facts_of(value: Any) -> Any:
     """All of an option that a launch depends on."""
     if isinstance(value, Tensor):
         return form_of(value)
-    if isinstance(value, ALiBi | CustomMask | PageLists | BlockMask):
+    if isinstance(value, HOLDERS):
         return type(value), *((name, facts_of(part)) for name, part in vars(value).items())
-    return type(value), value
+    return value if value is None else (type(value), value)
 
 
 def sums_for(q: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from sparseattn.kernels.launches import Kept, Launches, differentiable, recording, repeatable
-from sparseattn.masks import BlockMask
 from sparseattn.ops.arguments import check_apart
 from sparseattn.ops.dispatch import implementations, on_its_device, require
 from sparseattn.ops.paged.cache import PagedCache
 from sparseattn.ops.paged.calls import (
+    HOLDERS,
     call_key,
     facts_of,
     moving_tensors,
@@ -22,7 +22,6 @@ from sparseattn.ops.paged.calls import (
     sums_for,
 )
 from sparseattn.ops.paged.library import PACKAGE
-from sparseattn.ops.paged.options import ALiBi, CustomMask, PageLists
 from sparseattn.ops.paged.problem import PagedProblem
 
 
@@ -273,11 +272,11 @@ class RepeatedAttention:
         for name, value in given.items():
             if isinstance(value, Tensor):
                 self._fixed[name] = value
-            elif isinstance(value, ALiBi | CustomMask | PageLists | BlockMask):
+            elif isinstance(value, HOLDERS):
                 parts = vars(value).items()
                 self._fixed |= {f"{name}.{part}": t for part, t in parts if isinstance(t, Tensor)}
         self._places = {name: t.data_ptr() for name, t in self._fixed.items()}
-        form = (self._layout, *((name, facts_of(value)) for name, value in given.items()))
+        form = (self._layout, *[facts_of(value) for value in given.values()])
         try:
             hash(form)
         except TypeError:  # an option that is not what it should be, as the first call will say
