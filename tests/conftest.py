@@ -46,3 +46,11 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> None:
+    """No test repeats launches of another, which may have replaced kernels or limits."""
+    from sparseattn.kernels.launches import Store
+
+    Store.forget()

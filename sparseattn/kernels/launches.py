@@ -15,7 +15,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -277,9 +277,31 @@ class Launches:
                 values[at] = described
 
 
+class Store(dict[Any, Any]):
+    """What forms of calls came to, all forgotten when they are too many."""
+
+    most = 4096
+    stores: ClassVar[list[Store]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stores.append(self)
+
+    def keep(self, form: Any, found: Any) -> None:
+        """Remember what a form came to."""
+        if len(self) >= self.most:
+            self.clear()
+        self[form] = found
+
+    @classmethod
+    def forget(cls) -> None:
+        """Empty all stores: after somebody has replaced kernels, or what chooses among them."""
+        for store in cls.stores:
+            store.clear()
+
+
 # Records of ``repeatedly``.
-_calls: dict[tuple[Any, ...], Launches] = {}
-_MOST_CALLS = 1024
+_calls = Store()
 
 
 def repeatedly(call: Callable[..., None], key: tuple[Any, ...], **tensors: Tensor) -> None:
@@ -293,16 +315,14 @@ def repeatedly(call: Callable[..., None], key: tuple[Any, ...], **tensors: Tenso
     """
     first = next(iter(tensors.values()))
     key = (key, *[(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in tensors.values()])
-    record = _calls.get(key)
+    record: Launches | None = _calls.get(key)
     if record is not None and record.repeat(first.device, {name: t.data_ptr() for name, t in tensors.items()}):
         return
     record = Launches(tensors)
     with recording(record):
         call(**tensors)
     if record.close() is not None:
-        if len(_calls) >= _MOST_CALLS:
-            _calls.clear()
-        _calls[key] = record
+        _calls.keep(key, record)
 
 
 def _moves(launches: list[Again]) -> list[_Move]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.kernels.launches import Kept, Launches, differentiable, recording, repeatable
+from sparseattn.kernels.launches import Kept, Launches, Store, differentiable, recording, repeatable
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.dispatch import implementations, on_its_device, require
 
@@ -33,8 +33,7 @@ class _Usual(NamedTuple):
 
 
 # Recorded calls of all geometries: what one costs must not be paid again by the next of the same shapes.
-_recorded: dict[tuple[Any, ...], _Recorded] = {}
-_MOST_RECORDED = 4096
+_recorded = Store()
 
 
 def empty_results(q: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -169,9 +168,8 @@ class RepeatedBlocks:
             into(*tensors, sinks, self._g)
         closed = record.close()
         if closed is not None:
-            if len(_recorded) >= _MOST_RECORDED:
-                _recorded.clear()
-            _recorded[self._form, key] = found = _Recorded(closed, v.shape[-1])
+            found = _Recorded(closed, v.shape[-1])
+            _recorded.keep((self._form, key), found)
             self._known[key] = found._replace(kept={}) if self._kept else found
         return o, lse
 

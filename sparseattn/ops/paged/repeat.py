@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.kernels.launches import Kept, Launches, differentiable, recording, repeatable
+from sparseattn.kernels.launches import Kept, Launches, Store, differentiable, recording, repeatable
 from sparseattn.ops.arguments import check_apart
 from sparseattn.ops.dispatch import implementations, on_its_device, require
 from sparseattn.ops.paged.cache import PagedCache
@@ -50,8 +50,7 @@ class _Usual(NamedTuple):
 
 
 # Recorded calls of all page tables: what a plan costs must not be paid again by the next of the same shapes.
-_recorded: dict[tuple[Any, ...], _Recorded] = {}
-_MOST_RECORDED = 4096
+_recorded = Store()
 
 
 class RepeatedAttention:
@@ -313,10 +312,8 @@ class RepeatedAttention:
         if recorded is not None:
             found = _Recorded(recorded, v.shape[-1])
             self._known[key] = found._replace(kept={}) if self._kept else found
-            if len(_recorded) >= _MOST_RECORDED:
-                _recorded.clear()
             if self._form:
-                _recorded[self._form, key] = found
+                _recorded.keep((self._form, key), found)
             return out, lse
         staying = [t for t in p._replace(k=q, v=q, k_rope=None, sinks=None) if isinstance(t, Tensor)]
         given = {t.data_ptr() for t in (q, *self._fixed.values())}
