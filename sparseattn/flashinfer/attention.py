@@ -86,7 +86,7 @@ class BatchAttention(Wrapper):
             lengths_table(kv_indptr, kv_indices, kv_len_arr, page_size, self.device),
             num_qo_heads, num_kv_heads, head_dim_qk, page_size, self._kv_layout,
             Options(bool(causal), sm_scale=sm_scale, logits_soft_cap=logits_soft_cap), self.device,
-            dtypes, head_dim_vo, rows, longest, total,
+            dtypes, head_dim_vo, rows, longest, total, follows=False,
         )  # fmt: skip
         self._fits_tokens = not (
             readable(kv_indptr, kv_len_arr) and bool((kv_len_arr.reshape(-1).long() > kv_indptr.diff()).any())
