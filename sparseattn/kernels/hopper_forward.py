@@ -252,24 +252,27 @@ def weigh(p, values, stage, phase, acc):
 
 
 @gluon.jit
-def attend(acc, p, m_i, l_i, q, keys, values, bits, tile, ks, kp, vs, vp, zeros, qk_scale, softcap, F: gl.constexpr):
+def attend(
+    acc, p, m_i, l_i, words, q, keys, values, bits, tile, ks, kp, vs, vp, zeros, qk_scale, softcap, F: gl.constexpr
+):  # fmt: skip
     """Fold in a key tile that every row sees whole, its softmax under the previous tile's product with the values.
 
-    Whole but for bits, those of key tile ``tile`` of the list.
+    Whole but for bits: ``words`` are those of key tile ``tile`` of the list, and next comes the tile before it.
     """
     s = score(q, keys, ks, kp, zeros)
     acc = weigh(p, values, vs, vp, acc)
+    seen = words
     if F.BITS:
-        words = load_bits(bits, tile, F)
+        words = load_bits(bits, gl.maximum(tile - 1, 0), F)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(keys[2].index(ks), count=1)
     ks, kp = next_stage(ks, kp, F.K_STAGES)
     if F.SOFTCAP:
         s = cap_scores(s, qk_scale, softcap)
     if F.BITS:
-        s = keep_bits(s, words, F)
+        s = keep_bits(s, seen, F)
     probabilities, alpha, m_i, l_i = next_softmax(s, m_i, l_i, qk_scale, F.BITS)
-    if F.CONSUMERS == 1:
+    if F.CONSUMERS == 1 or F.BITS:
         # Over since before the product; but the compiler moves no softmax past this, and would past the wait for it.
         mbarrier.wait(values[1].index(vs), vp)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
@@ -277,7 +280,7 @@ def attend(acc, p, m_i, l_i, q, keys, values, bits, tile, ks, kp, vs, vp, zeros,
     vs, vp = next_stage(vs, vp, F.V_STAGES)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
     p = gl.convert_layout(probabilities.to(p.dtype), p.type.layout)
-    return acc, p, m_i, l_i, ks, kp, vs, vp
+    return acc, p, m_i, l_i, words, ks, kp, vs, vp
 
 
 @gluon.jit
@@ -398,9 +401,12 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
             qk_scale, softcap, P_LAYOUT, F,
         )  # fmt: skip
         whole = gl.maximum(count - early, late)
+        words = 0
+        if F.BITS:
+            words = load_bits(bits, gl.maximum(top - late, 0), F)
         for i in range(late, whole):
-            acc, p, m_i, l_i, ks, kp, vs, vp = attend(
-                acc, p, m_i, l_i, q, keys, values, bits, top - i, ks, kp, vs, vp, zeros, qk_scale, softcap, F
+            acc, p, m_i, l_i, words, ks, kp, vs, vp = attend(
+                acc, p, m_i, l_i, words, q, keys, values, bits, top - i, ks, kp, vs, vp, zeros, qk_scale, softcap, F
             )
         acc = weigh(p, values, vs, vp, acc)
         if F.WINDOW:

@@ -24,8 +24,6 @@ _IMPLEMENTATIONS = ("auto", "gluon", "triton", "reference")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _BLOCKS = "blocks of multiples of 64 up to 256, without block_mask, positions, scales or gathered"
-# Queries of a block times heads of a group, from which on Hopper's kernels take small blocks.
-_LEAST_ROWS = 32
 
 
 def bsr_attention(
@@ -246,11 +244,10 @@ def make_call(q: Tensor, k: Tensor, v: Tensor, rows: BlockRows, impl: str, given
             q, k, v, rows.lists, given.causal, given.scale, given.window, given.softcap, given.sinks, impl,
             resolve_sequences(q, k),
         )  # fmt: skip
-        # Small blocks have lists for Hopper's kernels, which fill 64 rows of a tile with queries and heads.
+        # Small blocks have lists for Hopper's kernels alone.
         if not rows.small or (
-            impl in ("auto", "gluon") and rows.block_size[0] * (heads // heads_k) >= _LEAST_ROWS
-            and block_sparse_library.resolve_call(q, k, v, g, "gluon")[1] is None
-        ):  # fmt: skip
+            impl in ("auto", "gluon") and block_sparse_library.resolve_call(q, k, v, g, "gluon")[1] is None
+        ):
             return Call(None, g)
     if given.sinks is not None:
         check_sinks(given.sinks, heads, q)

@@ -25,8 +25,8 @@ _MOST_BLOCK = 256
 _MOST_ENTRIES = 1 << 26
 # Bits of Hopper's kernels: the share of the blocks that must be listed, for each query of a block and at most, because
 # more queries make better use of a gathered key; the fewest queries; the most words.
-_BITS_DENSITY = 0.04
-_BITS_MOST_DENSITY = 0.6
+_BITS_DENSITY = 0.033
+_BITS_MOST_DENSITY = 0.45
 _BITS_QUERIES = 1024
 _BITS_WORDS = 1 << 31
 

@@ -19,7 +19,7 @@ from sparseattn.kernels.launches import Launches, launch
 from sparseattn.ops.bsr.problem import BSRProblem
 from sparseattn.ops.bsr.triton_forward import bsr_kernel
 from sparseattn.ops.dispatch import triton_device_reason
-from sparseattn.ops.paged.triton import as_bytes, config_for, float8_format, padded
+from sparseattn.ops.paged.triton import Tiles, as_bytes, config_for, float8_format, padded
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Programs a multiprocessor should get when lists are cut into shares, the fewest key tiles of a share, most shares.
@@ -60,6 +60,15 @@ def unsupported_reason(q: Tensor, p: BSRProblem) -> str | None:
     return triton_device_reason(q)
 
 
+def tiles_for(head_dim: int, itemsize: int, rows: int, columns: int, major: int, rope: bool = False) -> Tiles:
+    """Tiles by padded head dimension, bytes an element of q, rows that share a list, C, GPU generation and RoPE."""
+    tiles = config_for(head_dim, itemsize, rows, major, rope)
+    if rows <= 16 and columns < 16 and major == 9 and itemsize == 2 and head_dim <= 128 and not rope:
+        # Scattered keys: an H200 is the faster the more programs wait for theirs at the same time.
+        tiles = tiles._replace(block_n=32, num_warps=2)
+    return tiles
+
+
 def make_plan(q: Tensor, p: BSRProblem) -> Plan:
     """Cut a call by its shapes alone."""
     batch, _, heads, dim = q.shape
@@ -72,7 +81,7 @@ def make_plan(q: Tensor, p: BSRProblem) -> Plan:
         major = torch.cuda.get_device_capability(q.device)[0]
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     widest = max(padded(dim), padded(p.v.shape[-1]))
-    config = config_for(widest, q.element_size(), p.rows * pack, major, p.rope_theta > 0)
+    config = tiles_for(widest, q.element_size(), p.rows * pack, p.columns, major, p.rope_theta > 0)
     block_m = max(16, min(config.block_m, triton.next_power_of_2(p.rows * pack)))
     pack = min(pack, block_m)
     slots = batch * p.row_blocks * triton.cdiv(p.rows, block_m // pack)
@@ -170,7 +179,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
             flags = {"GROUP": 4, "PACK": 4, "LIST_GROUP": 1, "FLOAT8": "", "BITS": "", **flags}
             if native:
                 flags["FLOAT8"] = ""
-            tiles = config_for(dim, 2, rows * flags["PACK"], major, "ROPE" in flags)
+            tiles = tiles_for(dim, 2, rows * flags["PACK"], flags["COLUMNS"], major, "ROPE" in flags)
             block_m = max(16, min(tiles.block_m, rows * flags["PACK"]))
             constants = {"D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "PRECISION": "tf32", **flags}
             constants |= {"BLOCK_M": block_m, "BLOCK_N": tiles.block_n}
