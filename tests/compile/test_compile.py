@@ -41,7 +41,7 @@ SPILLS = {
     r"^gradients-fused-softcap-128": 512,  # a soft cap on top of five accumulators: a few loads a step, newest Triton
     r"^pooled-.*-fp32-sm80": 768,  # full-precision products in three passes; Triton 3.6 keeps more of them apart
     # The scalars of a row tile, saved once a tile under the newest Triton.
-    r"^gluon-(paged-(prefill|listed)|forward-variable)": 1024,
+    r"^gluon-(paged-(prefill|listed)|forward-(variable|bits))": 1024,
     r"/100": 3072,  # Hopper's tiles: nothing was tuned for Blackwell
     r"": 256,
 }
