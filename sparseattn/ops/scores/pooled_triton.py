@@ -24,7 +24,6 @@ from sparseattn.ops.scores.rules_triton import choose_chunks, empty_lists
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_POOL_KEYS = 128  # keys one program of the pooling kernel reads
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
 _LENGTHS = [
     "max_q", "max_k", "page_pitch", "first_block", "bounds_stride_b", "scores_stride_b", "scores_stride_h",
@@ -37,13 +36,17 @@ class Tiles(NamedTuple):
     """Pages of a step of ``_pooled_scores_kernel``; warps and pipeline stages; head dimensions of a product.
 
     ``step`` 0 keeps whole queries at hand; otherwise they are read anew for every step of pages, so many dimensions at
-    a time, where whole ones would not fit (float32 products take several times the shared memory).
+    a time, where whole ones would not fit (float32 products take several times the shared memory). ``by_page`` makes
+    pages the rows of a tile, so that sums over queries stay within a few threads; ``ahead`` then fetches a step's pages
+    into registers during the step before, in place of a pipeline that needs twice the shared memory.
     """
 
     block_n: int
     num_warps: int
     num_stages: int
     step: int = 0
+    ahead: bool = False
+    by_page: bool = False
 
 
 @triton.jit
@@ -62,13 +65,13 @@ def _first_page(k_start, b, page_pitch, PAGE: tl.constexpr, PACKED: tl.constexpr
 
 @triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
 def _pool_kernel(
-    k_ptr, high_ptr, low_ptr, k_start_ptr, k_end_ptr, stride_k, stride_f, max_k, page_pitch,
+    k_ptr, f_ptr, k_start_ptr, k_end_ptr, stride_k, stride_f, max_k, page_pitch,
     PAGE: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BOUND: tl.constexpr,
     PACKED: tl.constexpr, RAGGED_K: tl.constexpr,
 ):  # fmt: skip
     """Features of the pages of KEYS keys: means, or greatest and least. Grid (key tiles, Hkv, B).
 
-    Writes ``high`` (means or greatest) and ``low`` (least), ``[rows, Hkv, D]``.
+    Writes ``[rows, Hkv, D]``, or ``[rows, Hkv, 2, D]`` with the greatest before the least.
     """
     tile = tl.program_id(0)
     h = tl.program_id(1)
@@ -78,80 +81,111 @@ def _pool_kernel(
     if first >= k_len:
         return
     PAGES: tl.constexpr = KEYS // PAGE
-    offs = first + tl.arange(0, KEYS)
     offs_d = tl.arange(0, BLOCK_D)
-    present = (offs < k_len)[:, None]
-    base = k_ptr + b.to(tl.int64) * stride_k[0] + h.to(tl.int64) * stride_k[2]
-    ptrs = base + (k_start + offs).to(tl.int64)[:, None] * stride_k[1] + offs_d[None, :] * stride_k[3]
-    x = tl.load(ptrs, mask=present & (offs_d < D)[None, :], other=0.0).to(tl.float32)  # [KEYS, BLOCK_D]
-
+    base = k_ptr + b.to(tl.int64) * stride_k[0] + h.to(tl.int64) * stride_k[2] + offs_d[None, :] * stride_k[3]
     page = first // PAGE + tl.arange(0, PAGES)
     rows = (_first_page(k_start, b, page_pitch, PAGE, PACKED) + page).to(tl.int64)
     out = rows[:, None] * stride_f[0] + h.to(tl.int64) * stride_f[1] + offs_d[None, :] * stride_f[2]
     inside = (page * PAGE < k_len)[:, None] & (offs_d < D)[None, :]
     if BOUND:
-        high = tl.max(tl.reshape(tl.where(present, x, float("-inf")), [PAGES, PAGE, BLOCK_D]), 1)
-        low = tl.min(tl.reshape(tl.where(present, x, float("inf")), [PAGES, PAGE, BLOCK_D]), 1)
-        tl.store(low_ptr + out, low.to(low_ptr.dtype.element_ty), mask=inside)
+        # A row of every page at a time: whole rows meet in registers, none in shared memory. A short last page has its
+        # last key several times.
+        last = tl.minimum((page + 1) * PAGE, k_len) - 1
+        high = tl.full([PAGES, BLOCK_D], float("-inf"), tl.float32)
+        low = tl.full([PAGES, BLOCK_D], float("inf"), tl.float32)
+        for i in tl.static_range(0, PAGE):
+            row = (k_start + tl.minimum(page * PAGE + i, last)).to(tl.int64)
+            x = tl.load(base + row[:, None] * stride_k[1], mask=inside, other=0.0).to(tl.float32)
+            high = tl.maximum(high, x)
+            low = tl.minimum(low, x)
+        tl.store(f_ptr + out + D, low.to(f_ptr.dtype.element_ty), mask=inside)
     else:
+        offs = first + tl.arange(0, KEYS)
+        ptrs = base + (k_start + offs).to(tl.int64)[:, None] * stride_k[1]
+        x = tl.load(ptrs, mask=(offs < k_len)[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
         size = tl.minimum(tl.maximum(k_len - page * PAGE, 1), PAGE).to(tl.float32)
         high = tl.sum(tl.reshape(x, [PAGES, PAGE, BLOCK_D]), 1) / size[:, None]
-    tl.store(high_ptr + out, high.to(high_ptr.dtype.element_ty), mask=inside)
+    tl.store(f_ptr + out, high.to(f_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _queries(q_rows, inside, d, stride_d, D: tl.constexpr, WIDTH: tl.constexpr, BOUND: tl.constexpr):
-    """Dimensions ``d .. d + WIDTH`` of queries ``[BLOCK_M, WIDTH]``; BOUND: what is above 0, and what is below."""
-    offs_d = d + tl.arange(0, WIDTH)
+def _queries(
+    q_rows, inside, d, stride_d, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, BOUND: tl.constexpr,
+):  # fmt: skip
+    """Columns ``d .. d + WIDTH`` of queries ``[BLOCK_M, WIDTH]``: the dimensions, padded to BLOCK_D.
+
+    BOUND: twice as many, what is above zero and then what is below. Queries take the sign of ``scale``: the largest
+    products are the largest logits then.
+    """
+    offs = d + tl.arange(0, WIDTH)
+    offs_d = offs % BLOCK_D
     mask = inside[:, None] & (offs_d < D)[None, :]
     q = tl.load(q_rows[:, None] + offs_d[None, :] * stride_d, mask=mask, other=0.0)
-    q_low = q
+    q = tl.where(scale < 0, -q, q)
     if BOUND:
-        zero = tl.zeros(q.shape, q.dtype)
-        q_low = tl.where(q < zero, q, zero)  # tl.minimum would make float32 of bfloat16 in older releases
-        q = tl.where(q > zero, q, zero)
-    return q, q_low
+        q = tl.where((q > 0) == (offs < BLOCK_D)[None, :], q, tl.zeros(q.shape, q.dtype))
+    return q
 
 
 @triton.jit
-def _product(
-    acc, q, q_low, high_ptr, low_ptr, offs_n, pages, d, stride_row, stride_d,
-    D: tl.constexpr, WIDTH: tl.constexpr, BOUND: tl.constexpr, PRECISION: tl.constexpr,
+def _pages(
+    f_ptr, n, pages, d, stride_row, stride_d,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """``acc`` plus the product of queries and pages over the dimensions ``d .. d + WIDTH``."""
-    offs_d = d + tl.arange(0, WIDTH)
-    offs = offs_n.to(tl.int64)[None, :] * stride_row + offs_d[:, None] * stride_d
-    inside = (offs_n < pages)[None, :]
-    if D % WIDTH != 0:
-        inside = inside & (offs_d < D)[:, None]
-    high = tl.load(high_ptr + offs, mask=inside, other=0.0)  # [WIDTH, BLOCK_N]
-    acc = tl.dot(q, high, acc, input_precision=PRECISION)
-    if BOUND:
-        low = tl.load(low_ptr + offs, mask=inside, other=0.0)
-        acc = tl.dot(q_low, low, acc, input_precision=PRECISION)
-    return acc
+    """Columns ``d .. d + WIDTH`` (as :func:`_queries` has them) of pages ``n .. n + BLOCK_N``; MASKED: up to ``pages``.
+
+    What goes with negative queries lies LOW elements behind the rest.
+    """
+    offs_n = n + tl.arange(0, BLOCK_N)
+    offs = d + tl.arange(0, WIDTH)
+    columns = offs % BLOCK_D * stride_d + offs // BLOCK_D * LOW
+    inside = tl.full([BLOCK_N, 1], True, tl.int1)
+    if MASKED:
+        inside = (offs_n < pages)[:, None]
+    if D != BLOCK_D:
+        inside = inside & (offs % BLOCK_D < D)[None, :]
+    return tl.load(f_ptr + offs_n.to(tl.int64)[:, None] * stride_row + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _product(acc, q, x, PRECISION: tl.constexpr, BY_PAGE: tl.constexpr):
+    """``acc`` plus the product of queries ``q`` and pages ``x``; BY_PAGE: pages are its rows."""
+    if BY_PAGE:
+        return tl.dot(x, tl.trans(q), acc, input_precision=PRECISION)
+    else:
+        return tl.dot(q, tl.trans(x), acc, input_precision=PRECISION)
 
 
 @triton.jit
 def _logits(
-    q, q_low, q_rows, rows_inside, high_ptr, low_ptr, n, pages, limit, stride_qd, stride_row, stride_d, scale,
+    q, q_rows, rows_inside, f_ptr, n, pages, limit, stride_qd, stride_row, stride_d, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BOUND: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    BOUND: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, BY_PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Logits (base 2) of a query tile against pages ``n .. n + BLOCK_N``; MASKED: -inf from each row's ``limit`` on."""
+    """Products of a query tile and pages ``n .. n + BLOCK_N``; MASKED: -inf from each row's ``limit`` on.
+
+    BY_PAGE: ``[BLOCK_N, BLOCK_M]``, yet to be scaled; otherwise ``[BLOCK_M, BLOCK_N]``, logits (base 2).
+    """
     offs_n = n + tl.arange(0, BLOCK_N)
-    s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    s = tl.zeros([BLOCK_N, BLOCK_M] if BY_PAGE else [BLOCK_M, BLOCK_N], tl.float32)
     if STEP == 0:
-        s = _product(s, q, q_low, high_ptr, low_ptr, offs_n, pages, 0, stride_row, stride_d,
-                     D, BLOCK_D, BOUND, PRECISION)  # fmt: skip
+        x = _pages(f_ptr, n, pages, 0, stride_row, stride_d, D, BLOCK_D, 2 * BLOCK_D if BOUND else BLOCK_D, LOW,
+                   BLOCK_N, MASKED)  # fmt: skip
+        s = _product(s, q, x, PRECISION, BY_PAGE)
     else:
-        for d in range(0, D, STEP):
-            q_part, low_part = _queries(q_rows, rows_inside, d, stride_qd, D, STEP, BOUND)
-            s = _product(s, q_part, low_part, high_ptr, low_ptr, offs_n, pages, d, stride_row, stride_d,
-                         D, STEP, BOUND, PRECISION)  # fmt: skip
-    s *= scale * LOG2E
-    if MASKED:
-        s = tl.where(offs_n[None, :] < limit[:, None], s, float("-inf"))
+        for d in range(0, BLOCK_D + D if BOUND else D, STEP):
+            part = _queries(q_rows, rows_inside, d, stride_qd, scale, D, BLOCK_D, STEP, BOUND)
+            x = _pages(f_ptr, n, pages, d, stride_row, stride_d, D, BLOCK_D, STEP, LOW, BLOCK_N, MASKED)
+            s = _product(s, part, x, PRECISION, BY_PAGE)
+    if BY_PAGE:
+        if MASKED:
+            s = tl.where(offs_n[:, None] < limit[None, :], s, float("-inf"))
+    else:
+        s *= tl.abs(scale) * LOG2E
+        if MASKED:
+            s = tl.where(offs_n[None, :] < limit[:, None], s, float("-inf"))
     return s
 
 
@@ -165,43 +199,81 @@ def _running_lse(s, m_i, l_i):
 
 
 @triton.jit
-def _aggregate(
-    s, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_BLOCK: tl.constexpr, MAX: tl.constexpr
-):  # fmt: skip
-    """Block scores (natural log) ``[BLOCK_N / PER_BLOCK]`` of base-2 log values of ``count`` rows and their pages."""
-    BLOCKS: tl.constexpr = BLOCK_N // PER_BLOCK
-    if MAX:
-        if PER_BLOCK == 1:
-            score = tl.max(s, 0)
-        else:
-            pages = tl.reshape(s, [BLOCK_M, BLOCKS, PER_BLOCK])
-            m = tl.max(pages, 2)
-            m_safe = tl.where(m == float("-inf"), 0.0, m)
-            total = tl.sum(tl.exp2(pages - m_safe[:, :, None]), 2)
-            score = tl.max(tl.where(total > 0, m_safe + tl.log2(tl.where(total > 0, total, 1.0)), m), 0)
+def _peaks(s, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_BLOCK: tl.constexpr):
+    """The largest of the rows' values of a block (base 2) ``[BLOCK_N / PER_BLOCK]``, from logits of rows and pages."""
+    if PER_BLOCK == 1:
+        return tl.max(s, 0)
     else:
-        if PER_BLOCK == 1:
-            m = tl.max(s, 0)
-            m_safe = tl.where(m == float("-inf"), 0.0, m)
-            total = tl.sum(tl.exp2(s - m_safe[None, :]), 0)
+        pages = tl.reshape(s, [BLOCK_M, BLOCK_N // PER_BLOCK, PER_BLOCK])
+        m = tl.max(pages, 2)
+        m_safe = tl.where(m == float("-inf"), 0.0, m)
+        total = tl.sum(tl.exp2(pages - m_safe[:, :, None]), 2)
+        return tl.max(tl.where(total > 0, m_safe + tl.log2(tl.where(total > 0, total, 1.0)), m), 0)
+
+
+@triton.jit
+def _sums(s, factor, BLOCK_N: tl.constexpr, PER_BLOCK: tl.constexpr, MAX: tl.constexpr):
+    """Blocks' values (base 2) ``[BLOCK_N / PER_BLOCK]`` from products ``s [BLOCK_N, BLOCK_M]`` of pages and rows.
+
+    ``factor`` (positive) makes logits of products. The log-sum-exp over rows and pages; MAX (one page): the largest.
+    Pages are rows of the tile, so that a thread sums most of what belongs together by itself.
+    """
+    m = tl.max(s, 1)
+    value = m * factor
+    if not MAX:
+        top = tl.where(m == float("-inf"), 0.0, value)
+        total = tl.sum(tl.exp2(s * factor - top[:, None]), 1)
+        value = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), value)
+    if PER_BLOCK > 1:
+        value = tl.reshape(value, [BLOCK_N // PER_BLOCK, PER_BLOCK])
+        m = tl.max(value, 1)
+        top = tl.where(m == float("-inf"), 0.0, m)
+        total = tl.sum(tl.exp2(value - top[:, None]), 1)
+        value = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), m)
+    return value
+
+
+@triton.jit
+def _totals(s, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_BLOCK: tl.constexpr):
+    """As :func:`_sums`, from logits (base 2) ``s [BLOCK_M, BLOCK_N]``."""
+    if PER_BLOCK == 1:
+        m = tl.max(s, 0)
+        top = tl.where(m == float("-inf"), 0.0, m)
+        total = tl.sum(tl.exp2(s - top[None, :]), 0)
+    else:
+        pages = tl.reshape(s, [BLOCK_M, BLOCK_N // PER_BLOCK, PER_BLOCK])
+        m = tl.max(tl.max(pages, 2), 0)
+        top = tl.where(m == float("-inf"), 0.0, m)
+        total = tl.sum(tl.sum(tl.exp2(pages - top[None, :, None]), 2), 0)
+    return tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), m)
+
+
+@triton.jit
+def _score_of(
+    s, z, factor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_BLOCK: tl.constexpr, MAX: tl.constexpr,
+    ROW_SOFTMAX: tl.constexpr, BY_PAGE: tl.constexpr,
+):  # fmt: skip
+    """Blocks' values (base 2) of a tile of :func:`_logits`; ``z``: what ROW_SOFTMAX takes from each row's logits."""
+    if BY_PAGE:
+        return _sums(s, factor, BLOCK_N, PER_BLOCK, MAX)
+    else:
+        if ROW_SOFTMAX:
+            s -= z[:, None]
+        if MAX:
+            return _peaks(s, BLOCK_M, BLOCK_N, PER_BLOCK)
         else:
-            pages = tl.reshape(s, [BLOCK_M, BLOCKS, PER_BLOCK])
-            m = tl.max(tl.max(pages, 2), 0)
-            m_safe = tl.where(m == float("-inf"), 0.0, m)
-            total = tl.sum(tl.sum(tl.exp2(pages - m_safe[None, :, None]), 2), 0)
-        score = tl.where(total > 0, m_safe + tl.log2(tl.where(total > 0, total / count, 1.0)), m)
-    return score * LN2
+            return _totals(s, BLOCK_M, BLOCK_N, PER_BLOCK)
 
 
 @triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
 def _pooled_scores_kernel(
-    q_ptr, high_ptr, low_ptr, visible_ptr, scores_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
+    q_ptr, f_ptr, visible_ptr, scores_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
     stride_q, stride_f, stride_f_batch, max_q, max_k, page_pitch, first_block, bounds_stride_b, scores_stride_b,
     scores_stride_h, scores_pitch, scale,
     PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, PACKED: tl.constexpr,
     BOUND: tl.constexpr, ROW_SOFTMAX: tl.constexpr, MAX: tl.constexpr, PRECISION: tl.constexpr,
-    STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, BY_PAGE: tl.constexpr,
 ):  # fmt: skip
     """Scores of one query block against every block it sees. Grid (query blocks of the chunk, Hq, B).
 
@@ -221,7 +293,9 @@ def _pooled_scores_kernel(
     inside = rows < q_len
     q_base = q_ptr + b.to(tl.int64) * stride_q[0] + h.to(tl.int64) * stride_q[2]
     q_rows = q_base + (q_start + rows).to(tl.int64) * stride_q[1]
-    q, q_low = _queries(q_rows, inside, 0, stride_q[3], D, BLOCK_D if STEP == 0 else STEP, BOUND)
+    WIDTH: tl.constexpr = 2 * BLOCK_D if BOUND else BLOCK_D
+    LOW: tl.constexpr = 0 if PAGE == 1 else D
+    q = _queries(q_rows, inside, 0, stride_q[3], scale, D, BLOCK_D, WIDTH if STEP == 0 else STEP, BOUND)
 
     # Pages that each row sees are those before its limit.
     pages = (k_len + PAGE - 1) // PAGE
@@ -237,41 +311,60 @@ def _pooled_scores_kernel(
         first = _first_page(k_start, b, page_pitch, PAGE, PACKED)
     feature = b.to(tl.int64) * stride_f_batch + first.to(tl.int64) * stride_f[0]
     feature += (h // GROUP).to(tl.int64) * stride_f[1]
-    high_ptr += feature
-    low_ptr += feature
+    f_ptr += feature
 
     z = tl.zeros([BLOCK_M], tl.float32)
     if ROW_SOFTMAX:
         m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         for n in range(0, whole, BLOCK_N):
-            s = _logits(q, q_low, q_rows, inside, high_ptr, low_ptr, n, pages, limit, stride_q[3], stride_f[0],
-                        stride_f[2], scale, D, BLOCK_D, STEP, BLOCK_M, BLOCK_N, BOUND, PRECISION, False)  # fmt: skip
+            s = _logits(q, q_rows, inside, f_ptr, n, pages, limit, stride_q[3], stride_f[0],
+                        stride_f[2], scale, D, BLOCK_D, STEP, BLOCK_M, BLOCK_N, BOUND, LOW, PRECISION, False,
+                        BY_PAGE)  # fmt: skip
             m_i, l_i = _running_lse(s, m_i, l_i)
         for n in range(whole, seen, BLOCK_N):
-            s = _logits(q, q_low, q_rows, inside, high_ptr, low_ptr, n, pages, limit, stride_q[3], stride_f[0],
-                        stride_f[2], scale, D, BLOCK_D, STEP, BLOCK_M, BLOCK_N, BOUND, PRECISION, True)  # fmt: skip
+            s = _logits(q, q_rows, inside, f_ptr, n, pages, limit, stride_q[3], stride_f[0],
+                        stride_f[2], scale, D, BLOCK_D, STEP, BLOCK_M, BLOCK_N, BOUND, LOW, PRECISION, True,
+                        BY_PAGE)  # fmt: skip
             m_i, l_i = _running_lse(s, m_i, l_i)
         z = tl.where(l_i > 0, m_i + tl.log2(tl.where(l_i > 0, l_i, 1.0)), 0.0)
 
     BLOCKS: tl.constexpr = BLOCK_N // PER_BLOCK
-    count = tl.maximum(tl.minimum(q_len - (first_block + m_block) * BLOCK_M, BLOCK_M), 1).to(tl.float32)
+    factor = tl.maximum(tl.abs(scale) * LOG2E, 1e-30)
+    shift = 0.0
+    if not MAX:
+        count = tl.maximum(tl.minimum(q_len - (first_block + m_block) * BLOCK_M, BLOCK_M), 1)
+        shift = tl.log2(count.to(tl.float32))
     scores_ptr += b.to(tl.int64) * scores_stride_b + h.to(tl.int64) * scores_stride_h
     scores_ptr += m_block.to(tl.int64) * scores_pitch
-    for n in range(0, whole, BLOCK_N):
-        s = _logits(q, q_low, q_rows, inside, high_ptr, low_ptr, n, pages, limit, stride_q[3], stride_f[0],
-                    stride_f[2], scale, D, BLOCK_D, STEP, BLOCK_M, BLOCK_N, BOUND, PRECISION, False)  # fmt: skip
-        if ROW_SOFTMAX:
-            s -= z[:, None]
-        block = n // PER_BLOCK + tl.arange(0, BLOCKS)
-        tl.store(scores_ptr + block, _aggregate(s, count, BLOCK_M, BLOCK_N, PER_BLOCK, MAX), mask=block < visible)
-    for n in range(whole, visible * PER_BLOCK, BLOCK_N):
-        s = _logits(q, q_low, q_rows, inside, high_ptr, low_ptr, n, pages, limit, stride_q[3], stride_f[0],
-                    stride_f[2], scale, D, BLOCK_D, STEP, BLOCK_M, BLOCK_N, BOUND, PRECISION, True)  # fmt: skip
-        if ROW_SOFTMAX:
-            s -= z[:, None]
-        block = n // PER_BLOCK + tl.arange(0, BLOCKS)
-        tl.store(scores_ptr + block, _aggregate(s, count, BLOCK_M, BLOCK_N, PER_BLOCK, MAX), mask=block < visible)
+    if AHEAD:
+        x = _pages(f_ptr, 0, pages, 0, stride_f[0], stride_f[2], D, BLOCK_D, WIDTH, LOW, BLOCK_N, True)
+        for n in range(0, visible * PER_BLOCK, BLOCK_N):
+            s = _product(tl.zeros([BLOCK_N, BLOCK_M], tl.float32), q, x, PRECISION, True)
+            # The next pages, while this product runs: not before it, as its fence would wait for them, nor when the
+            # compiler would, after the exponentials.
+            x = _pages(f_ptr, n + BLOCK_N, pages, 0, stride_f[0], stride_f[2], D, BLOCK_D, WIDTH, LOW, BLOCK_N, True)
+            tl.debug_barrier()
+            if n >= whole:
+                s = tl.where((n + tl.arange(0, BLOCK_N))[:, None] < limit[None, :], s, float("-inf"))
+            score = _score_of(s, z, factor, BLOCK_M, BLOCK_N, PER_BLOCK, MAX, ROW_SOFTMAX, BY_PAGE)
+            block = n // PER_BLOCK + tl.arange(0, BLOCKS)
+            tl.store(scores_ptr + block, (score - shift) * LN2, mask=block < visible)
+    else:
+        for n in range(0, whole, BLOCK_N):
+            s = _logits(q, q_rows, inside, f_ptr, n, pages, limit, stride_q[3], stride_f[0],
+                        stride_f[2], scale, D, BLOCK_D, STEP, BLOCK_M, BLOCK_N, BOUND, LOW, PRECISION, False,
+                        BY_PAGE)  # fmt: skip
+            score = _score_of(s, z, factor, BLOCK_M, BLOCK_N, PER_BLOCK, MAX, ROW_SOFTMAX, BY_PAGE)
+            block = n // PER_BLOCK + tl.arange(0, BLOCKS)
+            tl.store(scores_ptr + block, (score - shift) * LN2, mask=block < visible)
+        for n in range(whole, visible * PER_BLOCK, BLOCK_N):
+            s = _logits(q, q_rows, inside, f_ptr, n, pages, limit, stride_q[3], stride_f[0],
+                        stride_f[2], scale, D, BLOCK_D, STEP, BLOCK_M, BLOCK_N, BOUND, LOW, PRECISION, True,
+                        BY_PAGE)  # fmt: skip
+            score = _score_of(s, z, factor, BLOCK_M, BLOCK_N, PER_BLOCK, MAX, ROW_SOFTMAX, BY_PAGE)
+            block = n // PER_BLOCK + tl.arange(0, BLOCKS)
+            tl.store(scores_ptr + block, (score - shift) * LN2, mask=block < visible)
 
 
 @triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
@@ -303,29 +396,43 @@ def _group_kernel(
         tl.store(scores_ptr + offs, m, mask=offs < visible)
 
 
-def config_for(dtype: torch.dtype, head_dim: int, page_size: int, bound: bool, capability: tuple[int, int]) -> Tiles:
-    """Tiles by GPU generation."""
-    wide = head_dim > 128
+def config_for(
+    dtype: torch.dtype, head_dim: int, page_size: int, bound: bool, rows_first: bool, capability: tuple[int, int]
+) -> Tiles:
+    """Tiles by GPU generation; ``rows_first`` is what :func:`_rows_first` says."""
+    wide, hopper = head_dim > 128, capability[0] >= 9
     if dtype == torch.float32:
-        return Tiles(64, 8, 1, 32)
+        return Tiles(64, 8, 1, 32, by_page=rows_first and not hopper)
+    by_page = rows_first and hopper  # Ampere's products would keep the queries, the second operand, in registers
     if wide and (bound or page_size == 1):
-        return Tiles(64, 8, 2, 64)
+        return Tiles(64, 8, 2, 64, by_page=by_page)
     if page_size == 1:
-        return Tiles(128, 8, 2)  # a step must hold the keys of a whole block
-    if capability[0] >= 9:
-        # Small enough for two programs a processor: one's exponentials, as many as its products take cycles, run beside
-        # the other's products.
+        return Tiles(128, 8, 2, by_page=by_page)  # a step must hold the keys of a whole block
+    if by_page:
+        # Small enough for two or three programs a processor: one's exponentials, as many as its products take cycles,
+        # run beside the others' products.
+        return Tiles(64, 4, 1, ahead=True, by_page=True) if wide or bound else Tiles(64, 4, 2, by_page=True)
+    if hopper:
         return Tiles(64, 8, 2 if wide or bound else 3)
     return Tiles(32 if wide else 64, 8, 2)
+
+
+def _rows_first(p: PooledProblem) -> bool:
+    """Whether the sum over rows may come before the one over pages.
+
+    Rows that are normalised need sums over pages, and peaks are sums of pages before they are the largest of rows.
+    """
+    return not p.row_softmax and (p.page_size == p.block_size or p.aggregate == "mean")
 
 
 def _tiles(q: Tensor, p: PooledProblem) -> Tiles:
     per_block = p.block_size // p.page_size
     if not q.is_cuda:
         # The interpreter: small tiles reach every branch at small shapes.
-        return Tiles(max(32, per_block), 1, 1, 16 if q.shape[-1] > 32 else 0)
+        step, by_page = 16 if q.shape[-1] > 32 else 0, _rows_first(p) and p.causal
+        return Tiles(max(32, per_block), 1, 1, step, by_page and step == 0 and p.feature == "bound", by_page)
     capability = torch.cuda.get_device_capability(q.device)
-    tiles = config_for(q.dtype, q.shape[-1], p.page_size, p.feature == "bound", capability)
+    tiles = config_for(q.dtype, q.shape[-1], p.page_size, p.feature == "bound", _rows_first(p), capability)
     return tiles._replace(block_n=max(tiles.block_n, per_block))
 
 
@@ -341,30 +448,33 @@ def unsupported_reason(q: Tensor, k: Tensor) -> str | None:
 
 
 class _Features(NamedTuple):
-    """Features of all pages: ``high`` and ``low`` with strides (row, head, dim) and the stride of a batch row."""
+    """Features of all pages, their strides (row, head, dim) and the stride of a batch row."""
 
-    high: Tensor
-    low: Tensor
+    values: Tensor
     strides: tuple[int, int, int]
     batch_stride: int
+
+
+def _pool_keys(page_size: int, bound: bool) -> int:
+    """Keys that one program of the pooling kernel reads: extremes are taken of a few pages at a time."""
+    return 8 * page_size if bound else 128
 
 
 def _pool(k: Tensor, p: PooledProblem) -> _Features:
     s, bound = p.sequences, p.feature == "bound"
     batch_stride, row, head, dim = _strides(k, s.packed)
     if p.page_size == 1:
-        return _Features(k, k, (row, head, dim), batch_stride)
+        return _Features(k, (row, head, dim), batch_stride)
     heads, d = k.shape[-2:]
     rows = k.shape[0] // p.page_size + s.batch + 1 if s.packed else s.batch * p.num_pages
-    high = torch.empty((rows, heads, d), dtype=k.dtype, device=k.device)
-    low = torch.empty_like(high) if bound else high
-    grid = (-(-s.max_k // _POOL_KEYS), heads, s.batch)
-    _pool_kernel[grid](
-        k, high, low, s.k_start, s.k_end, (batch_stride, row, head, dim), high.stride(), s.max_k, p.num_pages,
-        PAGE=p.page_size, KEYS=_POOL_KEYS, D=d, BLOCK_D=_padded(d), BOUND=bound, PACKED=s.packed,
+    values = torch.empty((rows, heads, 2 * d if bound else d), dtype=k.dtype, device=k.device)
+    keys = _pool_keys(p.page_size, bound)
+    _pool_kernel[(-(-s.max_k // keys), heads, s.batch)](
+        k, values, s.k_start, s.k_end, (batch_stride, row, head, dim), values.stride(), s.max_k, p.num_pages,
+        PAGE=p.page_size, KEYS=keys, D=d, BLOCK_D=_padded(d), BOUND=bound, PACKED=s.packed,
         RAGGED_K=s.k_start is not None, num_warps=4, **LAUNCH,
     )  # fmt: skip
-    return _Features(high, low, high.stride(), 0)  # type: ignore[arg-type]
+    return _Features(values, values.stride(), 0)  # type: ignore[arg-type]
 
 
 def _score(
@@ -372,18 +482,16 @@ def _score(
 ) -> None:
     """Write ``scores [B, Hq, blocks, NB]`` of the query blocks from ``first`` on, where visible."""
     s, tiles, (heads, d) = p.sequences, _tiles(q, p), q.shape[-2:]
-    high, low = features.high, features.low
-    if p.scale < 0:  # the greatest product is then the one with the least key
-        high, low = low, high
     _pooled_scores_kernel[(scores.shape[2], heads, s.batch)](
-        q, high, low, visible, scores, s.q_start, s.q_end, s.k_start, s.k_end, _strides(q, s.packed),
+        q, features.values, visible, scores, s.q_start, s.q_end, s.k_start, s.k_end, _strides(q, s.packed),
         features.strides, features.batch_stride, s.max_q, s.max_k, p.num_pages, first,
         0 if visible.shape[0] == 1 else visible.stride(0), *scores.stride()[:3], p.scale,
         PAGE=p.page_size, PER_BLOCK=p.block_size // p.page_size, GROUP=heads // kv_heads, D=d, BLOCK_D=_padded(d),
         CAUSAL=p.causal, RAGGED_Q=s.q_start is not None, RAGGED_K=s.k_start is not None, PACKED=s.packed,
         BOUND=p.feature == "bound", ROW_SOFTMAX=p.row_softmax, MAX=p.aggregate == "max",
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", STEP=tiles.step, BLOCK_M=p.block_size,
-        BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **LAUNCH,
+        BLOCK_N=tiles.block_n, AHEAD=tiles.ahead, BY_PAGE=tiles.by_page,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **LAUNCH,
     )  # fmt: skip
 
 
@@ -446,21 +554,23 @@ def compile_cases() -> list[
     for major in (8, 9):
         for feature, page, block, softmax, maximum, dtype in variants:
             bound, per_block = feature == "bound", block // page
-            tiles = config_for(dtype, 128, page, bound, (major, 0))
+            tiles = config_for(dtype, 128, page, bound, not softmax, (major, 0))
             constants: dict[str, Any] = {
                 "PAGE": page, "PER_BLOCK": per_block, "GROUP": 4, "D": 128, "BLOCK_D": 128, "CAUSAL": True,
                 "RAGGED_Q": maximum, "RAGGED_K": maximum, "PACKED": maximum, "BOUND": bound, "ROW_SOFTMAX": softmax,
                 "MAX": maximum, "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32", "STEP": tiles.step,
-                "BLOCK_M": block, "BLOCK_N": max(tiles.block_n, per_block),
+                "BLOCK_M": block, "BLOCK_N": max(tiles.block_n, per_block), "AHEAD": tiles.ahead,
+                "BY_PAGE": tiles.by_page,
             }  # fmt: skip
             kind = "-fp32" if dtype == torch.float32 else "-softmax" * softmax
             offline = _offline(_pooled_scores_kernel, constants, "*fp32" if dtype == torch.float32 else "*bf16")
             name = f"pooled-{feature}{page}-block{block}{kind}-sm{major}0"
             cases.append((name, *offline, tiles.num_warps, tiles.num_stages))
     for bound in (False, True):
+        page = 16 if bound else 128
         constants = {
-            "PAGE": 16 if bound else 128, "KEYS": _POOL_KEYS, "D": 128, "BLOCK_D": 128, "BOUND": bound,
-            "PACKED": bound, "RAGGED_K": bound,
+            "PAGE": page, "KEYS": _pool_keys(page, bound), "D": 128, "BLOCK_D": 128, "BOUND": bound, "PACKED": bound,
+            "RAGGED_K": bound,
         }  # fmt: skip
         cases.append((f"pool-{'bound' if bound else 'mean'}", *_offline(_pool_kernel, constants), 4, 1))
     cases.append(("group", *_offline(_group_kernel, {"GROUP": 4, "MAX": False, "BLOCK": 256}), 4, 1))
@@ -483,7 +593,7 @@ def _offline(function: object, constants: dict[str, Any], inputs: str = "*bf16")
             attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(size - 1)}
         elif param.name.endswith("_ptr"):
             index = param.name == "visible_ptr" or "start" in param.name or "end" in param.name
-            is_input = param.name in ("q_ptr", "k_ptr", "high_ptr", "low_ptr")
+            is_input = param.name in ("q_ptr", "k_ptr", "f_ptr")
             signature[param.name] = inputs if is_input else "*i32" if index else "*fp32"
             if param.name not in _VIEWS:
                 attributes[(i,)] = [["tt.divisibility", 16]]
