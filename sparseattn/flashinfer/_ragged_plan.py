@@ -149,12 +149,16 @@ class RaggedPlan:
         if not repeatable(q, k, v) or differentiable(q, k, v):
             o, natural = block_sparse_attention(q, k, v, **arguments, **self._lengths(q, k), return_lse=True)
             return as_results(o, natural, o_dtype, out, lse, return_lse)
-        if form not in self._blocks:
-            self._blocks[form] = repeated_blocks(q, k, v, **arguments, **self._lengths(q, k), fixed=not self.follows)
+        blocks = self._blocks.get(form)
+        # What is made from lengths while a graph is captured is the graph's.
+        own = not self._known and q.is_cuda and torch.cuda.is_current_stream_capturing()
+        if blocks is None or own:
+            blocks = repeated_blocks(q, k, v, **arguments, **self._lengths(q, k), fixed=not self.follows)
+        if not own:
+            self._blocks[form] = blocks
         direct = out if out is not None and o_dtype == q.dtype and not starts_with(out, q, k, v) else None
-        blocks = self._blocks[form]
         o, natural = blocks(q, k, v, None, direct)
-        if usual is not None and o.dtype == o_dtype:
+        if usual is not None and o.dtype == o_dtype and not own:
             blocks.learn(usual, q, k, v, None, o, natural)
             self._usual[usual] = blocks
         return as_results(o, natural, o_dtype, out, lse, return_lse)
