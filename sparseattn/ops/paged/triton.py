@@ -279,8 +279,8 @@ def _split_columns(
 
 
 def padded(head_dim: int) -> int:
-    """Columns that a tile has for a head dimension."""
-    return max(16, triton.next_power_of_2(head_dim))
+    """Columns of a tile for a head dimension: 32 at least, since Triton 3.6 reads past tiles of 16 float8 columns."""
+    return max(32, triton.next_power_of_2(head_dim))
 
 
 def _shared(k: Tensor, v: Tensor) -> bool:
