@@ -414,13 +414,14 @@ def _select(
     """Write the lists of the rows ``[first, first + scores.shape[2])`` from ``scores [B, H, rows, NB]``."""
     batch, heads, rows, columns = scores.shape
     visible, recent = bounds.visible.contiguous(), bounds.recent.contiguous()
-    # A warp to itself holds a row of up to 1024 in registers and sums without waiting for others.
+    # A warp or two hold a row in registers and sum with few others to wait for.
     block = next((size for size in (128, 1024) if columns <= size), 1024)
+    warps = 4 if columns > block else 1 + block // 1024
     _top_p_kernel[(rows, heads, batch)](
         scores, threshold, visible, recent, counts, indices, batch_stride(visible), first,
         *scores.stride()[:3], counts.shape[2], indices.shape[3], cap,
         HEAD_THRESHOLDS=threshold.numel() > 1, KEEP_SINK=keep_sink, CAPPED=cap < columns, FITS=columns <= block,
-        BLOCK=block, num_warps=1 if columns <= block else 4, **LAUNCH,
+        BLOCK=block, num_warps=warps, **LAUNCH,
     )  # fmt: skip
 
 
@@ -480,7 +481,7 @@ class _Plan:
         _scores_kernel[(blocks, heads, s.batch)](
             self.sums, self.tile_max, self.tile_sum, visible, scores, batch_stride(visible), first, cells, k_tiles,
             *scores.stride()[:3], PER_BLOCK=self.per_block, TILE_BLOCKS=self.tile_blocks, BLOCK_T=32,
-            BLOCK_TILES=max(1, 64 // self.tile_blocks), MAX=p.aggregate == "max", num_warps=2, **LAUNCH,
+            BLOCK_TILES=max(1, 64 // self.tile_blocks), MAX=p.aggregate == "max", num_warps=1, **LAUNCH,
         )  # fmt: skip
 
     def _parts(self, cells: int, k_tiles: int, programs: int) -> tuple[str, ...]:
@@ -528,10 +529,10 @@ def compile_cases() -> list[
         blocks = 256 // per_block
         constants = {"PER_BLOCK": per_block, "TILE_BLOCKS": blocks, "BLOCK_T": 32, "BLOCK_TILES": max(1, 64 // blocks)}
         constants["MAX"] = per_block == 32
-        cases.append((f"scores-{per_block}", *_offline(_scores_kernel, constants), 2, 1))
+        cases.append((f"scores-{per_block}", *_offline(_scores_kernel, constants), 1, 1))
     for sink in (False, True):
         constants = {"HEAD_THRESHOLDS": not sink, "KEEP_SINK": sink, "CAPPED": sink, "FITS": sink, "BLOCK": 1024}
-        cases.append((f"top_p-sink{int(sink)}", *_offline(_top_p_kernel, constants), 4, 1))
+        cases.append((f"top_p-sink{int(sink)}", *_offline(_top_p_kernel, constants), 2 if sink else 4, 1))
     return cases
 
 
