@@ -30,6 +30,7 @@ MODULES = (
     "sparseattn.ops.block_sparse.gluon_gradients",
     "sparseattn.ops.block_sparse.gluon_extra",
     "sparseattn.ops.scores.triton",
+    "sparseattn.ops.scores.bounds_triton",
     "sparseattn.ops.scores.cut_triton",
     "sparseattn.ops.scores.landmark_triton",
     "sparseattn.ops.scores.pooled_triton",
