@@ -19,6 +19,7 @@ __all__ = [
     "async_load",
     "async_reduce_add",
     "async_store",
+    "begin_early",
     "box_coordinates",
     "load_boxes",
     "load_rows",
@@ -99,6 +100,18 @@ def opaque_zero():
     have. Indexed by this, they are computed where they are used.
     """
     return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def begin_early():
+    """Let the next kernel be launched, to wait in its turn; then wait until the kernel before this one has ended.
+
+    Before this a kernel launched with ``launch_pdl`` must touch no memory; launched without, it waits for nothing.
+    """
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -189,10 +202,10 @@ def read_record(record_ptr, position):
 
 
 @gluon.jit
-def post(info, turn, position):
-    """Tell the consumers which tile comes next; -1 ends their work."""
+def post(info, turn, position, WARPS: gl.constexpr = 1):
+    """Tell the consumers which tile comes next, from a partition of ``WARPS`` warps; -1 ends their work."""
     tiles, full, empty = info
-    lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    lane: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     mbarrier.wait(empty.index(turn & 1), ((turn >> 1) & 1) ^ 1)
     tiles.index(turn & 1).store(gl.full([1], position, gl.int32, lane))
     mbarrier.arrive(full.index(turn & 1), count=1)

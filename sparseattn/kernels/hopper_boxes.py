@@ -14,9 +14,13 @@ their own on, short ones. ``source`` is (whole tiles of the row tile's walk, whe
 # Layouts are parameters of kernels here, so annotations must stay objects: no ``from __future__ import annotations``.
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from sparseattn.kernels.hopper import async_load, box_coordinates, tile_layout, view
 from sparseattn.kernels.hopper_attention import HIDDEN
+
+# A name that changed between Triton 3.7 and 3.8.
+copy_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -76,23 +80,53 @@ def box_columns(list_ptr, tile, entries, source, offs, F: gl.constexpr):
 
 
 @gluon.jit
-def key_boxes(list_ptr, tile, entries, source, F: gl.constexpr):
-    """(rows, counts) int32 [32], of which a key tile's boxes come first: first row of a box, and keys in it.
+def seek_boxes(list_ptr, tile, entries, source, F: gl.constexpr):
+    """What memory says of a key tile's boxes, int32 [32] of which they come first: see ``found_boxes``.
 
-    Rows of a cache count tokens of pages that lie side by side.
+    ``SCATTERED``: of its rows, int32 [TILE_N].
+
+    Tokens and their page numbers, or first keys and ends. Nothing is computed from what is loaded, so that loads of
+    one tile travel under the work on another.
     """
-    lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    offs = gl.minimum(gl.arange(0, 32, lane), F.TILE_N // F.BOX - 1) * F.BOX
+    if F.SCATTERED:
+        offs = gl.arange(0, F.TILE_N, gl.BlockedLayout([1], [32], [4], [0]))
+    else:
+        lane: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        offs = gl.minimum(gl.arange(0, 32, lane), F.TILE_N // F.BOX - 1) * F.BOX
     if F.PAGED:
         tokens = tile_tokens(list_ptr, tile, entries, source[1], offs, F)
-        page = page_numbers(source, tokens, F)
+        found = gl.load(source[0] + tokens // F.PAGE, mask=tokens < source[1], other=-1)
+    else:
+        tokens, found = tile_span(list_ptr, tile, source, offs, F)
+    return tokens, found
+
+
+@gluon.jit
+def found_boxes(tokens, found, source, F: gl.constexpr):
+    """(rows, counts) int32 [32] of the boxes that ``seek_boxes`` found: first row of a box, and keys in it.
+
+    Rows of a cache count tokens of pages that lie side by side. ``SCATTERED``: rows of the tile, -1 for none, and
+    which keys they are.
+    """
+    if F.PAGED:
+        page = gl.where(found < source[2], found, -1)
+    if F.SCATTERED:
+        counts = gl.where(page >= 0, tokens, HIDDEN)
+        rows = gl.where(page >= 0, page * F.PAGE + tokens % F.PAGE, -1)
+    elif F.PAGED:
         counts = gl.where(page >= 0, gl.minimum(source[1] - tokens, F.BOX), 0)
         rows = gl.maximum(page, 0) * F.PAGE + gl.where(page >= 0, tokens % F.PAGE, 0)
     else:
-        tokens, ends = tile_span(list_ptr, tile, source, offs, F)
-        counts = gl.maximum(gl.minimum(ends - tokens, F.BOX), 0)
+        counts = gl.maximum(gl.minimum(found - tokens, F.BOX), 0)
         rows = gl.where(counts > 0, tokens, 0)
     return rows, counts
+
+
+@gluon.jit
+def key_boxes(list_ptr, tile, entries, source, F: gl.constexpr):
+    """(rows, counts) int32 [32], of which a key tile's boxes come first."""
+    tokens, found = seek_boxes(list_ptr, tile, entries, source, F)
+    return found_boxes(tokens, found, source, F)
 
 
 @gluon.jit
@@ -115,3 +149,29 @@ def load_key_boxes(desc, start, rows, counts, head, col, full, tile, F: gl.const
         for panel in gl.static_range(PANELS):
             box = view(boxes.index(panel * COUNT + i), desc.dtype, desc.block_type.shape, desc.layout)
             async_load(desc, box_coordinates(row, count, 0, head, col + panel * 64), full, box)
+
+
+@gluon.jit
+def gather_rows(source, head, rows, page_rows, rows_s, full, tile, dtype: gl.constexpr, F: gl.constexpr):
+    """Fill a tile with the ``rows`` of ``found_boxes``, zeros where there is none; threads arrive at ``full``.
+
+    ``source`` is (pointer, strides of rows and heads in 8 elements); ``page_rows`` is how many rows a page has from the
+    one before. Four warps copy 16 bytes a thread, 64 rows by 64 columns at a time.
+    """
+    ptr, stride, head_stride = source
+    LANES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    COUNT: gl.constexpr = F.TILE_N // 64
+    PANELS: gl.constexpr = tile.shape[1] // 64
+    boxes = view(tile, dtype, [PANELS * COUNT, 64, 64], tile_layout(2))
+    ptr += head.to(gl.int64) * (head_stride * 8)
+    cols = gl.arange(0, 64, gl.SliceLayout(0, LANES))
+    rows_s.store(rows)
+    for i in gl.static_range(COUNT):
+        row = rows_s.slice(i * 64, 64).load(gl.SliceLayout(1, LANES))
+        held = (row >= 0)[:, None] & (cols < 64)[None, :]
+        row = gl.maximum(row, 0)
+        row = row // F.PAGE * page_rows + row % F.PAGE
+        ptrs = ptr + (row.to(gl.int64) * (stride * 8))[:, None] + cols[None, :]
+        for panel in gl.static_range(PANELS):
+            copy_rows(boxes.index(panel * COUNT + i), ptrs + panel * 64, mask=held)
+    async_copy.mbarrier_arrive(full, increment_count=False)

@@ -37,13 +37,15 @@ class Facts:
         SPLIT: Each tile is a share of a row's keys and leaves unnormalised sums.
         RAGGED_Q: Sequences have query spans of their own.
         RAGGED_K: Likewise, key spans.
-        PAGE: Tokens of a page, a multiple of 8; 0: keys lie in rows of their own. Spans of keys then are where a
+        PAGE: Tokens of a page; 0: keys lie in rows of their own. Spans of keys then are where a
             sequence's page numbers begin and, from there, its length; the schedule counts the tiles.
         SCALED: Scores and outputs have a factor for each KV head.
         VARIABLE: Row tiles and key tiles begin and end anywhere, as ``piece_walks_kernel`` says.
         BITS: Bits say what queries see of listed blocks (see ``hopper_bits``), which are no smaller than a key tile.
         PAGED: Keys lie in pages.
         BOXED: The rows of a key tile come from ``key_boxes``.
+        SCATTERED: Boxes would be less than a swizzle's 8 rows, so that threads gather the rows of key tiles.
+        WARPS: Of the producer.
         GATHER: A key tile holds several mask blocks.
         BOX: Keys that are loaded together.
         LOADER: Registers of the producer's threads.
@@ -82,6 +84,8 @@ class Facts:
 
     PAGED: Any = field(init=False, default=False)
     BOXED: Any = field(init=False, default=False)
+    SCATTERED: Any = field(init=False, default=False)
+    WARPS: Any = field(init=False, default=1)
     GATHER: Any = field(init=False, default=False)
     BOX: Any = field(init=False, default=0)
     LOADER: Any = field(init=False, default=24)
@@ -96,7 +100,10 @@ class Facts:
             box = min(self.TILE_N, *(n & -n for n in parts))
         facts = vars(self) | {"PAGED": self.PAGE > 0, "GATHER": gather, "BOX": box, "SLOTS": 64 // self.PACK}
         boxed = self.PAGE > 0 or self.VARIABLE
-        facts |= {"BOXED": boxed, "LOADER": 40 if boxed else 24, "CHUNKS": -(-self.GROUP // self.PACK)}
+        scattered = self.PAGE > 0 and box < 8
+        facts |= {"SCATTERED": scattered, "WARPS": 4 if scattered else 1}
+        facts |= {"BOXED": boxed, "LOADER": 56 if scattered else 40 if boxed else 24}
+        facts |= {"CHUNKS": -(-self.GROUP // self.PACK)}
         # Attributes of a compile-time argument must be compile-time values themselves.
         for name, value in facts.items():
             object.__setattr__(self, name, gl.constexpr(value))
@@ -106,7 +113,7 @@ class Facts:
         slots, pack, tile_n, box, d, dv = (
             getattr(self, n).value for n in ("SLOTS", "PACK", "TILE_N", "BOX", "BLOCK_D", "BLOCK_DV")
         )
-        keys = ((1, box, 64),) * 2 if box < tile_n else ((1, tile_n, d), (1, tile_n, dv))
+        keys = ((1, max(box, 8), 64),) * 2 if box < tile_n else ((1, tile_n, d), (1, tile_n, dv))
         return (pack, slots, d), *keys, (pack, slots, dv)
 
     def __eq__(self, other: object) -> bool:

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sparseattn.kernels.hopper import (
+    begin_early,
     load_boxes,
     load_rows,
     next_stage,
@@ -41,14 +42,14 @@ from sparseattn.kernels.hopper_attention import (
     thread_sums,
 )
 from sparseattn.kernels.hopper_bits import bits_of, keep_bits, load_bits
-from sparseattn.kernels.hopper_boxes import box_columns, key_boxes, load_key_boxes
+from sparseattn.kernels.hopper_boxes import box_columns, found_boxes, gather_rows, load_key_boxes, seek_boxes
 from sparseattn.kernels.hopper_facts import Facts as Facts
 
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
 NUMBERS = [
     "mask_stride_b", "mask_stride_h", "idx_width", "max_q", "max_k", "num_tiles", "q_rows", "k_rows", "v_rows",
     "o_rows", "lse_stride_b", "lse_stride_h", "window_left", "window_right", "lse_split_stride", "o_split_stride",
-    "num_pages", "bit_rows", "bit_groups", "bit_queries",
+    "num_pages", "bit_rows", "bit_groups", "k_stride", "v_stride", "k_head", "v_head", "bit_queries",
 ]  # fmt: skip
 
 
@@ -88,33 +89,50 @@ def row_span(m, head_q, b, q_len, lists, F: gl.constexpr):
 
 
 @gluon.jit
-def key_row(list_ptr, tile, entries, pages, F: gl.constexpr):
+def seek(list_ptr, tile, entries, pages, F: gl.constexpr):
+    """What memory says of where a key tile lies, for ``key_row``: asked for a tile ahead, as the answer takes time."""
+    if F.BOXED:
+        where, found = seek_boxes(list_ptr, tile, entries, pages, F)
+    else:
+        where = tile * F.TILE_N
+        found = 0
+        if F.MASKED and not F.GATHER:
+            PARTS: gl.constexpr = F.BLOCK_KV // F.TILE_N
+            where = tile % PARTS * F.TILE_N
+            found = gl.load(list_ptr + tile // PARTS)
+    return where, found
+
+
+@gluon.jit
+def key_row(where, found, pages, F: gl.constexpr):
     """First key of a key tile: of a listed block's share, or of all keys'.
 
     In a paged cache, and of variable blocks, the rows of its boxes and how many of each are keys.
     """
+    row = where
+    held = 0
     if F.BOXED:
-        row, held = key_boxes(list_ptr, tile, entries, pages, F)
-    else:
-        row = tile * F.TILE_N
-        held = 0
-        if F.MASKED and not F.GATHER:
-            PARTS: gl.constexpr = F.BLOCK_KV // F.TILE_N
-            row = gl.load(list_ptr + tile // PARTS) * F.BLOCK_KV + tile % PARTS * F.TILE_N
+        row, held = found_boxes(where, found, pages, F)
+    elif F.MASKED and not F.GATHER:
+        row = found * F.BLOCK_KV + where
     return row, held
 
 
 @gluon.jit
 def load_keys(
-    desc, keys, stage, phase, start, length, list_ptr, tile, row, held, entries, head, STAGES: gl.constexpr,
-    F: gl.constexpr,
+    desc, scattered, keys, stage, phase, start, length, list_ptr, tile, row, held, entries, head,
+    STAGES: gl.constexpr, F: gl.constexpr,
 ):  # fmt: skip
     """Bring key tile ``tile`` (or its values) into the ring's next free stage."""
     tiles, full, empty = keys
     mbarrier.wait(empty.index(stage), phase)
     buffer = tiles.index(stage)
-    mbarrier.expect(full.index(stage), F.TILE_N * buffer.shape[1] * 2)
-    if F.BOXED:
+    if not F.SCATTERED:
+        mbarrier.expect(full.index(stage), F.TILE_N * buffer.shape[1] * 2)
+    if F.SCATTERED:
+        source, rows_s = scattered
+        gather_rows(source, head, row, start, rows_s, full.index(stage), buffer, desc.dtype, F)
+    elif F.BOXED:
         load_key_boxes(desc, start, row, held, head, 0, full.index(stage), buffer, F)
     elif F.GATHER:
         first = tile * (F.TILE_N // F.BLOCK_KV)
@@ -125,11 +143,13 @@ def load_keys(
 
 
 @gluon.jit
-def post_columns(cols_s, full, stage, list_ptr, tile, row, entries, nothing, pages, F: gl.constexpr):
+def post_columns(cols_s, full, stage, list_ptr, tile, row, held, entries, nothing, pages, F: gl.constexpr):
     """Say which key each column of a key tile is; columns without one are hidden from every row."""
-    lane: gl.constexpr = gl.BlockedLayout([F.TILE_N // 32], [32], [1], [0])
+    lane: gl.constexpr = gl.BlockedLayout([F.TILE_N // 32 if F.WARPS == 1 else 1], [32], [F.WARPS], [0])
     offs = gl.arange(0, F.TILE_N, lane)
-    if F.BOXED:
+    if F.SCATTERED:
+        cols = held
+    elif F.BOXED:
         cols = box_columns(list_ptr, tile, entries, pages, offs, F)
     elif F.GATHER:
         entry = tile * (F.TILE_N // F.BLOCK_KV) + offs // F.BLOCK_KV
@@ -147,9 +167,11 @@ def producer(call, F: gl.constexpr):
     (
         q_desc, k_desc, v_desc, queries, keys, values, info, cols_s, record_ptr, counter_ptr, count_ptr, index_ptr,
         spans, mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_tiles, q_rows, k_rows, v_rows, cache,
+        scattered,
     ) = call  # fmt: skip
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr = spans
     table_ptr, held_ptr, num_pages = cache
+    k_rows_of, v_rows_of = scattered
     if F.PAGED:
         num_tiles = gl.load(counter_ptr + 1)
     q_s, q_full, q_empty = queries
@@ -162,11 +184,8 @@ def producer(call, F: gl.constexpr):
     m, head, b, share, count, first, late, early = read_record(record_ptr, position)
     while position < num_tiles:
         claimed = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-        if claimed == num_tiles - 1:  # as many claims as tiles: the last one leaves the counter as it was
-            gl.store(counter_ptr, 0)
-        coming = claimed + gl.num_programs(0)
         if count >= 0:
-            post(info, turn, position)
+            post(info, turn, position, F.WARPS)
             q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, F.RAGGED_Q)
             k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, F.RAGGED_K)
             q_start += b * q_rows
@@ -200,14 +219,17 @@ def producer(call, F: gl.constexpr):
                 pages = (gl.load(walk + 3), gl.load(walk + 6), gl.where(nothing, 0, idx_width))
             last = gl.maximum(count, 1) - 1
             tile = first + last
-            row, held = key_row(list_ptr, tile, entries, pages, F)
+            where, found = seek(list_ptr, tile, entries, pages, F)
+            row, held = key_row(where, found, pages, F)
+            where, found = seek(list_ptr, gl.maximum(tile - 1, first), entries, pages, F)
             if not F.BOXED:
                 row = gl.where(nothing, 0, row)
             stage = ks
             ks, kp = load_keys(
-                k_desc, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, held, entries, head_k, F.K_STAGES, F,
+                k_desc, k_rows_of, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, held, entries, head_k, F.K_STAGES,
+                F,
             )  # fmt: skip
-            post_columns(cols_s, keys[1], stage, list_ptr, tile, row, entries, nothing, pages, F)
+            post_columns(cols_s, keys[1], stage, list_ptr, tile, row, held, entries, nothing, pages, F)
             for c in gl.static_range(F.CONSUMERS):
                 mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
                 mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
@@ -217,37 +239,46 @@ def producer(call, F: gl.constexpr):
                 above = row
                 above_held = held
                 tile -= 1
-                row, held = key_row(list_ptr, tile, entries, pages, F)
+                row, held = key_row(where, found, pages, F)
+                where, found = seek(list_ptr, gl.maximum(tile - 1, first), entries, pages, F)
                 stage = ks
                 ks, kp = load_keys(
-                    k_desc, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, held, entries, head_k, F.K_STAGES, F,
+                    k_desc, k_rows_of, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, held, entries, head_k,
+                    F.K_STAGES, F,
                 )  # fmt: skip
-                post_columns(cols_s, keys[1], stage, list_ptr, tile, row, entries, nothing, pages, F)
+                post_columns(cols_s, keys[1], stage, list_ptr, tile, row, held, entries, nothing, pages, F)
                 vs, vp = load_keys(
-                    v_desc, values, vs, vp, v_row0, k_len, list_ptr, tile + 1, above, above_held, entries, head_k,
-                    F.V_STAGES, F,
+                    v_desc, v_rows_of, values, vs, vp, v_row0, k_len, list_ptr, tile + 1, above, above_held, entries,
+                    head_k, F.V_STAGES, F,
                 )  # fmt: skip
             vs, vp = load_keys(
-                v_desc, values, vs, vp, v_row0, k_len, list_ptr, tile, row, held, entries, head_k, F.V_STAGES, F,
+                v_desc, v_rows_of, values, vs, vp, v_row0, k_len, list_ptr, tile, row, held, entries, head_k,
+                F.V_STAGES, F,
             )  # fmt: skip
-        position = coming
+        if claimed == num_tiles - 1:  # as many claims as tiles: the last one leaves the counter as it was
+            gl.store(counter_ptr, 0)
+        position = claimed + gl.num_programs(0)
         m, head, b, share, count, first, late, early = read_record(record_ptr, gl.minimum(position, num_tiles - 1))
-    post(info, turn, -1)
+    post(info, turn, -1, F.WARPS)
 
 
 @gluon.jit
-def score(q, keys, stage, phase, zeros):
+def score(q, keys, stage, phase, zeros, F: gl.constexpr):
     """Start ``q k^T`` of a stage's keys."""
     tiles, full, empty = keys
     mbarrier.wait(full.index(stage), phase)
+    if F.SCATTERED:
+        fence_async_shared()
     return warpgroup_mma(q, tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def weigh(p, values, stage, phase, acc):
+def weigh(p, values, stage, phase, acc, F: gl.constexpr):
     """Start ``acc + p v`` with a stage's values."""
     tiles, full, empty = values
     mbarrier.wait(full.index(stage), phase)
+    if F.SCATTERED:
+        fence_async_shared()
     return warpgroup_mma(p, tiles.index(stage), acc, is_async=True)
 
 
@@ -259,8 +290,8 @@ def attend(
 
     Whole but for bits: ``words`` are those of key tile ``tile`` of the list, and next comes the tile before it.
     """
-    s = score(q, keys, ks, kp, zeros)
-    acc = weigh(p, values, vs, vp, acc)
+    s = score(q, keys, ks, kp, zeros, F)
+    acc = weigh(p, values, vs, vp, acc, F)
     seen = words
     if F.BITS:
         words = load_bits(bits, gl.maximum(tile - 1, 0), F)
@@ -289,7 +320,7 @@ def cut_tile(
     P: gl.constexpr, F: gl.constexpr,
 ):  # fmt: skip
     """Probabilities of a key tile that some row does not see whole; ``acc`` comes back shrunk to the new maximum."""
-    s = score(q, keys, ks, kp, zeros)
+    s = score(q, keys, ks, kp, zeros, F)
     if F.BITS:
         words = load_bits(bits, tile, F)
     s = warpgroup_mma_wait(0, deps=(s,))
@@ -317,7 +348,7 @@ def attend_cut(
         acc, m_i, l_i, q, keys, cols_s, bits, tile, ks, kp, zeros, tokens, offset, k_len, window, qk_scale, softcap, P,
         F,
     )  # fmt: skip
-    acc = weigh(p, values, vs, vp, acc)
+    acc = weigh(p, values, vs, vp, acc, F)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     mbarrier.arrive(values[2].index(vs), count=1)
     vs, vp = next_stage(vs, vp, F.V_STAGES)
@@ -408,7 +439,7 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
             acc, p, m_i, l_i, words, ks, kp, vs, vp = attend(
                 acc, p, m_i, l_i, words, q, keys, values, bits, top - i, ks, kp, vs, vp, zeros, qk_scale, softcap, F
             )
-        acc = weigh(p, values, vs, vp, acc)
+        acc = weigh(p, values, vs, vp, acc, F)
         if F.WINDOW:
             acc, p = warpgroup_mma_wait(0, deps=(acc, p))
             mbarrier.arrive(values[2].index(vs), count=1)
@@ -463,6 +494,13 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
     tma.store_wait(0)
 
 
+@gluon.jit
+def gather_sources(k_ptr, v_ptr, k_stride, v_stride, k_head, v_head, F: gl.constexpr):
+    """What ``gather_rows`` needs of keys and of values, and the memory in which its threads find each other's rows."""
+    rows_s = gl.allocate_shared_memory(gl.int32, [F.TILE_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return ((k_ptr, k_stride, k_head), rows_s), ((v_ptr, v_stride, v_head), rows_s)
+
+
 @gluon.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
     q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, sinks_ptr, record_ptr, counter_ptr, count_ptr, index_ptr,
@@ -472,6 +510,7 @@ def forward_kernel(
     F: gl.constexpr, REGISTERS: gl.constexpr,
     table_ptr=None, held_ptr=None, num_pages=None, sums_ptr=None, scales_ptr=None,
     bits_ptr=None, bit_rows=None, bit_groups=None, bit_queries=None,
+    k_ptr=None, v_ptr=None, k_stride=None, v_stride=None, k_head=None, v_head=None,
 ):  # fmt: skip
     """One program a multiprocessor (or half of one): row tiles as the schedule hands them out, until none is left.
 
@@ -490,15 +529,19 @@ def forward_kernel(
     layout: gl.constexpr = tile_layout(2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     queries = ring(dtype, F.CONSUMERS, [64, F.BLOCK_D], layout, 1, 1)
-    keys = ring(dtype, F.K_STAGES, [F.TILE_N, F.BLOCK_D], layout, 2, F.CONSUMERS)
-    values = ring(dtype, F.V_STAGES, [F.TILE_N, F.BLOCK_DV], layout, 1, F.CONSUMERS)
+    FILLS: gl.constexpr = 128 if F.SCATTERED else 1  # threads that gather arrive one by one
+    keys = ring(dtype, F.K_STAGES, [F.TILE_N, F.BLOCK_D], layout, FILLS + 1, F.CONSUMERS)
+    values = ring(dtype, F.V_STAGES, [F.TILE_N, F.BLOCK_DV], layout, FILLS, F.CONSUMERS)
     info = ring(gl.int32, 2, [1], plain, 1, F.CONSUMERS)
     cols_s = gl.allocate_shared_memory(gl.int32, [F.K_STAGES, F.TILE_N], plain)
     if F.O_IN_Q:
         o_s = queries[0]
     else:
         o_s = gl.allocate_shared_memory(dtype, [F.CONSUMERS, 64, F.BLOCK_DV], layout)
+    scattered = gather_sources(k_ptr, v_ptr, k_stride, v_stride, k_head, v_head, F) if F.SCATTERED else (0, 0)
     fence_async_shared()
+    if F.PAGED:
+        begin_early()
     spans = (q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr)
     window = (window_left, window_right)
     work = (
@@ -510,11 +553,13 @@ def forward_kernel(
     loads = (
         q_desc, k_desc, v_desc, queries, keys, values, info, cols_s, record_ptr, counter_ptr, count_ptr, index_ptr,
         spans, mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_tiles, q_rows, k_rows, v_rows,
-        (table_ptr, held_ptr, num_pages),
+        (table_ptr, held_ptr, num_pages), scattered,
     )  # fmt: skip
     if F.CONSUMERS == 2:
         gl.warp_specialize(
-            [(consumer, (0, work, F)), (consumer, (1, work, F)), (producer, (loads, F))], [4, 1], [REGISTERS, F.LOADER]
+            [(consumer, (0, work, F)), (consumer, (1, work, F)), (producer, (loads, F))],
+            [4, F.WARPS],
+            [REGISTERS, F.LOADER],
         )
     else:
-        gl.warp_specialize([(consumer, (0, work, F)), (producer, (loads, F))], [1], [F.LOADER])
+        gl.warp_specialize([(consumer, (0, work, F)), (producer, (loads, F))], [F.WARPS], [F.LOADER])

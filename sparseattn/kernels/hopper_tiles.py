@@ -51,7 +51,7 @@ def config_for(block_d: int, block_dv: int, consumers: int) -> Tiles:
 
 def consumer_registers(facts: Facts) -> int:
     """Registers of the threads of two warpgroups that compute, by what the loading one leaves of a multiprocessor's."""
-    return 232 if facts.BOXED else 240
+    return 224 if facts.SCATTERED else 232 if facts.BOXED else 240
 
 
 def padded(head_dim: int) -> int:
@@ -103,6 +103,7 @@ def offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
     floats = {"lse_ptr", "sinks_ptr", "sums_ptr", "scales_ptr"}
     given = {"table_ptr", "held_ptr", "num_pages", "sums_ptr"} if f.PAGED else set()
     given |= {"scales_ptr"} if f.SCALED else set()
+    given |= {"k_ptr", "v_ptr", "k_stride", "v_stride", "k_head", "v_head"} if f.SCATTERED else set()
     given |= {"bits_ptr", "bit_rows", "bit_groups", "bit_queries"} if f.BITS else set()
     signature: dict[str, Any] = {}
     constexprs: dict[Any, Any] = {}
@@ -119,7 +120,8 @@ def offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
             signature[param.name] = f"tensordesc<bf16[{shape}],{tile_layout()!r}>"
         elif param.name.endswith("_ptr"):
             part = param.name == "o_ptr" and (f.SPLIT or f.PAGED)
-            kind = "fp32" if part or param.name in floats else "bf16" if param.name == "o_ptr" else "i32"
+            kind = "bf16" if param.name in ("o_ptr", "k_ptr", "v_ptr") else "i32"
+            kind = "fp32" if part or param.name in floats else kind
             signature[param.name] = f"*{kind}"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:

@@ -30,6 +30,7 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia import hopper as hopper_module
 
 from sparseattn.kernels import hopper as ours
+from sparseattn.kernels import hopper_latent as latent
 
 _DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int32": torch.int32, "int64": torch.int64,
@@ -364,6 +365,7 @@ class World:
         def body() -> None:
             _context.world, _context.program, _context.programs = self, program, programs
             _context.written, _context.products, _context.stores = [], [], []
+            _context.copying, _context.groups = [], []
             try:
                 target()
             except BaseException as error:
@@ -385,6 +387,7 @@ class World:
 class Barrier:
     def __init__(self) -> None:
         self.count = self.pending = self.phase = self.bytes = 0
+        self.copied: list[tuple[Tensor, Tensor]] = []
 
     def settle(self) -> None:
         if self.count and self.pending == 0 and self.bytes == 0:
@@ -436,6 +439,7 @@ class mbarrier:
                 raise EmulationError(f"a parity of {parity}")
             b = barrier(memory)
             context().world.wait(lambda: b.phase != parity, f"barrier {memory.places.reshape(-1)[0]} parity {parity}")
+            context().written.extend(b.copied)  # what threads have copied is for whoever waits to fence
 
 
 class Descriptor:
@@ -523,6 +527,67 @@ class tma:
         oldest = stores[: len(stores) - int(unwrap(pendings))]
         context().world.wait(lambda: all(done[0] for done in oldest), "tensor-map stores")
         del stores[: len(oldest)]
+
+
+def copy_rows(tile: Memory, pointers: Pointer, mask: Any = None) -> None:
+    """Copies of a warpgroup's threads, of which the emulator's one thread makes all; masked elements are zeros."""
+    where = pointers.offset.data
+    if tuple(tile.shape) != tuple(where.shape):
+        raise EmulationError(f"{tuple(where.shape)} elements copied to memory of shape {tile.shape}")
+    keep = torch.as_tensor(True if mask is None else _data(mask)).expand(where.shape)
+    pointers.check(where[keep])
+    tile.storage[tile.places] = math.nan
+    tile.fenced[tile.places * tile.storage.element_size()] = False
+
+    def copy() -> None:
+        tile.storage[tile.places] = torch.where(keep, pointers.memory[torch.where(keep, where, 0)], 0)
+
+    context().copying.append((tile, copy))
+
+
+class async_copy:
+    """Stands in for ``ampere.async_copy``, but for the copies themselves."""
+
+    @staticmethod
+    def mbarrier_arrive(memory: Memory, increment_count: Any = True) -> None:
+        """Each thread of the warpgroup arrives when the copies that it has asked for are there."""
+        if unwrap(increment_count):
+            raise EmulationError("the emulator knows no arrivals beyond those that a barrier counts")
+        asked, context().copying = context().copying, []
+
+        def arrive() -> None:
+            b = barrier(memory)
+            for tile, one in asked:
+                one()
+                b.copied.append((tile.fenced, tile.places * tile.storage.element_size()))
+            b.pending -= 128
+            b.settle()
+
+        with context().world.changed:
+            context().world.copies.append(arrive)
+
+    @staticmethod
+    def commit_group() -> None:
+        asked, context().copying = context().copying, []
+        done = [False]
+
+        def copy() -> None:
+            for tile, one in asked:
+                one()
+                context_written.append((tile.fenced, tile.places * tile.storage.element_size()))
+            done[0] = True
+
+        context_written = context().written
+        context().groups.append(done)
+        with context().world.changed:
+            context().world.copies.append(copy)
+
+    @staticmethod
+    def wait_group(num_outstanding: int = 0) -> None:
+        groups = context().groups
+        oldest = groups[: len(groups) - int(unwrap(num_outstanding))]
+        context().world.wait(lambda: all(done[0] for done in oldest), "copies")
+        del groups[: len(oldest)]
 
 
 def fence_async_shared(*_: Any, **__: Any) -> None:
@@ -634,8 +699,10 @@ def _signed_byte(x: Tensor, words: Tensor, selector: Tensor) -> Tensor:
 
 
 def _assembly(code: str, constraints: str, arguments: Sequence[Any], **_: Any) -> Any:
-    if code.strip() == "mov.u32 $0, 0;":
+    if code.strip() == "mov.u32 $0, 0;" or code.startswith("griddepcontrol."):
         return Int(0)
+    if code == "lg2.approx.f32 $0, $1;":
+        return elementwise(_math("log2"))(*arguments)
     if code.startswith("{ .reg .b32 t; prmt.b32 t, $2, 0, $3; lop3.b32 $0, $1, 0xff800000, t, 0xe4; }"):
         return elementwise(_signed_byte)(*arguments)
     raise EmulationError(f"the emulator does not know this assembly: {code}")
@@ -653,10 +720,17 @@ def _warp_specialize(partitions: Sequence[tuple[Callable[..., Any], Sequence[Any
     world.wait(lambda: all(ended[0] for ended in others), "the other partitions")
 
 
+def _atomic_max(pointer: Pointer, value: Tile, mask: Any = None, **_: Any) -> None:
+    where, data = pointer.check(pointer.offset.data[_data(mask)]), value.data[_data(mask)]
+    with context().world.changed:
+        pointer.memory.scatter_reduce_(0, where, data, "amax")
+
+
 _LANGUAGE: dict[str, Any] = {
-    "load": _load, "store": _store, "atomic_add": _atomic_add, "where": elementwise(_select),
+    "load": _load, "store": _store, "atomic_add": _atomic_add, "atomic_max": _atomic_max, "where": elementwise(_select),
     "minimum": elementwise(_pick(True)), "maximum": elementwise(_pick(False)),
     "exp2": elementwise(_math("exp2")), "log2": elementwise(_math("log2")), "abs": elementwise(_math("abs")),
+    "sqrt": elementwise(_math("sqrt")),
     "max": _reduce(lambda x, a: x.amax(a)), "sum": _reduce(lambda x, a: x.sum(a)),
     "arange": lambda start, end, layout=None: Tile(torch.arange(unwrap(start), unwrap(end)), unwrap(layout)),
     "full": lambda shape, value, dtype, layout=None: Tile(
@@ -689,7 +763,8 @@ _SUBSTITUTES: list[tuple[Any, Any]] = [
     (gl, _Language()), (hopper_module.mbarrier, mbarrier), (hopper_module.tma, tma),
     (hopper_module.fence_async_shared, fence_async_shared), (hopper_module.warpgroup_mma, warpgroup_mma),
     (hopper_module.warpgroup_mma_wait, warpgroup_mma_wait), (ours.async_load, async_load),
-    (ours.async_store, async_store), (ours.async_reduce_add, async_reduce_add), (ours.view, view),
+    (ours.async_store, async_store), (latent.copy_rows, copy_rows), (latent.async_copy, async_copy),
+    (ours.async_reduce_add, async_reduce_add), (ours.view, view),
 ]  # fmt: skip
 _translated: dict[int, Callable[..., Any]] = {}
 

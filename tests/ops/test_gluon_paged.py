@@ -33,6 +33,11 @@ HOPPER_CASES = [
     Case("lost-pages-page128", ((70, 400),), (2, 1), (64, 64), page=128, lost=True),
     Case("page256-dim256-window", ((40, 600), (1, 20)), (2, 1), (256, 256), page=256, window=(200, 0), softcap=4.0),
     Case("lost-pages-window", ((70, 420),), (2, 2), (64, 64), page=64, lost=True, window=(200, 0), form="csr"),
+    Case("mixed-page1", MIXED, (4, 1), (128, 128), page=1),
+    Case("decode-page1-csr64", LONG, (4, 1), (64, 64), page=1, form="csr"),
+    Case("page4-hnd", ((70, 400), (1, 33)), (2, 1), (64, 64), page=4, layout="HND"),
+    Case("lost-pages-page12", ((200, 300),), (2, 2), (128, 128), page=12, lost=True),
+    Case("page1-window", ((200, 420),), (2, 2), (64, 64), page=1, window=(100, 0), form="combined"),
     Case("page24-dim192-value128", ((5, 90), (1, 70)), (2, 2), (192, 128), page=24, causal=False, scales="numbers"),
 ]
 
@@ -43,6 +48,10 @@ LATENT_CASES = [
     Case("latent-mixed", ((3, 50), (0, 9), (9, 200)), (16, 1), (512, 512), 64, rope_dim=64, scale=0.05, form="latent"),
     Case("latent-lost-pages-window", ((2, 30), (2, 200)), (32, 1), (512, 512), 32, rope_dim=64, scale=0.05,
          form="latent", lost=True, window=(60, 0), softcap=3.0),
+    Case("latent-page1", ((1, 50), (1, 0), (1, 300)), (128, 1), (512, 512), 1, rope_dim=64, scale=0.05,
+         form="latent-joined", sinks=True),
+    Case("latent-page4-lost", ((2, 30), (2, 200)), (32, 1), (512, 512), 4, rope_dim=64, scale=0.05, form="latent",
+         lost=True),
 ]  # fmt: skip
 
 
@@ -90,7 +99,7 @@ def test_bfloat16() -> None:
     check(build(Case("bf16", ((5, 40), (1, 200)), (4, 2), (64, 64)), torch.bfloat16, DEVICE))
 
 
-PAGES = (8, 16, 32, 64, 128, 256)
+PAGES = (1, 3, 8, 16, 32, 64, 128, 256)
 GROUPS = ((4, 4), (8, 2), (7, 1), (16, 2))
 DIMS = ((64, 64), (128, 128), (256, 256), (192, 128), (80, 96))
 PROMPTS = ((128, 128), (700, 1500))
@@ -101,7 +110,8 @@ DEEP = ((1, 20000), (2, 3))
 @pytest.mark.parametrize("index", range(len(PAGES) * len(GROUPS)))
 def test_grid(index: int) -> None:
     """Every page size with every group; head dimensions and forms of caches in turn, since each is another kernel."""
-    page, heads, dims = PAGES[index % len(PAGES)], GROUPS[index // len(PAGES)], DIMS[index % len(DIMS)]
+    page, heads = PAGES[index % len(PAGES)], GROUPS[index // len(PAGES)]
+    dims = DIMS[index % (3 if page % 8 else len(DIMS))]
     form, layout = ("dense", "csr")[index % 2], ("HND", "NHD")[index // 2 % 2]
     for lengths in (LONG, MIXED, PROMPTS, DEEP):
         case = Case("grid", lengths, heads, dims, page, layout, form)
@@ -109,7 +119,7 @@ def test_grid(index: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("page", [8, 16, 64, 128])
+@pytest.mark.parametrize("page", [1, 2, 8, 16, 64, 128])
 @pytest.mark.parametrize("heads", [8, 16, 64, 128])
 def test_latent_grid(page: int, heads: int) -> None:
     low = heads < 64
@@ -331,8 +341,8 @@ def test_every_key_tile_has_one_share(
 
 def test_reasons() -> None:
     for name, words in {
-        "decode-page1-csr": "pages of multiples of 8 tokens", "alibi": "ALiBi", "rope": "RoPE", "mla": "latent",
-        "custom-big": "custom masks", "e4m3-scales": "float8",
+        "decode-page1-csr": "head dimensions of 64, 128 and 256 in pages of 1", "alibi": "ALiBi", "rope": "RoPE",
+        "mla": "latent", "custom-big": "custom masks", "e4m3-scales": "float8",
     }.items():  # fmt: skip
         problem = build(next(case for case in CASES if case.id == name), torch.float16, DEVICE)
         assert words in unsupported_reason(problem.q, problem.cache, **problem.kwargs, impl="gluon")

@@ -47,17 +47,19 @@ def refusal(q: Tensor, q_rope: Tensor | None, p: PagedProblem) -> str | None:
     """Why these kernels could not run a call on any GPU, or None."""
     if q_rope is not None:
         return gluon_latent.refusal(q, q_rope, p)
-    reason = gluon_plans.refusal(q, p)
+    reason = gluon_plans.refusal(q, p, 1)
     if reason is not None:
         return reason
     for name, dim in (("q and k", q.shape[-1]), ("v", p.v.shape[-1])):
         if dim > 256 or dim % 8:
             return f"the Gluon kernels take head dimensions up to 256 in multiples of 8, not {dim} of {name}"
+    if p.page_size % 8 and (padded(q.shape[-1]), padded(p.v.shape[-1])) != (q.shape[-1], p.v.shape[-1]):
+        return f"the Gluon kernels take head dimensions of 64, 128 and 256 in pages of {p.page_size} tokens"
     for name, t in (("q", q), ("k", p.k), ("v", p.v)):
         reason = unmappable(name, t)
         if reason is not None:
             return reason
-    return gluon_plans.refused_blocks(p, plan(q, p, 1).tiles.tile_n)
+    return gluon_plans.refused_blocks(p, plan(q, p, 1).tiles.tile_n, 8 if p.page_size % 8 == 0 else 1)
 
 
 def plan(q: Tensor, p: PagedProblem, processors: int) -> Plan:
@@ -109,6 +111,10 @@ def _launch(
         tiles.q_registers, tiles.o_in_q, p.list_indices is not None, p.causal, windowed(p), p.softcap > 0,
         p.sinks is not None, False, True, True, p.page_size, scales is not None,
     )  # fmt: skip
+    rows: dict[str, Any] = {}
+    if facts.SCATTERED:  # strides count 8 elements, by which they are divisible
+        rows = {"k_ptr": p.k, "v_ptr": p.v, "k_stride": p.k.stride(1) // 8, "v_stride": p.v.stride(1) // 8}
+        rows |= {"k_head": p.k.stride(2) // 8, "v_head": p.v.stride(2) // 8}
     descriptors = (row_tiles(t, *box) for t, box in zip((q, p.k, p.v, o), facts.boxes(), strict=True))
     launch(
         forward_kernel, (cut.programs,),
@@ -116,7 +122,8 @@ def _launch(
         0, batch_rows(p.k), batch_rows(p.v), 0, 0, q.shape[0], cut.rows, cut.rows * dim_v,
         p.window_left, p.window_right, p.scale * math.log2(math.e), p.softcap,
         facts, consumer_registers(facts), gluon_plans.table_of(p), spans[4], p.k.shape[0], sums, scales,
-        num_warps=4, maxnreg=128 if tiles.programs == 2 else None, **LAUNCH,
+        **rows, num_warps=4, maxnreg=128 if tiles.programs == 2 else None, launch_pdl=gluon_plans.begins_early(q),
+        **LAUNCH,
     )  # fmt: skip
     gluon_plans.merge(part, sums, merges, counter, o, lse, p, cut)
 
@@ -140,6 +147,8 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     shapes: list[tuple[str, tuple[int, int], dict[str, Any]]] = [
         ("prefill16-128x128", (128, 128), {"PAGE": 16}),
         ("decode16-128x128", (128, 128), {"PAGE": 16, **decode}),
+        ("decode1-128x128", (128, 128), {"PAGE": 1, **decode}),
+        ("prefill1-128x128", (128, 128), {"PAGE": 1}),
         ("decode128-128x128", (128, 128), {"PAGE": 128, **decode}),
         ("listed8-128x128", (128, 128), {"PAGE": 8, **listed}),
         ("all-64x64", (64, 64), {"PAGE": 32, **listed, **options}),
@@ -147,13 +156,13 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     ]
     cases = [(f"gluon-paged-{name}-sm90", *offline(dims, {**ragged, **facts})) for name, dims, facts in shapes]
     flags = ("MASKED", "CSR", "CAUSAL", "WINDOW", "RAGGED", "SPLIT", "MERGED", "GAPS", "SINKS")
-    everything: dict[str, Any] = dict.fromkeys(flags, True)
+    everything: dict[str, Any] = dict.fromkeys((*flags, "SPREAD", "EARLY", "EVEN"), True)
     everything |= {"TOKENS": 32, "BLOCK_Q": 128, "BLOCK_KV": 128, "TILE_N": 128, "PAGE": 16, "HEADS": 1}
     everything |= {"MASK_GROUP": 1, "TILES": gluon_plans.RECORDS, "WIDTH": 1024, "DV": 128, "BLOCK_DV": 128}
-    everything |= {"PACK": 4, "GROUP": 4}
+    everything |= {"PACK": 4, "GROUP": 4, "ROWS": 4, "SHARES": 4, "COLUMNS": 128}
     for name, kernel in (("schedule", paged_schedule_kernel), ("gaps", page_gaps_kernel)):
         cases.append((f"gluon-paged-{name}-sm90", *_offline(kernel, everything), 4, 1, {}))
-    cases.append(("gluon-paged-merge-sm90", *_offline(merge_shares_kernel, {**everything, "SHARES": 32}), 4, 1, {}))
+    cases.append(("gluon-paged-merge-sm90", *_offline(merge_shares_kernel, everything), 4, 1, {}))
     return [*cases, *gluon_latent.compile_cases()]
 
 

@@ -38,6 +38,7 @@ class Plan(NamedTuple):
         places: Shares that leave sums, at most.
         merges: Row tiles of several shares, at most.
         programs: Size of the grid.
+        even: Shares are cut to end together, however few that makes.
     """
 
     tiles: Tiles
@@ -52,10 +53,11 @@ class Plan(NamedTuple):
     places: int
     merges: int
     programs: int
+    even: bool
 
 
-def refusal(q: Tensor, p: PagedProblem) -> str | None:
-    """What none of the kernels take, or None."""
+def refusal(q: Tensor, p: PagedProblem, box: int = 8) -> str | None:
+    """What none of the kernels take, or None; ``box`` divides the pages that they do."""
     if q.dtype not in (torch.bfloat16, torch.float16) or p.k.dtype != q.dtype:
         return f"the Gluon kernels take bfloat16 and float16 queries and caches, not {q.dtype} and {p.k.dtype}"
     for given, what in (
@@ -71,16 +73,16 @@ def refusal(q: Tensor, p: PagedProblem) -> str | None:
             return f"the Gluon kernels take no {name}"
     if p.scale <= 0:
         return f"the Gluon kernels need a positive scale, not {p.scale}"
-    if p.page_size % 8:
-        return f"the Gluon kernels take pages of multiples of 8 tokens, not {p.page_size}"
+    if p.page_size % box:
+        return f"the Gluon kernels take pages of multiples of {box} tokens, not {p.page_size}"
     if table_of(p).numel() * p.page_size >= 2**31:
         return "the Gluon kernels count positions of all pages of a table in 31 bits"
     return None
 
 
-def refused_blocks(p: PagedProblem, tile_n: int) -> str | None:
+def refused_blocks(p: PagedProblem, tile_n: int, box: int = 8) -> str | None:
     """Why key tiles of ``tile_n`` keys cannot be made of the lists' blocks, or None."""
-    if p.list_indices is not None and p.block_kv % tile_n and (p.block_kv % 8 or tile_n % p.block_kv):
+    if p.list_indices is not None and p.block_kv % tile_n and (p.block_kv % box or tile_n % p.block_kv):
         return f"the Gluon kernels take KV blocks of 8, 16, 32, 64 or multiples of {tile_n} here, not {p.block_kv}"
     return None
 
@@ -92,8 +94,10 @@ def table_of(p: PagedProblem) -> Tensor:
     return table if table.stride(-1) == 1 else table.contiguous()
 
 
-def make_plan(q: Tensor, p: PagedProblem, tiles: Tiles, pack: int, tokens: int, processors: int) -> Plan:
-    """Count tiles and shares of row tiles of ``tokens`` queries of ``pack`` heads."""
+def make_plan(
+    q: Tensor, p: PagedProblem, tiles: Tiles, pack: int, tokens: int, processors: int, even: bool = False
+) -> Plan:
+    """Count tiles and shares of row tiles of ``tokens`` queries of ``pack`` heads; ``even``: see ``balanced_keys``."""
     heads_k = p.k.shape[2]
     group = q.shape[1] // heads_k
     rows = min(tokens, max(1, p.max_q)) * pack
@@ -106,7 +110,10 @@ def make_plan(q: Tensor, p: PagedProblem, tiles: Tiles, pack: int, tokens: int, 
     row_tiles_ = p.batch if p.cu_seqlens_q is None else q.shape[0] // tokens + p.batch
     row_tiles_ *= heads_k * triton.cdiv(group, pack)
     programs = processors * tiles.programs
-    target = (4 if rows <= FEW_ROWS else 2) * programs
+    # Many shares a program even out sequences of unequal lengths; few row tiles come to equal shares by themselves.
+    target = (min(4, triton.cdiv(8 * row_tiles_, programs)) if rows <= FEW_ROWS else 2) * programs
+    if even:
+        target = 3 * programs
     least = LEAST_TILES * tiles.tile_n
     if min(limit, table_of(p).shape[-1] * p.page_size) <= least or (p.batch == 1 and row_tiles_ >= target):
         target = 0
@@ -116,7 +123,7 @@ def make_plan(q: Tensor, p: PagedProblem, tiles: Tiles, pack: int, tokens: int, 
     places = records if merged else min(2 * target, records)
     merges = row_tiles_ if merged else min(target, row_tiles_)
     programs = min(programs, records)
-    return Plan(tiles, pack, tokens, rows, target, least, limit, merged, records, places, merges, programs)
+    return Plan(tiles, pack, tokens, rows, target, least, limit, merged, records, places, merges, programs, even)
 
 
 def lists_of(p: PagedProblem, stand_in: Tensor) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
@@ -156,11 +163,12 @@ def schedule(q: Tensor, p: PagedProblem, cut: Plan, careful: bool = False) -> tu
         paged_schedule_kernel, (triton.cdiv(cut.records, RECORDS),),
         records, counter, merges, spans, cu, p.seq_lens, indptr, gap, counts, indices,
         p.batch, *batch, cut.records, cut.places, cut.merges, *strides, heads_k, cut.limit, max(1, cut.target),
-        cut.least, p.window_left, p.window_right, spans.stride(0),
+        cut.least, p.window_left, p.window_right, spans.stride(0), cut.programs,
         TOKENS=cut.tokens, BLOCK_Q=p.block_q or NO_LIMIT, BLOCK_KV=p.block_kv, TILE_N=cut.tiles.tile_n,
         PAGE=p.page_size, HEADS=chunks, MASK_GROUP=heads_k * chunks // list_heads, TILES=RECORDS,
         MASKED=p.list_indices is not None, CSR=csr, CAUSAL=p.causal, WINDOW=windowed(p), RAGGED=ragged,
-        SPLIT=cut.target > 0, MERGED=cut.merged, GAPS=gaps, num_warps=4, **LAUNCH,
+        SPLIT=cut.target > 0, MERGED=cut.merged, GAPS=gaps, SPREAD=cut.even or cut.rows <= FEW_ROWS,
+        EARLY=begins_early(q), EVEN=cut.even, num_warps=4, **LAUNCH,
     )  # fmt: skip
     return records, counter, merges, spans
 
@@ -177,13 +185,28 @@ def merge(
     """Outputs and LSE of row tiles whose keys were cut."""
     if not cut.merges:
         return
-    few, dim = cut.rows <= FEW_ROWS, o.shape[-1]
+    dim = o.shape[-1]
+    rows, shares, columns = merge_tile(cut, dim)
+    early = begins_early(o)
     launch(
-        merge_shares_kernel, (cut.merges, cut.rows),
+        merge_shares_kernel, (cut.merges, triton.cdiv(cut.rows, rows), triton.cdiv(dim, columns)),
         part, sums, merges, counter, o, lse, lse if p.sinks is None else p.sinks, o.stride(), o.shape[0], cut.rows,
-        DV=dim, BLOCK_DV=triton.next_power_of_2(dim), GROUP=o.shape[1] // p.k.shape[2], PACK=cut.pack,
-        SHARES=32 if few else 8, SINKS=p.sinks is not None, num_warps=4 if few or dim > 256 else 1, **LAUNCH,
+        DV=dim, GROUP=o.shape[1] // p.k.shape[2], PACK=cut.pack, ROWS=rows, SHARES=shares, COLUMNS=columns,
+        SINKS=p.sinks is not None, EARLY=early, num_warps=4, launch_pdl=early, **LAUNCH,
     )  # fmt: skip
+
+
+def begins_early(t: Tensor) -> bool:
+    """Whether kernels are launched before those that they wait for have ended; not by the interpreter."""
+    return t.is_cuda
+
+
+def merge_tile(cut: Plan, dim: int) -> tuple[int, int, int]:
+    """Rows, shares and columns that a program of ``merge_shares_kernel`` holds at once: long rows of shares are few."""
+    few = cut.rows <= FEW_ROWS
+    shares = min(max(triton.next_power_of_2(cut.target // max(1, cut.merges)), 4), 64)
+    columns = min(triton.next_power_of_2(dim), 128 if shares < 64 else 32)
+    return min(triton.next_power_of_2(cut.rows), max(1, (2048 if few else 8192) // (shares * columns))), shares, columns
 
 
 def windowed(p: PagedProblem) -> bool:

@@ -7,6 +7,7 @@ know, so a program builds some tiles without asking another.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sparseattn.kernels.attention import LOG2E, full_range, natural_lse, with_sink
 from sparseattn.kernels.schedule import cut_tiles, key_tile_range
@@ -15,7 +16,7 @@ CHUNK: tl.constexpr = tl.constexpr(128)  # sequences, or shares, looked at toget
 NUMBERS = [
     "batch", "total_q", "max_q", "table_stride", "table_width", "max_records", "max_places", "max_merges",
     "mask_stride_b", "mask_stride_h", "idx_width", "sections", "limit", "target", "least",
-    "window_left", "window_right", "span_stride",
+    "window_left", "window_right", "span_stride", "programs",
 ]  # fmt: skip
 
 
@@ -43,9 +44,13 @@ def sequence(
 @triton.jit
 def share_keys(
     batch, heads, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, limit, target, least,
-    TOKENS: tl.constexpr, PAGE: tl.constexpr, CSR: tl.constexpr, RAGGED: tl.constexpr,
+    TOKENS: tl.constexpr, TILE_N: tl.constexpr, PAGE: tl.constexpr, CSR: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Keys of a share, so that all row tiles together make about ``target`` shares; none shorter than ``least``."""
+    """Keys of a share, so that all row tiles together make no more than ``target`` shares; none shorter than ``least``.
+
+    Shares of the mean length would be more than that, as every row tile rounds them up, and the few in excess would
+    have the GPU for themselves at the end: of 32 lengths up to twice the mean, the least that makes few enough.
+    """
     work = tl.full((), 0, tl.int64)
     for c in range(0, batch, CHUNK):
         b = c + tl.arange(0, CHUNK)
@@ -53,8 +58,66 @@ def share_keys(
             b, b < batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR, RAGGED
         )
         work += tl.sum(tl.cdiv(q_len, TOKENS).to(tl.int64) * tl.minimum(held, limit), 0)
-    keys = (work * heads + target - 1) // target
-    return tl.maximum(tl.minimum(keys, 0x40000000).to(tl.int32), least)
+    mean = tl.minimum((work * heads + target - 1) // target, 0x20000000).to(tl.int32)
+    mean = tl.maximum(mean, least)
+    lengths = tl.cdiv(mean + (mean // 32 + 1) * tl.arange(0, 32), TILE_N) * TILE_N
+    shares = lengths * 0
+    for c in range(0, batch, CHUNK):
+        b = c + tl.arange(0, CHUNK)
+        _start, q_len, _k_len, _first, held = sequence(
+            b, b < batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR, RAGGED
+        )
+        seen = tl.minimum(held, limit)
+        each = tl.maximum((seen[:, None] + (lengths - 1)[None, :]) // lengths[None, :], 1)
+        shares += tl.sum((tl.cdiv(q_len, TOKENS) * heads)[:, None] * each, 0)
+    fits = tl.min(tl.where(shares <= target, lengths, 0x7FFFFFFF), 0)
+    return tl.minimum(fits, tl.max(lengths, 0))
+
+
+@triton.jit
+def balanced_keys(
+    batch, heads, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, limit, target, least,
+    programs, TOKENS: tl.constexpr, TILE_N: tl.constexpr, PAGE: tl.constexpr, CSR: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Keys of a share, by which ``programs`` that take shares in turn should end first; for long computations.
+
+    Of 16 lengths, from the longest sequence's down to what makes ``target`` shares. Shares of one length end in rounds,
+    others on average half a length after the mean; every one that has to be merged costs as much as two keys.
+    """
+    work = tl.full((), 0, tl.int64)
+    longest = batch * 0
+    tiles = batch * 0
+    for c in range(0, batch, CHUNK):
+        b = c + tl.arange(0, CHUNK)
+        _start, q_len, _k_len, _first, held = sequence(
+            b, b < batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR, RAGGED
+        )
+        rows = tl.cdiv(q_len, TOKENS) * heads
+        seen = tl.where(rows > 0, tl.minimum(held, limit), 0)
+        work += tl.sum(rows.to(tl.int64) * seen, 0)
+        longest = tl.maximum(longest, tl.max(seen, 0))
+        tiles += tl.sum(rows, 0)
+    floor = tl.maximum(tl.minimum(tl.cdiv(work, target), 0x20000000).to(tl.int32), least)
+    step = tl.cdiv(target, 16 * tl.maximum(tiles, 1))
+    lengths = tl.maximum(tl.cdiv(longest, tl.maximum(step * tl.arange(0, 16), 1)), floor)
+    lengths = tl.cdiv(lengths, TILE_N) * TILE_N
+    inverse = 1.0 / lengths.to(tl.float32)  # integers would divide for longer than memory takes to answer
+    shares = inverse * 0.0
+    merged = inverse * 0.0
+    for c in range(0, batch, CHUNK):
+        b = c + tl.arange(0, CHUNK)
+        _start, q_len, _k_len, _first, held = sequence(
+            b, b < batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR, RAGGED
+        )
+        rows = (tl.cdiv(q_len, TOKENS) * heads).to(tl.float32)
+        each = tl.maximum(tl.ceil(tl.minimum(held, limit).to(tl.float32)[:, None] * inverse[None, :] - 1e-6), 1.0)
+        shares += tl.sum(rows[:, None] * each, 0)
+        merged += tl.sum(tl.where(each > 1.0, rows[:, None] * each, 0.0), 0)
+    mean = work.to(tl.float32) / programs
+    even = shares * lengths <= 1.06 * mean * programs
+    rounds = tl.ceil(shares / programs) * lengths
+    end = tl.where(even, rounds, tl.minimum(rounds, mean + lengths * 0.5)) + 2.0 * merged
+    return tl.max(tl.where(end == tl.min(end, 0), lengths, 0), 0)
 
 
 @triton.jit
@@ -72,11 +135,11 @@ def paged_schedule_kernel(
     record_ptr, counter_ptr, merge_ptr, span_ptr, cu_ptr, lens_ptr, indptr_ptr, gap_ptr, count_ptr, index_ptr,
     batch, total_q, max_q, table_stride, table_width, max_records, max_places, max_merges,
     mask_stride_b, mask_stride_h, idx_width, sections, limit, target, least, window_left, window_right,
-    span_stride,
+    span_stride, programs,
     TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE_N: tl.constexpr, PAGE: tl.constexpr,
     HEADS: tl.constexpr, MASK_GROUP: tl.constexpr, TILES: tl.constexpr, MASKED: tl.constexpr, CSR: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RAGGED: tl.constexpr, SPLIT: tl.constexpr, MERGED: tl.constexpr,
-    GAPS: tl.constexpr,
+    GAPS: tl.constexpr, SPREAD: tl.constexpr, EARLY: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One program: ``TILES`` records of the Hopper forward kernel, those of a sequence's KV head side by side.
 
@@ -85,14 +148,24 @@ def paged_schedule_kernel(
     end of the queries, where page numbers begin and that plus the keys, keys that can have a page; ``merge`` int32
     [.., 8]: first row, rows, tile head, first place and shares of a row tile whose keys were cut; with ``MERGED`` of
     every row tile. Without ``GAPS`` (see ``page_gaps_kernel``) every key tile counts as one that may hide a key.
+    ``SPREAD``: heads of a share lie side by side, as their keys do, rather than shares of a head.
+    ``EARLY``: the next kernel may be launched, and wait for this one's end. ``EVEN``: shares as ``balanced_keys`` says.
     """
+    if EARLY:
+        gdc_launch_dependents()
     heads = sections * HEADS
     keys = least
     if SPLIT:
-        keys = share_keys(
-            batch, heads, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, limit, target, least,
-            TOKENS, PAGE, CSR, RAGGED,
-        )  # fmt: skip
+        if EVEN:
+            keys = balanced_keys(
+                batch, heads, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, limit, target,
+                least, programs, TOKENS, TILE_N, PAGE, CSR, RAGGED,
+            )  # fmt: skip
+        else:
+            keys = share_keys(
+                batch, heads, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, limit, target,
+                least, TOKENS, TILE_N, PAGE, CSR, RAGGED,
+            )  # fmt: skip
     e = tl.program_id(0) * TILES + tl.arange(0, TILES)
     b = e * 0
     before = e * 0
@@ -137,6 +210,9 @@ def paged_schedule_kernel(
     local = tl.maximum(e - before, 0)
     share = local % shares
     tile = local // shares
+    if SPREAD:
+        tile = local % (heads * rows)
+        share = local // (heads * rows)
     head = tile // (HEADS * rows) * HEADS + tile % HEADS
     m = rows - 1 - tile // HEADS % rows
     m0 = m * TOKENS
@@ -169,7 +245,7 @@ def paged_schedule_kernel(
         )  # fmt: skip
 
     merged = (shares > 1) | MERGED
-    place = tl.where(merged, places_before + local, -1)
+    place = tl.where(merged, places_before + tile * shares + share, -1)
     length = tl.where(place < max_places, length, -1)  # bounds out of order could ask for more
     record = record_ptr + e.to(tl.int64) * 8
     tl.store(record, m, mask=inside)
@@ -222,50 +298,59 @@ def page_gaps_kernel(
 @triton.jit(do_not_specialize=["total_q", "rows"])
 def merge_shares_kernel(
     part_ptr, sums_ptr, merge_ptr, counter_ptr, o_ptr, lse_ptr, sinks_ptr, stride_o, total_q, rows,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, SHARES: tl.constexpr,
-    SINKS: tl.constexpr,
+    DV: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr, SHARES: tl.constexpr,
+    COLUMNS: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program: merges the shares of one row of a row tile, a query of one of its ``PACK`` heads.
+    """One program: merges the shares of ``ROWS`` rows of a row tile, queries of its ``PACK`` heads, in some columns.
 
-    Grid (merges, rows of a tile at most). ``part`` float32 [places, rows, DV], ``sums`` float32 [places, 2, rows],
-    running maximum and sum; ``SHARES`` of them are read together.
+    Grid (merges, rows of a tile / ROWS, DV / COLUMNS). ``part`` float32 [places, rows, DV], ``sums`` float32 [places,
+    2, rows], running maximum and sum; ``SHARES`` of them are read together. ``EARLY``: the program may begin before
+    the kernel that leaves the shares has ended.
     """
-    if tl.program_id(0) >= tl.load(counter_ptr + 2):
-        return
+    if EARLY:
+        gdc_wait()
     merge = merge_ptr + tl.program_id(0).to(tl.int64) * 8
-    row = tl.program_id(1)
-    token = row // PACK
-    CHUNKS: tl.constexpr = (GROUP + PACK - 1) // PACK
+    first_row = tl.load(merge)
+    tokens = tl.load(merge + 1)
     tile_head = tl.load(merge + 2)
-    in_group = tile_head % CHUNKS * PACK + row % PACK
-    if (token >= tl.load(merge + 1)) | (in_group >= GROUP):
-        return
     place = tl.load(merge + 3).to(tl.int64)
     shares = tl.load(merge + 4)
-    columns = tl.arange(0, BLOCK_DV)
-    m_i = float("-inf")
-    l_i = 0.0
-    acc = tl.zeros([BLOCK_DV], tl.float32)
+    if tl.program_id(0) >= tl.load(counter_ptr + 2):
+        return
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    token = row // PACK
+    CHUNKS: tl.constexpr = (GROUP + PACK - 1) // PACK
+    in_group = tile_head % CHUNKS * PACK + row % PACK
+    mine = (token < tokens) & (in_group < GROUP)
+    columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    within = columns < DV
+    m_i = tl.full([ROWS], float("-inf"), tl.float32)
+    l_i = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, shares, SHARES):
         share = start + tl.arange(0, SHARES)
-        inside = share < shares
         at = place + share
-        m_part = tl.load(sums_ptr + at * 2 * rows + row, mask=inside, other=float("-inf"))
-        l_part = tl.load(sums_ptr + (at * 2 + 1) * rows + row, mask=inside, other=0.0)
-        part_in = inside[:, None] & (columns < DV)[None, :]
-        part = tl.load(part_ptr + ((at * rows + row) * DV)[:, None] + columns[None, :], mask=part_in, other=0.0)
-        m_new = tl.maximum(m_i, tl.max(m_part, 0))
+        inside = mine[:, None] & (share < shares)[None, :]
+        sums = sums_ptr + (at * 2 * rows)[None, :] + row[:, None]
+        m_part = tl.load(sums, mask=inside, other=float("-inf"))  # [ROWS, SHARES]
+        l_part = tl.load(sums + rows, mask=inside, other=0.0)
+        at_part = ((at * rows)[None, :] + row[:, None]) * DV
+        part_in = inside[:, :, None] & within[None, None, :]
+        part = tl.load(part_ptr + at_part[:, :, None] + columns[None, None, :], mask=part_in, other=0.0)
+        m_new = tl.maximum(m_i, tl.max(m_part, 1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key so far: exp(-inf) = 0, not NaN
         alpha = tl.exp2((m_i - m_safe) * LOG2E)
-        weight = tl.exp2((m_part - m_safe) * LOG2E)
-        acc = acc * alpha + tl.sum(weight[:, None] * part, 0)
-        l_i = l_i * alpha + tl.sum(weight * l_part, 0)
+        weight = tl.exp2((m_part - m_safe[:, None]) * LOG2E)
+        acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * part, 1)
+        l_i = l_i * alpha + tl.sum(weight * l_part, 1)
         m_i = m_new
-    head = tile_head // CHUNKS * GROUP + in_group
-    q_row = tl.load(merge) + token
-    tl.store(lse_ptr + head.to(tl.int64) * total_q + q_row, natural_lse(m_i, l_i))
+    head = (tile_head // CHUNKS * GROUP + in_group).to(tl.int64)
+    q_row = first_row + token
+    if tl.program_id(2) == 0:
+        tl.store(lse_ptr + head * total_q + q_row, natural_lse(m_i, l_i), mask=mine)
     if SINKS:
-        l_i = with_sink(m_i, l_i, tl.load(sinks_ptr + head))
-    acc = acc / tl.where(l_i > 0, l_i, 1.0)
-    o_row = q_row.to(tl.int64) * stride_o[0] + head.to(tl.int64) * stride_o[1]
-    tl.store(o_ptr + o_row + columns * stride_o[2], acc.to(o_ptr.dtype.element_ty), mask=columns < DV)
+        l_i = with_sink(m_i, l_i, tl.load(sinks_ptr + head, mask=mine, other=0.0))
+    acc = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
+    o_row = q_row.to(tl.int64) * stride_o[0] + head * stride_o[1]
+    o_at = o_ptr + o_row[:, None] + (columns * stride_o[2])[None, :]
+    tl.store(o_at, acc.to(o_ptr.dtype.element_ty), mask=mine[:, None] & within[None, :])
