@@ -244,7 +244,10 @@ def test_public_names_are_the_explicit_ones() -> None:
 ADAPTERS = ("integrations", "flashinfer", "ascend", "src", "threshold", "hf", "cli")
 IMPLEMENTATIONS = ("reference", "triton", "gluon")
 # Kernels and launches that the Triton and the Gluon implementation of an operator share; nobody else may import them.
-SHARED = ("extra", "extra_backward")
+SHARED = (
+    "extra", "extra_backward", "cut_triton", "lists_triton", "landmark_launches", "landmark_triton_choice",
+    "landmark_triton_features", "landmark_triton_order",
+)  # fmt: skip
 
 
 def imports(path: Path, *, lazy: bool = True) -> Iterator[str]:

@@ -107,7 +107,8 @@ def landmark(
         layer: Index of the calling layer, for thresholds per layer.
         features: The landmarks of ``k`` where they are known already (``LandmarkCache``); causal calls need those of
             complete blocks alone. Default: computed from ``k``.
-        impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
+        impl: "auto" (on CUDA Gluon where it can, else Triton; reference elsewhere), "gluon" (Hopper), "triton" or
+            "reference".
         **layout: Of packed and padded batches; see :class:`sparseattn.ops.sequences.Layout`.
 
     Returns:

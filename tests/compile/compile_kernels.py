@@ -33,6 +33,8 @@ MODULES = (
     "sparseattn.ops.scores.bounds_triton",
     "sparseattn.ops.scores.cut_triton",
     "sparseattn.ops.scores.landmark_triton",
+    "sparseattn.ops.scores.landmark_triton_order",
+    "sparseattn.ops.scores.landmark_gluon",
     "sparseattn.ops.scores.pooled_triton",
     "sparseattn.ops.scores.rules_triton",
     "sparseattn.ops.scores.vertical_slash_triton",

@@ -30,7 +30,8 @@ SKIPPED = {
     r"(cells-64|cells-96|-ragged|pooled-exact|pooled-bound.*fp32|landmark_score-(all|fp8)|bsr-r|paged-(decode|custom)|"
     r"query-mass-(64|.*fp32)).*/(80|100)|^(dkdv|dq)-plain-(64x64|192x128|256x256).*/90",
     "oldest": r"-dense-|64x64|192x128|256x256|-ragged|(-plain|-means|-variable|cells-64|cells-96).*/100|"
-    r"landmark.*/(80|100)|bsr-(r16|r64|everything).*/(80|100)|landmark_score-(all|fp8)|"
+    r"gluon-landmarks-(all|scores|shared)|landmark.*/(80|100)|bsr-(r16|r64|everything).*/(80|100)|"
+    r"landmark_score-(all|fp8)|"
     r"^extra-.*/100|(last-query|row-lse|descend|row-top|block-lists).*/(80|100)|query-mass.*fp32|descend-last",
 }
 
@@ -41,7 +42,7 @@ SPILLS = {
     r"^gradients-fused-softcap-128": 512,  # a soft cap on top of five accumulators: a few loads a step, newest Triton
     r"^pooled-.*-fp32-sm80": 768,  # full-precision products in three passes; Triton 3.6 keeps more of them apart
     # The scalars of a row tile, saved once a tile under the newest Triton.
-    r"^gluon-(paged-(prefill|listed)|forward-(variable|bits))": 1024,
+    r"^gluon-(paged-(prefill|listed)|forward-(variable|bits)|landmarks)": 1024,
     r"/100": 3072,  # Hopper's tiles: nothing was tuned for Blackwell
     r"": 256,
 }

@@ -703,8 +703,6 @@ def _assembly(code: str, constraints: str, arguments: Sequence[Any], **_: Any) -
         return Int(0)
     if code == "lg2.approx.f32 $0, $1;":
         return elementwise(_math("log2"))(*arguments)
-    if code == "lg2.approx.f32 $0, $1;":
-        return elementwise(_math("log2"))(*arguments)
     if code.startswith("{ .reg .b32 t; prmt.b32 t, $2, 0, $3; lop3.b32 $0, $1, 0xff800000, t, 0xe4; }"):
         return elementwise(_signed_byte)(*arguments)
     raise EmulationError(f"the emulator does not know this assembly: {code}")

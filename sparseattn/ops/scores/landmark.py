@@ -6,7 +6,6 @@ computes them on a GPU. The method is this library's own.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -24,6 +23,7 @@ from sparseattn.ops.sequences import LAYOUT_SCHEMA, Sequences, flatten, resolve_
 BLOCK_SIZES = (64, 128)
 CLUSTERS = (2, 4, 8, 16)
 ROWS = (16, 32, 64, 128)
+IMPLEMENTATIONS = ("gluon", "triton", "reference")
 _MODULES = "sparseattn.ops.scores.landmark_{}"
 
 
@@ -48,7 +48,8 @@ def landmark_features(
         block_size: 64 or 128.
         clusters: Clusters of a block: 2, 4, 8 or 16; default ``block_size // 16``.
         sequences: The layout of a ragged batch; its queries are not looked at. Default: every row is valid.
-        impl: "auto" (CUDA: "triton", elsewhere: "reference"), "triton" or "reference".
+        impl: "auto" (on CUDA Gluon where it can, else Triton; reference elsewhere), "gluon" (Hopper), "triton" or
+            "reference".
 
     Returns:
         The features of ``ceil(max_k / block_size)`` blocks.
@@ -183,7 +184,8 @@ def landmark_blocks(
     taus = check_taus(tau, q.shape[-2])
     check_density(density)
     check_max_blocks(max_blocks)
-    check_impl(impl)  # the rest of the choice happens inside the operator, where a compiler does not look
+    # The rest of the choice happens inside the operator, where a compiler does not look.
+    check_impl(impl, IMPLEMENTATIONS)
     s = p.sequences
     centroids, spreads, sizes = (None, None, None) if features is None else features
     return torch.ops.sparseattn.landmark_blocks(
@@ -195,7 +197,7 @@ def landmark_blocks(
 
 def unsupported_landmark_reason(q: Tensor, k: Tensor, *, fp8: bool = False, impl: str) -> str | None:
     """Why ``impl`` cannot score q and k, or None."""
-    check_impl(impl)
+    check_impl(impl, IMPLEMENTATIONS)
     return resolve(_MODULES, implementations(impl, q), q, k, fp8)[1]
 
 
@@ -303,15 +305,8 @@ def _check_features(features: LandmarkFeatures | None, k: Tensor, p: LandmarkPro
 
 def _implementation(impl: str, q: Tensor, k: Tensor, fp8: bool) -> ModuleType:
     """The implementation asked for, or the device's; raises if it refuses."""
-    check_impl(impl)
+    check_impl(impl, IMPLEMENTATIONS)
     return require(_MODULES, impl, implementations(impl, q), q, k, fp8)
-
-
-@functools.lru_cache(maxsize=1024)
-def _log_taus_on(device: torch.device, taus: tuple[float, ...]) -> Tensor:
-    """float32 ``[1]`` or ``[H]``, natural logs; copied from the host once, before any CUDA graph."""
-    logs = [math.log(tau) if tau > 0 else -math.inf for tau in taus]
-    return torch.tensor(logs, dtype=torch.float32, device=device)
 
 
 class _Call(NamedTuple):
@@ -366,7 +361,7 @@ def _landmark_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Ten
     else:
         features = LandmarkFeatures(c.centroids, c.spreads, c.sizes)
     bounds = landmark_bounds(p, q.device)
-    return module.blocks(q, k, features, p, bounds, _log_taus_on(q.device, tuple(c.tau)), c.density)
+    return module.blocks(q, k, features, p, bounds, tuple(c.tau), c.density)
 
 
 @torch.library.register_fake("sparseattn::landmark_blocks")

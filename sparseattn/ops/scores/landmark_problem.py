@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -69,6 +71,13 @@ class LandmarkProblem(NamedTuple):
 
     def mask_heads(self, q: Tensor, k: Tensor) -> int:
         return (k if self.group_shared else q).shape[-2]
+
+
+@functools.lru_cache(maxsize=1024)
+def log_taus_on(device: torch.device, taus: tuple[float, ...]) -> Tensor:
+    """float32 ``[1]`` or ``[H]``, natural logs; copied from the host once, before any CUDA graph."""
+    logs = [math.log(tau) if tau > 0 else -math.inf for tau in taus]
+    return torch.tensor(logs, dtype=torch.float32, device=device)
 
 
 def landmark_bounds(p: LandmarkProblem, device: torch.device) -> RowBounds:

@@ -12,6 +12,7 @@ from sparseattn.ops.scores.landmark_problem import (
     LandmarkFeatures,
     LandmarkProblem,
     free_budget,
+    log_taus_on,
     num_snapshots,
     snapshot_index,
     snapshot_length,
@@ -184,7 +185,7 @@ def blocks(
     f: LandmarkFeatures,
     p: LandmarkProblem,
     bounds: RowBounds,
-    log_tau: Tensor,
+    taus: tuple[float, ...],
     density: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Score, then compare with a threshold. See ``landmark.landmark_blocks``."""
@@ -193,7 +194,7 @@ def blocks(
     visible = n < bounds.visible[:, None, :, None]
     free = visible & (n >= p.first_free) & (n < bounds.recent[:, None, :, None])
     if density is None:
-        cut = log_tau.to(score.dtype)[:, None, None]
+        cut = log_taus_on(q.device, taus).to(score.dtype)[:, None, None]
         # A threshold of nothing keeps all, but what is capped needs an order.
         score = torch.where(cut == -torch.inf, (score + 128).clamp(min=0), score - cut)
         if p.group_shared:

@@ -1,4 +1,4 @@
-"""Triton landmark scores (Ampere and newer; the CPU under the interpreter): what launches ``landmark_kernels``.
+"""Triton landmark scores (Ampere and newer; the CPU under the interpreter): what launches ``landmark_triton_scores``.
 
 With a threshold, nothing as large as the scores ever exists. A fixed number of programs take one query block of one
 head after another; each has a private strip of memory, small enough for the L2 cache, that holds the logits of its rows
@@ -17,22 +17,29 @@ import triton
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
-from sparseattn.ops.scores.chunks import ScoreChunks, chunk_rows
-from sparseattn.ops.scores.cut_triton import batch_stride, find_cut
-from sparseattn.ops.scores.landmark_problem import (
-    FP8,
-    FP8_MAX,
-    LandmarkFeatures,
-    LandmarkProblem,
-    free_budget,
-    num_snapshots,
+from sparseattn.ops.scores.cut_triton import batch_stride
+from sparseattn.ops.scores.landmark_launches import (
+    choose_by_density,
+    chosen_rows,
+    dot_precision,
+    empty_lists,
+    padded_dim,
+    row_strides,
 )
+from sparseattn.ops.scores.landmark_launches import features as features
+from sparseattn.ops.scores.landmark_problem import FP8, FP8_MAX, LandmarkFeatures, LandmarkProblem, log_taus_on
 from sparseattn.ops.scores.landmark_triton_choice import choose_kernel
-from sparseattn.ops.scores.landmark_triton_features import covariance_kernel, features_kernel, rows_kernel
+from sparseattn.ops.scores.landmark_triton_features import (
+    covariance_kernel,
+    features_kernel,
+    moments_kernel,
+    rows_kernel,
+    sharpness_kernel,
+    tiles_for,
+)
+from sparseattn.ops.scores.landmark_triton_order import ordered_landmarks
 from sparseattn.ops.scores.landmark_triton_scores import score_kernel
 from sparseattn.ops.scores.problem import RowBounds
-from sparseattn.ops.scores.rules_triton import empty_lists
-from sparseattn.ops.sequences import Sequences
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -43,8 +50,6 @@ class Tiles(NamedTuple):
     Attributes:
         landmarks: Landmarks of one product in ``score_kernel``.
         keys: Keys of one product with the forced blocks.
-        columns: Columns of one step of the products with covariances.
-        wide_landmarks: Landmarks of one step of ``covariance_kernel``.
         num_warps: Warps of ``score_kernel``.
         num_stages: Its pipeline stages.
         programs: Programs of it a multiprocessor; 0: a fixed few (the interpreter).
@@ -52,8 +57,6 @@ class Tiles(NamedTuple):
 
     landmarks: int
     keys: int
-    columns: int
-    wide_landmarks: int
     num_warps: int
     num_stages: int
     programs: int
@@ -64,12 +67,12 @@ def config_for(dtype: torch.dtype, head_dim: int, rows: int, capability: tuple[i
     large = dtype == torch.float32 or head_dim > 128
     landmarks = 64 if large or capability[0] < 9 else 128
     stages = 2 if large else 3
-    return Tiles(landmarks, 32 if large else 64, 32, 32, 8 if rows > 64 else 4, stages, 1 if large or rows > 64 else 2)
+    return Tiles(landmarks, 32 if large else 64, 8 if rows > 64 else 4, stages, 1 if large or rows > 64 else 2)
 
 
 def _tiles(q: Tensor, p: LandmarkProblem) -> Tiles:
     if not q.is_cuda:
-        return Tiles(32, 32, 16, 16, 1, 1, 0)  # the interpreter: small tiles reach every branch at small shapes
+        return Tiles(32, 32, 1, 1, 0)  # the interpreter: small tiles reach every branch at small shapes
     return config_for(q.dtype, q.shape[-1], p.rows, torch.cuda.get_device_capability(q.device))
 
 
@@ -91,45 +94,6 @@ def unsupported_reason(q: Tensor, k: Tensor, fp8: bool) -> str | None:
     return f"Triton runs on {q.device.type} only under TRITON_INTERPRET=1"
 
 
-def features(k: Tensor, s: Sequences, block_size: int, clusters: int) -> LandmarkFeatures:
-    """Landmarks of every block. See ``landmark.landmark_features``."""
-    heads, dim = k.shape[-2:]
-    shape = (s.batch, heads, -(-s.max_k // block_size), clusters)
-    centroids = torch.empty((*shape, dim), dtype=k.dtype, device=k.device)
-    spreads = torch.empty(shape, dtype=torch.float32, device=k.device)
-    sizes = torch.empty(shape, dtype=torch.int32, device=k.device)
-    if spreads.numel():
-        features_kernel[(shape[2], heads, s.batch)](
-            k, centroids, spreads, sizes, s.k_start, s.k_end, _strides(k, s.packed), s.max_k, shape[2],
-            D=dim, BLOCK=block_size, CLUSTERS=clusters, BLOCK_D=_padded(dim), RAGGED=s.k_start is not None,
-            PRECISION=_precision(k.dtype), num_warps=8 if block_size > 64 else 4, num_stages=1, **LAUNCH,
-        )  # fmt: skip
-    return LandmarkFeatures(centroids, spreads, sizes)
-
-
-def _chosen_rows(q: Tensor, f: LandmarkFeatures, p: LandmarkProblem, bounds: RowBounds, tiles: Tiles) -> Tensor:
-    """int32 ``[B, Hq, MB, rows]``: rows of each block to score, -1 past the last; undefined where nothing is free."""
-    s = p.sequences
-    batch, kv_heads, blocks, _, dim = f.centroids.shape
-    heads = q.shape[-2]
-    snapshots = num_snapshots(blocks)
-    block_d, columns = _padded(dim), min(tiles.columns, _padded(dim))
-    covariances = torch.empty((batch, kv_heads, snapshots, dim, dim), dtype=torch.float32, device=q.device)
-    covariance_kernel[(snapshots, triton.cdiv(dim, columns), batch * kv_heads)](
-        f.centroids, f.sizes, covariances, blocks, snapshots, D=dim, CLUSTERS=p.clusters, BLOCK_D=block_d,
-        COLUMNS=columns, BLOCK_L=tiles.wide_landmarks, num_warps=4, num_stages=2, **LAUNCH,
-    )  # fmt: skip
-    rows = torch.empty((batch, heads, p.num_q_blocks, p.rows), dtype=torch.int32, device=q.device)
-    recent = bounds.recent.contiguous()
-    rows_kernel[(p.num_q_blocks, heads, batch)](
-        q, covariances, rows, recent, s.q_start, s.q_end, _strides(q, s.packed), s.max_q, snapshots,
-        batch_stride(recent), GROUP=heads // kv_heads, D=dim, BLOCK=p.block_size, ROWS=p.rows,
-        FIRST=p.first_free, BLOCK_D=block_d, COLUMNS=columns, RAGGED=s.q_start is not None,
-        PRECISION=_precision(q.dtype), num_warps=8, num_stages=1, **LAUNCH,
-    )  # fmt: skip
-    return rows
-
-
 class _Scoring:
     """Launches of ``score_kernel``, writing scores or lists."""
 
@@ -140,14 +104,14 @@ class _Scoring:
         self.heads = p.mask_heads(q, k)
         f = LandmarkFeatures(*(t.contiguous() for t in f))
         whole = p.rows == p.block_size
-        self.rows = None if whole else _chosen_rows(q, f, p, bounds, self.tiles)
+        self.rows = None if whole else chosen_rows(q, f, p, bounds)
+        columns = max(self.tiles.landmarks, 4 * p.clusters)
+        self.landmarks, self.spreads = ordered_landmarks(f, p.first_free, columns)
         self.scales: Tensor | None = None
-        centroids = f.centroids
         if p.fp8:
-            centroids, self.scales = _to_fp8(f.centroids)
-        self.f = f._replace(centroids=centroids)
+            self.landmarks, self.scales = _to_fp8(self.landmarks)
         self.programs = min(p.sequences.batch * self.heads * p.num_q_blocks, _programs(q.device, self.tiles.programs))
-        self.chunk = self.tiles.landmarks // p.clusters
+        self.chunk = columns // p.clusters
         strip = (self.programs, triton.cdiv(p.num_kv_blocks, self.chunk), p.rows, self.chunk)
         self.strip = torch.empty(strip, dtype=torch.float32, device=q.device)
 
@@ -169,18 +133,20 @@ class _Scoring:
         first: int,
         rows: int,
     ) -> None:
-        p, s, f, tiles, q, k = self.p, self.p.sequences, self.f, self.tiles, self.q, self.k
+        p, s, tiles, q, k = self.p, self.p.sequences, self.tiles, self.q, self.k
         items = s.batch * self.heads * rows
         score_kernel[(min(items, self.programs),)](
-            q, k, f.centroids, self.scales, f.spreads, f.sizes, self.rows, self.visible, self.recent, log_tau,
-            self.strip, scores, counts, indices, s.q_start, s.q_end, s.k_start, s.k_end, _strides(q, s.packed),
-            _strides(k, s.packed), s.max_q, s.max_k, p.num_q_blocks, p.num_kv_blocks, f.centroids.shape[2],
+            q, k, self.landmarks, self.scales, self.spreads, self.rows, self.visible, self.recent, log_tau,
+            self.strip, scores, counts, indices, s.q_start, s.q_end, s.k_start, s.k_end, row_strides(q, s.packed),
+            row_strides(k, s.packed), s.max_q, s.max_k, p.num_q_blocks, p.num_kv_blocks,
+            self.landmarks.shape[0] // (s.batch * k.shape[-2]),
             batch_stride(self.visible), first, rows, 0 if indices is None else indices.shape[3], p.cap(None), items,
             p.scale, HEADS=self.heads, SHARED=q.shape[-2] // self.heads, GROUP=q.shape[-2] // k.shape[-2],
             D=q.shape[-1], BLOCK=p.block_size, CLUSTERS=p.clusters, ROWS=p.rows, FIRST=p.first_free, CAUSAL=p.causal,
             RAGGED_Q=s.q_start is not None, RAGGED_K=s.k_start is not None, FP8=p.fp8, LISTS=log_tau is not None,
-            HEAD_TAUS=log_tau is not None and log_tau.numel() > 1, PRECISION=_precision(q.dtype),
-            BLOCK_D=_padded(q.shape[-1]), KEYS=tiles.keys, CHUNK=self.chunk, BLOCK_S=1024 if q.is_cuda else 16,
+            HEAD_TAUS=log_tau is not None and log_tau.numel() > 1, PRECISION=dot_precision(q.dtype),
+            BLOCK_D=max(padded_dim(q.shape[-1]), 32 if p.fp8 else 16), KEYS=tiles.keys, CHUNK=self.chunk,
+            BLOCK_S=1024 if q.is_cuda else 16,
             CAPPED=log_tau is not None and p.cap(None) < p.num_kv_blocks, num_warps=tiles.num_warps,
             num_stages=tiles.num_stages, **LAUNCH,
         )  # fmt: skip
@@ -201,7 +167,7 @@ def blocks(
     f: LandmarkFeatures,
     p: LandmarkProblem,
     bounds: RowBounds,
-    log_tau: Tensor,
+    taus: tuple[float, ...],
     density: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Lists by threshold or density. See ``landmark.landmark_blocks``."""
@@ -210,37 +176,10 @@ def blocks(
     if 0 not in shape:
         scoring = _Scoring(q, k, f, p, bounds)
         if density is None:
-            scoring.lists(log_tau, counts, indices)
+            scoring.lists(log_taus_on(q.device, taus), counts, indices)
         else:
-            _choose(scoring, shape, density, bounds, counts, indices)
+            choose_by_density(scoring, shape, density, bounds, counts, indices)
     return counts, indices
-
-
-def _choose(
-    scoring: _Scoring, shape: tuple[int, ...], density: float, bounds: RowBounds, counts: Tensor, indices: Tensor
-) -> None:
-    """Write the lists of the forced blocks and the best free ones of each sequence, ``density`` of all."""
-    p, (batch, heads, rows, columns) = scoring.p, shape
-    budget = free_budget(p, bounds, heads, density).expand(batch)
-    step = chunk_rows(rows, 4 * batch * heads * columns, True)
-    buffer = torch.empty(batch * heads * step * columns, dtype=torch.float32, device=counts.device)
-
-    def score(first: int, count: int) -> Tensor:
-        out = buffer[: batch * heads * count * columns].view(batch, heads, count, columns)
-        scoring.scores(out, first)
-        return out
-
-    chunks = ScoreChunks(score, rows, step)
-    key, ties, fit = find_cut(chunks, scoring.visible, scoring.recent, p.first_free, budget)
-    # What ties at the threshold is in if all of it fits; without a budget nothing is.
-    cut = torch.where(fit >= ties, key, key + 1)
-    least = torch.where(budget > 0, cut - 2**31, 2**31 - 1).clamp(max=2**31 - 1).int()
-    for first, scores in chunks:
-        choose_kernel[(scores.shape[2], heads, batch)](
-            scores, least, counts, indices, scoring.visible, scoring.recent, rows, first, scores.shape[2], columns,
-            indices.shape[3], p.cap(density), batch_stride(scoring.visible), FIRST=p.first_free,
-            CAPPED=p.cap(density) < columns, BLOCK=1024 if scores.is_cuda else 32, num_warps=4, **LAUNCH,
-        )  # fmt: skip
 
 
 def _to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,36 +196,24 @@ def _programs(device: torch.device, per_processor: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count * per_processor
 
 
-def _strides(x: Tensor, packed: bool) -> tuple[int, ...]:
-    """(batch, row, head, dim) strides; packed rows are counted from the start of the tensor."""
-    return (0, *x.stride()) if packed else x.stride()
-
-
-def _padded(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
 def compile_cases() -> list[tuple[str, object, dict, dict, dict, int, int]]:
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
     bf16 = torch.bfloat16
     shape = {"D": 128, "BLOCK": 128, "CLUSTERS": 8, "BLOCK_D": 128, "GROUP": 4, "PRECISION": "tf32"}
     small = {"D": 96, "BLOCK": 64, "CLUSTERS": 4, "BLOCK_D": 128, "GROUP": 4, "PRECISION": "tf32"}
     cases = [
-        ("landmark_features", *_offline(features_kernel, shape | {"RAGGED": False}), 8, 1),
         ("landmark_features-96-ragged-sm80", *_offline(features_kernel, small | {"RAGGED": True}), 4, 1),
-        ("landmark_covariance", *_offline(covariance_kernel, shape | {"COLUMNS": 32, "BLOCK_L": 32}), 4, 2),
-        (
-            "landmark_rows",
-            *_offline(rows_kernel, shape | {"ROWS": 64, "FIRST": 1, "COLUMNS": 32, "RAGGED": False}),
-            8,
-            1,
-        ),
+        ("landmark_moments", *_offline(moments_kernel, shape | {"COLUMNS": 32, "BLOCK_L": 32}), 4, 2),
+        ("landmark_covariance", *_offline(covariance_kernel, shape | {"ROWS": 8}), 4, 1),
+        ("landmark_rows", *_offline(rows_kernel, shape | {"ROWS": 64, "FIRST": 1}), 2, 1),
         ("landmark_choose", *_offline(choose_kernel, {"FIRST": 1, "CAPPED": True, "BLOCK": 1024}), 4, 1),
     ]
+    for major in (8, 9):
+        own = tiles_for(bf16, 128, 128, (major, 0))
+        case = _offline(features_kernel, shape | {"RAGGED": False})
+        cases.append((f"landmark_features-sm{major}0", *case, own.cluster_warps, 1))
+        sharp = shape | {"FIRST": 1, "COLUMNS": own.columns, "TERMS": own.terms, "RAGGED": False}
+        cases.append((f"landmark_sharpness-sm{major}0", *_offline(sharpness_kernel, sharp), 8, own.num_stages))
     common = {"FIRST": 1, "CAUSAL": True, "HEAD_TAUS": False, "FP8": False, "BLOCK_S": 1024, "HEADS": 32, "SHARED": 1}
     for name, major, constants in (
         ("half", 8, shape | {"ROWS": 64, "LISTS": True}),
@@ -316,10 +243,20 @@ def compile_cases() -> list[tuple[str, object, dict, dict, dict, int, int]]:
 def _offline(function: object, constants: dict) -> tuple[object, dict, dict, dict]:
     """Signature, constexprs and attributes of a bfloat16 call with contiguous tensors."""
     types = {
-        "q_ptr": "*bf16", "k_ptr": "*bf16", "centroids_ptr": "*fp8e4nv" if constants.get("FP8") else "*bf16",
+        "q_ptr": "*bf16", "k_ptr": "*bf16", "centroids_ptr": "*bf16",
+        "landmarks_ptr": "*fp8e4nv" if constants.get("FP8") else "*bf16",
         "scale": "fp32",
     }  # fmt: skip
-    floats = ("spreads_ptr", "covariances_ptr", "scales_ptr", "log_tau_ptr", "strip_ptr", "scores_ptr")
+    floats = (
+        "spreads_ptr",
+        "covariances_ptr",
+        "moments_ptr",
+        "sharpness_ptr",
+        "scales_ptr",
+        "log_tau_ptr",
+        "strip_ptr",
+        "scores_ptr",
+    )
     whole = {"scales_ptr": not constants.get("FP8"), "rows_ptr": constants.get("ROWS") == constants.get("BLOCK")}
     absent = {name for name, gone in whole.items() if gone and "LISTS" in constants}
     if constants.get("LISTS") is False:

@@ -8,7 +8,7 @@ import triton.language as tl
 from sparseattn.kernels.attention import LOG2E, sequence_span
 from sparseattn.ops.scores.landmark_triton_choice import capped_list
 
-_LENGTHS = ["max_q", "max_k", "num_rows", "num_columns", "feature_blocks", "bounds_stride_b", "first_row",
+_LENGTHS = ["max_q", "max_k", "num_rows", "num_columns", "landmark_rows", "bounds_stride_b", "first_row",
             "rows_here", "width", "max_blocks", "items"]  # fmt: skip
 _VIEWS = ["q_start_ptr", "q_end_ptr", "k_start_ptr", "k_end_ptr"]
 
@@ -50,9 +50,9 @@ def _forced_blocks(
 
 @triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
 def score_kernel(
-    q_ptr, k_ptr, centroids_ptr, scales_ptr, spreads_ptr, sizes_ptr, rows_ptr, visible_ptr, recent_ptr, log_tau_ptr,
+    q_ptr, k_ptr, landmarks_ptr, scales_ptr, spreads_ptr, rows_ptr, visible_ptr, recent_ptr, log_tau_ptr,
     strip_ptr, scores_ptr, counts_ptr, indices_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr, stride_q, stride_k,
-    max_q, max_k, num_rows, num_columns, feature_blocks, bounds_stride_b, first_row, rows_here, width, max_blocks,
+    max_q, max_k, num_rows, num_columns, landmark_rows, bounds_stride_b, first_row, rows_here, width, max_blocks,
     items, scale,
     HEADS: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     CLUSTERS: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, CAUSAL: tl.constexpr, RAGGED_Q: tl.constexpr,
@@ -61,6 +61,8 @@ def score_kernel(
 ):  # fmt: skip
     """Scores (LISTS: lists) of query blocks, one after another, the longest first. Grid (programs).
 
+    Landmarks and spreads are ``landmark_triton_order.ordered_landmarks`` in tiles of ``CHUNK * CLUSTERS``,
+    ``landmark_rows`` for each KV head of each sequence.
     An item is a query block of a mask head, which is one query head or SHARED of them. For each head, one sweep over
     the landmarks stores the rows' block logits in this program's strip of ``strip [programs, chunks, ROWS, CHUNK]`` and
     sums up their denominators; one over the strip takes the maxima over the rows. ``scores`` is ``[B, H, rows_here,
@@ -74,6 +76,7 @@ def score_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_b = tl.arange(0, CHUNK)
     offs_l = tl.arange(0, COLUMNS)
+    column_blocks = (offs_l % 8 // 2 * (COLUMNS // 4) + offs_l // 8 * 2 + offs_l % 2) // CLUSTERS
     strip_ptrs = strip_ptr + offs_r[:, None] * CHUNK + offs_b[None, :]
     per_row = items // rows_here  # items of one row of blocks: batch * HEADS
     for item in range(pid, items, tl.num_programs(0)):
@@ -90,10 +93,9 @@ def score_kernel(
             kv_head = mask_head * SHARED // GROUP
             k_base = k_ptr + b.to(tl.int64) * stride_k[0] + kv_head.to(tl.int64) * stride_k[2]
             k_ptrs = k_base + k_start.to(tl.int64) * stride_k[1] + offs_d[:, None] * stride_k[3]
-            first = (b.to(tl.int64) * (HEADS * SHARED // GROUP) + kv_head) * feature_blocks * CLUSTERS
-            c_ptrs = centroids_ptr + first * D + offs_d[:, None]
+            first = (b.to(tl.int64) * (HEADS * SHARED // GROUP) + kv_head) * landmark_rows
+            c_ptrs = landmarks_ptr + first * D + offs_d[:, None]
             spread_ptrs = spreads_ptr + first
-            size_ptrs = sizes_ptr + first
             for g in range(0, SHARED):
                 h = mask_head * SHARED + g
                 if rows_ptr is not None:
@@ -120,37 +122,41 @@ def score_kernel(
                     BLOCK, KEYS, FIRST, D, BLOCK_D, PRECISION,
                 )  # fmt: skip
 
-                # The rest by its landmarks.
-                q32 = q.to(tl.float32)
-                length = tl.sqrt(tl.sum(q32 * q32, 1)) * (tl.abs(scale) * LOG2E)
-                factor = tl.full([ROWS], 1.0, tl.float32) * (scale * LOG2E)
-                a = q
+                # The rest by its landmarks: products in units of the rows, then one factor to base-2 logits.
+                q32 = q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)
+                length = tl.maximum(tl.sqrt(tl.sum(q32 * q32, 1)), 1e-30)
+                factor = tl.full([ROWS], 1.0, tl.float32) * tl.maximum(tl.abs(scale) * LOG2E, 1e-30)
                 if FP8:
                     q_scale = tl.maximum(tl.max(tl.abs(q32), 1) / 448.0, 1.1754943508222875e-38)
                     a = (q32 / q_scale[:, None]).to(tl.float8e4nv)
+                    length = length / q_scale
                     factor = factor * q_scale
+                else:
+                    a = q32.to(q.dtype)
                 for n in range(0, recent, CHUNK):
                     landmarks = n * CLUSTERS + offs_l
-                    inside = landmarks < recent * CLUSTERS
-                    c = tl.load(
-                        c_ptrs + landmarks[None, :] * D, mask=inside[None, :] & (offs_d < D)[:, None], other=0.0,
-                    )  # fmt: skip  # [BLOCK_D, COLUMNS]
-                    spread = tl.load(spread_ptrs + landmarks, mask=inside, other=0.0)
-                    size = tl.load(size_ptrs + landmarks, mask=inside, other=0)
-                    u = tl.dot(a, c, input_precision=PRECISION) * factor[:, None]
+                    c = tl.load(c_ptrs + landmarks[None, :] * D, mask=(offs_d < D)[:, None], other=0.0)
+                    u = tl.dot(a, c, input_precision=PRECISION)  # [ROWS, COLUMNS]
                     if FP8:
-                        u *= tl.load(scales_ptr + first + landmarks, mask=inside, other=0.0)[None, :]
-                    u += length[:, None] * spread[None, :]
-                    counts = (size > 0) & (landmarks >= FIRST * CLUSTERS)
-                    u = tl.where(counts[None, :] & valid[:, None], u, float("-inf"))
-                    p, alpha, m_i, m_safe = _online(u, m_i)
-                    mass = tl.sum(tl.reshape(p, [ROWS, CHUNK, CLUSTERS]), 2)  # [ROWS, CHUNK]
-                    l_i = l_i * alpha + tl.sum(mass, 1)
-                    tl.store(strip_ptrs + n * ROWS, tl.log2(mass) + m_safe[:, None])
+                        u *= tl.load(scales_ptr + first + landmarks)[None, :]
+                    u += length[:, None] * tl.load(spread_ptrs + landmarks)[None, :]
+                    if n + CHUNK > recent:
+                        u = tl.where((n + column_blocks < recent)[None, :], u, float("-inf"))
+                    m_new = tl.maximum(m_i, tl.max(u, 1) * factor)
+                    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+                    p = tl.exp2(u * factor[:, None] - m_safe[:, None])
+                    # [row, pair of columns, thread of four, 2], as threads hold them: no sum leaves its thread.
+                    mass = tl.sum(tl.reshape(p, [ROWS, COLUMNS // 8, 4, 2]), 3)
+                    mass = tl.sum(tl.reshape(mass, [ROWS, CHUNK // 4, CLUSTERS // 2, 4]), 2)
+                    l_i = l_i * tl.exp2(m_i - m_safe) + tl.sum(tl.sum(mass, 1), 1)
+                    m_i = m_new
+                    w = tl.permute(tl.log2(mass) + m_safe[:, None, None], (0, 2, 1))
+                    tl.store(strip_ptrs + n * ROWS, tl.reshape(w, [ROWS, CHUNK]))
                 # Other threads read what these wrote: the strip's layout in registers is another one below.
                 tl.debug_barrier()
 
                 norm = tl.where(l_i > 0, m_i + tl.log2(tl.where(l_i > 0, l_i, 1.0)), 0.0)
+                norm = tl.where(valid, norm, float("inf"))
                 shift = 0.0
                 if LISTS:
                     shift = tl.load(log_tau_ptr + h) if HEAD_TAUS else tl.load(log_tau_ptr)
