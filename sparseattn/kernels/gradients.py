@@ -138,20 +138,29 @@ def dq_from_sums_kernel(
     tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count_k", "count_v"])
-def sum_parts_kernel(
-    dk_part_ptr, dv_part_ptr, dk_ptr, dv_ptr, count_k, count_v,
-    D: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: ``BLOCK`` numbers of dK and of dV, each the sum of ``PARTS`` partial ones.
-
-    Grid (numbers / BLOCK,). ``dk_part`` is [rows, KV heads, PARTS, D], ``dk`` [rows, KV heads, D]; dv likewise.
-    """
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    dk = tl.zeros([BLOCK], tl.float32)
-    dv = tl.zeros([BLOCK], tl.float32)
+@triton.jit
+def _sum_rows(part_ptr, out_ptr, row, rows, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr):
+    """Rows [ROWS] of ``out`` [rows, D] as sums of ``part`` [rows, PARTS, D]."""
+    offs = tl.arange(0, BLOCK_D)[None, :]
+    inside = (row < rows)[:, None] & (offs < D)
+    at = row.to(tl.int64)[:, None]
+    total = tl.zeros([row.shape[0], BLOCK_D], tl.float32)
     for part in tl.static_range(PARTS):
-        dk += tl.load(dk_part_ptr + (i // D * PARTS + part) * D + i % D, mask=i < count_k, other=0.0).to(tl.float32)
-        dv += tl.load(dv_part_ptr + (i // DV * PARTS + part) * DV + i % DV, mask=i < count_v, other=0.0).to(tl.float32)
-    tl.store(dk_ptr + i, dk.to(dk_ptr.dtype.element_ty), mask=i < count_k)
-    tl.store(dv_ptr + i, dv.to(dv_ptr.dtype.element_ty), mask=i < count_v)
+        total += tl.load(part_ptr + (at * PARTS + part) * D + offs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at * D + offs, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def sum_parts_kernel(
+    dk_part_ptr, dv_part_ptr, dk_ptr, dv_ptr, rows,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: ``ROWS`` rows of dK or of dV, each the sum of ``PARTS`` partial ones.
+
+    Grid (rows / ROWS, 2). ``dk_part`` is [rows, PARTS, D], ``dk`` [rows, D], a row one KV head of a token; dv likewise.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if tl.program_id(1) == 0:
+        _sum_rows(dk_part_ptr, dk_ptr, row, rows, D, BLOCK_D, PARTS)
+    else:
+        _sum_rows(dv_part_ptr, dv_ptr, row, rows, DV, BLOCK_D, PARTS)

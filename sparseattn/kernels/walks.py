@@ -34,8 +34,9 @@ RECORD = tl.constexpr(16)
 ROWS = 128
 UNBOUNDED = 1 << 29
 
-_TILES = 64
-_OTHERS = 128
+_TILES = 8
+_OTHERS = 512
+_PROBES = 16
 
 
 @triton.jit
@@ -50,19 +51,27 @@ def first_query_tile(q_start, b, max_q, PACKED: tl.constexpr):
 
 @triton.jit
 def _first_steps(
-    list_ptr, count, limit, search_steps, inside, BLOCK: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr
+    list_ptr, count, limit, rounds, inside,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PROBES: tl.constexpr,
 ):  # fmt: skip
-    """The first steps of walks that begin at rows ``limit`` or later, or how many there are; shapes that broadcast."""
+    """The first steps of walks that begin at rows ``limit`` or later, or how many there are; [A, B, C] each.
+
+    A round asks for ``PROBES`` entries at once and leaves one part in ``PROBES + 1`` of a list: rounds wait for one
+    another, entries do not.
+    """
     if MASKED:
         block = limit // BLOCK
         low = (count + block) * 0
         high = count + block * 0
-        for _ in range(search_steps):
-            middle = (low + high) // 2
-            entry = tl.load(list_ptr + middle, mask=inside & (middle < high), other=0)
-            before = (entry < block) & (middle < high)
-            high = tl.where(before, high, middle)
-            low = tl.where(before, middle + 1, low)
+        probe = tl.arange(0, PROBES)[None, None, None, :] + 1
+        for _ in range(rounds):
+            size = high - low
+            at = low[:, :, :, None] + size[:, :, :, None] * probe // (PROBES + 1)
+            present = (inside & (size > 0))[:, :, :, None] & (probe > 0)
+            entry = tl.load(list_ptr[:, :, :, None] + at, mask=present, other=0)
+            before = tl.sum((present & (entry < block[:, :, :, None])).to(tl.int32), 3)
+            high = tl.where(before < PROBES, low + size * (before + 1) // (PROBES + 1), high)
+            low = tl.where(before > 0, low + size * before // (PROBES + 1) + 1, low)
         entry = tl.load(list_ptr + low, mask=inside & (low < count), other=-1)
         step = low * (BLOCK // STEP) + tl.where(entry == block, (limit % BLOCK + STEP - 1) // STEP, 0)
     else:
@@ -113,17 +122,18 @@ def _spans(start_ptr, end_ptr, b, length, inside, RAGGED: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "mask_stride_b", "mask_stride_h", "idx_width", "search_steps", "max_q", "max_k", "out_rows", "back", "ahead",
+        "mask_stride_b", "mask_stride_h", "idx_width", "rounds", "max_q", "max_k", "out_rows", "back", "ahead",
         "tiles", "heads", "section", "tail", "total",
     ]
 )  # fmt: skip
 def walk_kernel(
     record_ptr, ranges_ptr, counter_ptr, count_ptr, index_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
-    mask_stride_b, mask_stride_h, idx_width, search_steps, max_q, max_k, out_rows, back, ahead,
+    mask_stride_b, mask_stride_h, idx_width, rounds, max_q, max_k, out_rows, back, ahead,
     tiles, heads, section, tail, total,
     HEADS: tl.constexpr, HEADS_P2: tl.constexpr, MASK_GROUP: tl.constexpr, BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr, STEP: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, RAGGED_Q: tl.constexpr,
     RAGGED_K: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, OTHERS: tl.constexpr,
+    PROBES: tl.constexpr,
 ):  # fmt: skip
     """One program: records and walks of ``TILES`` tiles, each written to its place in the order of their lengths.
 
@@ -200,7 +210,7 @@ def walk_kernel(
     limit = tl.where(which < 2, limit, tl.where(which < 3, full_hi[:, None, None], some_hi[:, None, None]))
     limit = tl.maximum(tl.minimum(limit, y_len[:, None, None]), 0)
     steps = _first_steps(
-        list_ptr[:, :, None], count[:, :, None], limit, search_steps, present[:, :, None], BLOCK_Y, STEP, MASKED
+        list_ptr[:, :, None], count[:, :, None], limit, rounds, present[:, :, None], BLOCK_Y, STEP, MASKED, PROBES
     )
     steps += (count * 0)[:, :, None]
     n0 = tl.sum(tl.where(which == 0, steps, 0), 2)
@@ -282,16 +292,21 @@ def walks(
     ranges = torch.empty((total, 3, per_head, 2), dtype=torch.int32, device=device)
     counter = torch.empty(1, dtype=torch.int32, device=device)
     section = section_heads * tiles
-    # Whole sections at the end that give each program about three tiles.
-    tail = max(0, total // section - triton.cdiv(3 * processors, section)) * section
+    # Whole sections at the end that give each program one tile or more, or two sections where three tiles each are no
+    # more: the longer the tail, the better the balance, and the more KV heads' queries take turns in the L2 cache.
+    last = min(triton.cdiv(3 * processors, section), max(2, triton.cdiv(3 * processors // 2, section)))
+    tail = max(0, total // section - last) * section
     reach_back, reach_ahead = window
     back, ahead = (-reach_ahead, reach_back) if keys else (-reach_back, reach_ahead)
     counts, indices, *strides = lists or (records, records, 0, 0, 0)
+    rounds, width = 0, strides[2]
+    while width > 0:
+        rounds, width = rounds + 1, width // (_PROBES + 1)
     walk_kernel[(triton.cdiv(total, _TILES),)](
-        records, ranges, counter, counts, indices, *spans, *strides, strides[2].bit_length() + 1,
+        records, ranges, counter, counts, indices, *spans, *strides, rounds,
         *lengths, out_rows, back, ahead, tiles, heads, section, tail, total,
         HEADS=per_head, HEADS_P2=triton.next_power_of_2(per_head), MASK_GROUP=mask_group, BLOCK_X=blocks[0],
         BLOCK_Y=blocks[1], STEP=step, KEYS=keys, MASKED=lists is not None, RAGGED_Q=ragged[0], RAGGED_K=ragged[1],
-        PACKED=packed, ROWS=ROWS, TILES=_TILES, OTHERS=_OTHERS, num_warps=4, **LAUNCH,
+        PACKED=packed, ROWS=ROWS, TILES=_TILES, OTHERS=_OTHERS, PROBES=_PROBES, num_warps=8, **LAUNCH,
     )  # fmt: skip
     return records, ranges, counter, total

@@ -210,7 +210,7 @@ def test_reasons_for_strides_and_for_the_deterministic_form() -> None:
 @pytest.mark.parametrize(
     ("group", "tiles", "dense", "heads"),
     [
-        (1, 10, False, 1), (4, 1024, False, 2), (4, 2048, False, 4), (4, 2048, True, 2), (4, 128, False, 1),
+        (1, 10, False, 1), (4, 512, False, 2), (4, 1024, False, 4), (4, 2048, True, 2), (4, 128, False, 1),
         (8, 100000, True, 8), (3, 10, False, 1), (3, 2048, False, 3),
     ],
 )  # fmt: skip

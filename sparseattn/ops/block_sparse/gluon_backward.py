@@ -20,7 +20,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparseattn.kernels.hopper import async_load, async_reduce_add, load_rows, opaque_zero, ring, store_rows, view
+from sparseattn.kernels.hopper import (
+    async_load,
+    async_reduce_add,
+    load_rows,
+    opaque_zero,
+    ring,
+    store_rows,
+    tile_layout,
+    view,
+)
 from sparseattn.kernels.walks import (
     HEAD,
     MASKED_STEPS,
@@ -350,20 +359,42 @@ def next_probabilities(s, numbers, steps_s, count_s, it, first_row, last_row, qk
 
 
 @gluon.jit
+def half(results_s, i: gl.constexpr):
+    """16 KB of the 32 that a warpgroup has for results: the first takes dV, the second dQ and dK."""
+    return view(results_s, results_s.dtype, [2, 64, 128], tile_layout(2)).index(i)
+
+
+@gluon.jit
+def put_rows(x, desc, start, length, row, head, results_s, i: gl.constexpr, FLOAT32: gl.constexpr):
+    """Round results to the dtype of their map and send them off, through half ``i`` or, if they need it, all memory."""
+    COLS: gl.constexpr = x.shape[1]
+    if FLOAT32:
+        if COLS == 128:
+            tile = view(results_s, gl.float32, [64, COLS], tile_layout(2, 32))
+        else:
+            tile = view(half(results_s, i), gl.float32, [64, COLS], tile_layout(2, 32))
+        tile.store(x)
+    else:
+        tile = view(results_s, results_s.dtype, [256 // COLS, 64, COLS], tile_layout(2)).index(i * 128 // COLS)
+        tile.store(x.to(results_s.dtype))
+    fence_async_shared()
+    store_rows(desc, start, length, row, head, tile)
+
+
+@gluon.jit
 def gradients_consumer(
-    dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, dv_s, out_s, steps_s, count_s, tiles_s,
+    dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, results_s, steps_s, count_s, tiles_s,
     q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
     ds_mine, ds_other, ds_free, ds_release, reach_back, reach_ahead, qk_scale, softcap, scale,
-    CID: gl.constexpr, BLOCK_D: gl.constexpr, WITH_DQ: gl.constexpr, SOFTCAP: gl.constexpr,
+    CID: gl.constexpr, BLOCK_D: gl.constexpr, WITH_DQ: gl.constexpr, SOFTCAP: gl.constexpr, FLOAT32: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of ``gradients_kernel``: dK and dV of 64 keys, and its part of dQ."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     SHARED: gl.constexpr = BLOCK_D == 128
     AHEAD: gl.constexpr = not WITH_DQ and not SOFTCAP
-    dtype: gl.constexpr = q_s.dtype
     zeros = gl.zeros([64, 64], gl.float32, S_LAYOUT)
-    dk_s = view(out_s, dtype, [64, BLOCK_D], k_s.layout)
+    out_s = half(results_s, 1)
     it = 0
     turn = 0
     mbarrier.wait(tile_full.index(0), 0)
@@ -430,17 +461,16 @@ def gradients_consumer(
         out_row = field(record, OUT_ROW)
         k_len = field(record, X_LENGTH)
         mbarrier.arrive(tile_empty.index(turn & 1), count=1)
-        dv_s.store(dv.to(dtype))
-        fence_async_shared()
-        store_rows(dv_desc, out_row, k_len, x0, head, dv_s)
+        if FLOAT32:
+            tma.store_wait(0)
+        put_rows(dv, dv_desc, out_row, k_len, x0, head, results_s, 0, FLOAT32)
         if WITH_DQ:
             dq = warpgroup_mma_wait(0, deps=(dq,))
             mbarrier.arrive(k_empty, count=1)
             emit_dq(dq, dq_desc, out_s, tile, CID, SHARED)
+        if WITH_DQ or FLOAT32:
             tma.store_wait(0)
-        dk_s.store((dk * scale).to(dtype))
-        fence_async_shared()
-        store_rows(dk_desc, out_row, k_len, x0, head, dk_s)
+        put_rows(dk * scale, dk_desc, out_row, k_len, x0, head, results_s, 1, FLOAT32)
         turn += 1
         mbarrier.wait(tile_full.index(turn & 1), (turn >> 1) & 1)
     tma.store_wait(0)
@@ -469,12 +499,13 @@ def gradients_kernel(
     record_ptr, ranges_ptr, counter_ptr, index_ptr, total, mask_stride_b, mask_stride_h, idx_width, row_tiles,
     q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv,
     reach_back, reach_ahead, qk_scale, softcap, scale,
-    BLOCK_D: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr, WITH_DQ: gl.constexpr,
+    BLOCK_D: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr, WITH_DQ: gl.constexpr, FLOAT32: gl.constexpr,
 ):  # fmt: skip
     """Persistent programs: dK and dV of 128 keys of one KV head over ``heads`` query heads, and what they add to dQ.
 
     Grid: any number of programs, at most a tile each. Tiles, their order and the steps of each come from
-    ``walk_kernel``. Without ``WITH_DQ`` nothing is added across programs, so the results are deterministic.
+    ``walk_kernel``. dK and dV leave in the inputs' dtype, or in float32 (``FLOAT32``) where more is added to them.
+    Without ``WITH_DQ`` nothing is added across programs, so the results are deterministic.
     """
     dtype: gl.constexpr = q_desc.dtype
     tile_2d: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -484,9 +515,7 @@ def gradients_kernel(
     tiles_s, tile_full, tile_empty = ring(gl.int32, 2, [RECORD], plain, 1, 2)
     k_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], tile_2d)
     v_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], tile_2d)
-    dv_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], tile_2d)
-    # For dK, and for dQ in float32: 16 KB of it at a time, whatever the head dimension.
-    out_s = gl.allocate_shared_memory(dtype, [2, 64, 128], tile_2d)
+    results_s = gl.allocate_shared_memory(dtype, [2, 128, 128], tile_2d)
     numbers_s = gl.allocate_shared_memory(gl.float32, [2, 128], numbers_desc.layout)
     steps_s = gl.allocate_shared_memory(gl.int32, [8, 1], plain)
     # 0 .. 63: read where they are needed; computed, they would stay in registers throughout.
@@ -508,18 +537,20 @@ def gradients_kernel(
     ALONE: gl.constexpr = BLOCK_D != 128
     gl.warp_specialize([
         (gradients_consumer, (
-            dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, dv_s.index(0), out_s.index(0), steps_s,
-            count_s, tiles_s,
+            dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, results_s.index(0), steps_s, count_s,
+            tiles_s,
             q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
             full_0, full_0 if ALONE else full_1, free_0, free_0 if ALONE else free_1,
             reach_back, reach_ahead, qk_scale, softcap, scale, 0, BLOCK_D, WITH_DQ, SOFTCAP,
+            FLOAT32,
         )),
         (gradients_consumer, (
-            dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, dv_s.index(1), out_s.index(1), steps_s,
-            count_s, tiles_s,
+            dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, results_s.index(1), steps_s, count_s,
+            tiles_s,
             q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
             full_1, full_1 if ALONE else full_0, free_1, free_1 if ALONE else free_0,
             reach_back, reach_ahead, qk_scale, softcap, scale, 1, BLOCK_D, WITH_DQ, SOFTCAP,
+            FLOAT32,
         )),
         (gradients_loader, (
             q_desc, do_desc, numbers_desc, k_desc, v_desc, q_s, do_s, numbers_s, k_s, v_s, steps_s, tiles_s,

@@ -68,11 +68,10 @@ def _batch_rows(t: Tensor, packed: bool) -> int:
 def heads_per_program(group: int, tiles: int, processors: int, dense: bool) -> int:
     """Query heads of a group that one program walks; the others' partial dK and dV are summed afterwards.
 
-    Longer walks amortise a tile's keys and need no sums, shorter ones balance better: as many heads as leave each
-    processor some tiles. (An experiment before these kernels, on an H200 with four heads a group and 128-blocks: at 16K
-    two heads beat four by 7 % with every block and
-    3 % with a tenth, and one head by 0 and 16 %; at 32K four beat two by 3 % wherever blocks are skipped, and lose 4 %
-    where none are.)
+    Longer walks amortise a tile's keys and need no sums, shorter ones balance better and keep programs on the same
+    heads: as many heads as leave each processor some tiles. (On an H200 with four heads a group and 128-blocks: at 16K
+    with a tenth of the blocks two heads cost 5 % more than four, mostly for sums; at 32K with every block four cost 4 %
+    more than two.)
 
     Args:
         group: Query heads of a KV head.
@@ -81,7 +80,7 @@ def heads_per_program(group: int, tiles: int, processors: int, dense: bool) -> i
         dense: No mask: nothing is skipped but for the diagonal.
     """
     for heads in range(group, 1, -1):
-        enough = 4 if heads <= 2 else 24 if dense else 12
+        enough = 4 if heads <= 2 else 24 if dense else 6
         if group % heads == 0 and tiles * (group // heads) >= enough * processors:
             return heads
     return 1
@@ -235,10 +234,10 @@ def _keys_pass(
         heads = heads_per_program(group, tiles, processors, g.kv_num_blocks is None) if sums is not None else group
     parts = group // heads
     dk_part, dv_part = dk, dv
-    if parts > 1 or dk.dtype != k.dtype:
+    if parts > 1:  # in float32, so that sums are rounded once
         make = torch.empty if g.k_start is None else torch.zeros
         dk_part, dv_part = (
-            make((*t.shape[:-2], heads_k * parts, t.shape[-1]), dtype=t.dtype, device=t.device) for t in (k, v)
+            make((*t.shape[:-2], heads_k * parts, t.shape[-1]), dtype=torch.float32, device=t.device) for t in (k, v)
         )
     masked = g.kv_num_blocks is not None
     lists = list_arguments(g.q_num_blocks, g.q_indices, q) if masked else None
@@ -262,13 +261,13 @@ def _keys_pass(
         row_tiles(dv_part, 1, 64, block_d), sums_map, records, ranges, counter, indices, total, *strides,
         _row_tiles(q, g), *(_batch_rows(t, g.packed) for t in (q, k, v, do)), heads, group, mask_group, g.block_q,
         g.block_kv, *_reach(g), factor, cap, g.scale, BLOCK_D=block_d, MASKED=masked, SOFTCAP=g.softcap > 0,
-        WITH_DQ=with_dq, num_warps=4, **LAUNCH,
+        WITH_DQ=with_dq, FLOAT32=dk_part.dtype == torch.float32, num_warps=4, **LAUNCH,
     )  # fmt: skip
-    if dk_part is not dk:
-        largest = max(dk.numel(), dv.numel())
-        sum_parts_kernel[(triton.cdiv(largest, 2048),)](
-            dk_part, dv_part, dk, dv, dk.numel(), dv.numel(), D=dk.shape[-1], DV=dv.shape[-1], PARTS=parts,
-            BLOCK=2048, num_warps=4, **LAUNCH,
+    if parts > 1:
+        rows = dk.numel() // dk.shape[-1]
+        sum_parts_kernel[(triton.cdiv(rows, 32), 2)](
+            dk_part, dv_part, dk, dv, rows, D=dk.shape[-1], DV=dv.shape[-1], BLOCK_D=block_d, PARTS=parts, ROWS=32,
+            num_warps=4, **LAUNCH,
         )  # fmt: skip
 
 
@@ -310,6 +309,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
             ("fused", {"WITH_DQ": True}),
             ("fused-dense", {"WITH_DQ": True, "MASKED": False}),
             ("fused-softcap", {"WITH_DQ": True, "SOFTCAP": True}),
+            ("fused-parts", {"WITH_DQ": True, "FLOAT32": True}),
             ("keys", {}),
             ("keys-softcap", {"SOFTCAP": True}),
         ):
@@ -318,9 +318,9 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
             cases.append((f"gradients-queries-{variant}-{dim}-sm90", *_offline(dq_kernel, dim, 128, flags), 4, 1))
         cases.append((f"gradients-numbers-{dim}-sm90", *_offline(tile_numbers_kernel, dim, 64, _ALL), 4, 1))
         cases.append((f"gradients-from-sums-{dim}-sm90", *_offline(dq_from_sums_kernel, dim, 64, _ALL), 8, 1))
-    cases.append(("gradients-parts-sm90", *_offline(sum_parts_kernel, 128, 64, {}), 4, 1))
-    cases.append(("walk-keys-sm90", *_offline(walk_kernel, 128, 64, {**_ALL, "KEYS": True}), 4, 1))
-    cases.append(("walk-queries-sm90", *_offline(walk_kernel, 128, 64, {**_ALL, "STEP": 128}), 4, 1))
+    cases.append(("gradients-parts-sm90", *_offline(sum_parts_kernel, 128, 64, {"ROWS": 32}), 4, 1))
+    cases.append(("walk-keys-sm90", *_offline(walk_kernel, 128, 64, {**_ALL, "KEYS": True}), 8, 1))
+    cases.append(("walk-queries-sm90", *_offline(walk_kernel, 128, 64, {**_ALL, "STEP": 128}), 8, 1))
     return cases
 
 
@@ -333,8 +333,8 @@ def _offline(
     """Kernel, signature, constexprs and attributes of a bfloat16 call with contiguous tensors and 128-blocks."""
     constants: dict[str, Any] = {
         "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "HEADS": 2, "HEADS_P2": 2, "GROUP": 4, "MASK_GROUP": 1,
-        "BLOCK_Q": 128, "BLOCK_KV": 128, "BLOCK_X": 128, "BLOCK_Y": 128, "STEP": 64, "ROWS": 128, "TILES": 64,
-        "OTHERS": 128, "PARTS": 2, "BLOCK": 2048, "MASKED": True, **flags,
+        "BLOCK_Q": 128, "BLOCK_KV": 128, "BLOCK_X": 128, "BLOCK_Y": 128, "STEP": 64, "ROWS": 128, "TILES": 8,
+        "OTHERS": 512, "PROBES": 16, "PARTS": 2, "MASKED": True, **flags,
     }  # fmt: skip
     tile = f"tensordesc<bf16[1, 1, 1, {{}}, {dim}],{tile_layout()!r}>"
     maps = {
@@ -345,7 +345,11 @@ def _offline(
     }
     if function is dq_kernel:
         maps["dq_desc"] = tile.format(64)
+    if constants.get("FLOAT32"):
+        whole = f"tensordesc<fp32[1, 1, 1, 64, {dim}],{tile_layout(bits=32)!r}>"
+        maps |= {"dk_desc": whole, "dv_desc": whole}
     floats = {"lse_ptr", "dlse_ptr", "numbers_ptr", "sums_ptr", "sinks_ptr", "dsink_ptr", "norm_ptr", "delta_ptr"}
+    floats |= {"dk_part_ptr", "dv_part_ptr"}
     integers = {"record_ptr", "ranges_ptr", "counter_ptr", "index_ptr", "count_ptr"}
     signature: dict[str, Any] = {}
     constexprs: dict[Any, Any] = {}
