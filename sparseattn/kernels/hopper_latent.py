@@ -1,14 +1,17 @@
 """The Hopper kernel of attention over a latent (MLA) cache: one KV head, whose values are columns of its keys.
 
-A row of the output is as wide as a warpgroup's accumulators allow for two, so two warpgroups share a row tile: each
-scores a key tile of its own, and each computes its half of the output columns from both. Key tiles then go round in
-pairs: the row maxima of a pair are exchanged through shared memory, and so are the probabilities, which take the place
-of the rotary columns that their scores have used up.
+A row of the output is as wide as a warpgroup's accumulators allow for two, so two warpgroups share a row tile: one
+scores every key tile and weighs its left half, the other weighs the right half with the probabilities that it finds in
+shared memory. It does so while the next tile's
+probabilities are made, so that the tensor cores do not wait for these; the halves of a key tile come and go one by one.
+
+Rows of pages too small for a tensor map's boxes are gathered by the threads of a loading warpgroup.
 """
 
 # Annotations must stay objects for the Gluon front end: no ``from __future__ import annotations``.
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -20,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparseattn.kernels.hopper import (
     async_load,
     async_store,
+    begin_early,
     box_coordinates,
     opaque_zero,
     post,
@@ -30,11 +34,28 @@ from sparseattn.kernels.hopper import (
     tile_layout,
     view,
 )
-from sparseattn.kernels.hopper_attention import cap_scores, finish_sums, hide, leave_part, leave_sums
-from sparseattn.kernels.hopper_boxes import box_columns, key_boxes, load_key_boxes
+from sparseattn.kernels.hopper_attention import (
+    HIDDEN,
+    cap_scores,
+    finish_sums,
+    hide,
+    leave_part,
+    leave_sums,
+    next_softmax,
+    row_sums,
+    thread_sums,
+)
+from sparseattn.kernels.hopper_boxes import (
+    box_columns,
+    copy_rows,
+    key_boxes,
+    load_key_boxes,
+    page_numbers,
+    tile_tokens,
+)
 
 NUMBERS = ["mask_stride_b", "mask_stride_h", "idx_width", "k_rows", "k_rope_rows", "total_q", "sums_stride"]
-NUMBERS += ["part_stride", "window_left", "window_right", "num_pages"]
+NUMBERS += ["part_stride", "window_left", "window_right", "num_pages", "k_stride", "k_rope_stride"]
 
 
 @gluon.jit
@@ -51,34 +72,162 @@ def list_of(count_ptr, index_ptr, b, head_q, m, strides, F: gl.constexpr):
 
 
 @gluon.jit
-def load_latent(descs, keys, tile_keys, list_ptr, tile, entries, source, phase, SIDE: gl.constexpr, F: gl.constexpr):
-    """Bring a key tile of one side of a pair, latent columns in halves and rotary ones, and say which keys it has."""
+def quarter(half, part: gl.constexpr, dtype: gl.constexpr, F: gl.constexpr):
+    """One half of the columns of half a tile."""
+    return view(half, dtype, [2, half.shape[0], F.BLOCK_DV // 2], tile_layout(2)).index(part)
+
+
+@gluon.jit
+def load_latent(descs, keys, list_ptr, tile, entries, source, stage, phase, F: gl.constexpr):
+    """Bring a key tile, its left columns and then the right ones with the rotary part, and say which keys it has."""
     k_desc, k_rope_desc, k_rows, k_rope_rows = descs
-    latent, rotary, full, empty, cols_s = keys
-    rows, counts = tile_keys
-    mbarrier.wait(empty.index(SIDE), phase)
-    mbarrier.expect(full.index(SIDE), F.TILE_N * (F.DV + rotary.shape[2]) * 2)
-    for half in gl.static_range(2):
-        buffer = latent.index(2 * SIDE + half)
-        load_key_boxes(k_desc, k_rows, rows, counts, 0, half * F.BLOCK_DV, full.index(SIDE), buffer, F)
-    load_key_boxes(k_rope_desc, k_rope_rows, rows, counts, 0, 0, full.index(SIDE), rotary.index(SIDE), F)
+    latent, rotary, left, right, cols_s = keys
+    rows, counts = key_boxes(list_ptr, tile, entries, source, F)
     lane: gl.constexpr = gl.BlockedLayout([F.TILE_N // 32], [32], [1], [0])
     cols = box_columns(list_ptr, tile, entries, source, gl.arange(0, F.TILE_N, lane), F)
-    cols_s.index(SIDE).store(cols)
-    mbarrier.arrive(full.index(SIDE), count=1)
+    full = left[0].index(stage)
+    mbarrier.wait(left[1].index(stage), phase)
+    mbarrier.expect(full, F.TILE_N * (F.BLOCK_DV + rotary.shape[2]) * 2)
+    load_key_boxes(k_desc, k_rows, rows, counts, 0, 0, full, latent.index(2 * stage), F)
+    load_key_boxes(k_rope_desc, k_rope_rows, rows, counts, 0, 0, full, rotary.index(stage), F)
+    cols_s.index(stage).store(cols)
+    mbarrier.arrive(full, count=1)
+    mbarrier.wait(right[1].index(stage), phase)
+    for part in gl.static_range(2):
+        full = right[0].index(2 * stage + part)
+        tile = quarter(latent.index(2 * stage + 1), part, k_desc.dtype, F)
+        mbarrier.expect(full, F.TILE_N * F.BLOCK_DV)
+        load_key_boxes(k_desc, k_rows, rows, counts, 0, F.BLOCK_DV + part * (F.BLOCK_DV // 2), full, tile, F)
+
+
+@gluon.jit
+def tile_pages(list_ptr, tile, entries, source, F: gl.constexpr):
+    """Tokens of a key tile's rows, or the first where they lie in one page; and their pages, negative for none."""
+    if F.BOX < 8:
+        LANES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        offs = gl.arange(0, F.TILE_N, gl.SliceLayout(1, LANES))
+    else:
+        offs = tile * 0
+    tokens = tile_tokens(list_ptr, tile, entries, source[1], offs, F)
+    return tokens, page_numbers(source, tokens, F)
+
+
+@gluon.jit
+def load_panels(desc, row, count, col: gl.constexpr, full, tile):
+    """Bring ``count`` rows from ``row`` on, from column ``col`` on."""
+    PANELS: gl.constexpr = tile.shape[1] // 64
+    panels = view(tile, desc.dtype, [PANELS, tile.shape[0], 64], tile_layout(2))
+    for panel in gl.static_range(PANELS):
+        box = view(panels.index(panel), desc.dtype, desc.block_type.shape, desc.layout)
+        async_load(desc, box_coordinates(row, count, 0, 0, col + panel * 64), full, box)
+
+
+@gluon.jit
+def load_page(descs, keys, token, page, end, stage, phase, F: gl.constexpr):
+    """``load_latent`` of a key tile that lies in one page; nothing is left to compute when its memory is free."""
+    k_desc, k_rope_desc, k_rows, k_rope_rows = descs
+    latent, rotary, left, right, cols_s = keys
+    count = gl.where(page >= 0, gl.minimum(end - token, F.TILE_N), 0)
+    inner = gl.where(page >= 0, token % F.PAGE, 0)
+    page = gl.maximum(page, 0)
+    k_row = page * k_rows + inner
+    rope_row = page * k_rope_rows + inner
+    lane: gl.constexpr = gl.BlockedLayout([F.TILE_N // 32], [32], [1], [0])
+    offs = gl.arange(0, F.TILE_N, lane)
+    cols = gl.where(offs < count, offs + token, HIDDEN)
+    full = left[0].index(stage)
+    mbarrier.wait(left[1].index(stage), phase)
+    mbarrier.expect(full, F.TILE_N * (F.BLOCK_DV + rotary.shape[2]) * 2)
+    load_panels(k_desc, k_row, count, 0, full, latent.index(2 * stage))
+    load_panels(k_rope_desc, rope_row, count, 0, full, rotary.index(stage))
+    cols_s.index(stage).store(cols)
+    mbarrier.arrive(full, count=1)
+    mbarrier.wait(right[1].index(stage), phase)
+    for part in gl.static_range(2):
+        full = right[0].index(2 * stage + part)
+        tile = quarter(latent.index(2 * stage + 1), part, k_desc.dtype, F)
+        mbarrier.expect(full, F.TILE_N * F.BLOCK_DV)
+        load_panels(k_desc, k_row, count, F.BLOCK_DV + part * (F.BLOCK_DV // 2), full, tile)
+
+
+@gluon.jit
+def gather_panels(ptrs, present, tile, dtype: gl.constexpr, F: gl.constexpr):
+    """Copy rows of ``tile.shape[1]`` columns from ``ptrs`` [TILE_N, 64], zeros where none is ``present``."""
+    PANELS: gl.constexpr = tile.shape[1] // 64
+    panels = view(tile, dtype, [PANELS, F.TILE_N, 64], tile_layout(2))
+    for panel in gl.static_range(PANELS):
+        copy_rows(panels.index(panel), ptrs + panel * 64, mask=present)
+
+
+@gluon.jit
+def tell(barriers, i, asked, pending: gl.constexpr):
+    """Arrive at the barrier of a part that was ``asked`` for before the last ``pending`` ones, once it is there."""
+    async_copy.wait_group(pending)
+    fence_async_shared()
+    mbarrier.arrive(barriers.index(i), count=1, pred=asked)
+
+
+@gluon.jit
+def gather_latent(rows_of, keys, tokens, page, stage, phase, asked, dtype: gl.constexpr, F: gl.constexpr):
+    """``load_latent`` by four warps, 16 bytes a thread at a time; a part is told of when the next was asked for."""
+    k_ptr, k_rope_ptr, k_rows, k_rope_rows, k_stride, k_rope_stride = rows_of
+    latent, rotary, left, right, cols_s = keys
+    present = page >= 0
+    inner = gl.where(present, tokens % F.PAGE, 0)
+    page = gl.maximum(page, 0)
+    LANES: gl.constexpr = tokens.type.layout.parent
+    cols = gl.arange(0, 64, gl.SliceLayout(0, LANES))
+    k_at = (page.to(gl.int64) * k_rows + inner) * (k_stride * 8)
+    rope_at = (page.to(gl.int64) * k_rope_rows + inner) * (k_rope_stride * 8)
+    ptrs = k_ptr + k_at[:, None] + cols[None, :]
+    copied = present[:, None] & (cols < 64)[None, :]
+    mbarrier.wait(left[1].index(stage), phase)
+    gather_panels(ptrs, copied, latent.index(2 * stage), dtype, F)
+    gather_panels(k_rope_ptr + rope_at[:, None] + cols[None, :], copied, rotary.index(stage), dtype, F)
+    cols_s.index(stage).store(gl.where(present, tokens, HIDDEN))
+    async_copy.commit_group()
+    tell(right[0], 2 * (stage ^ 1) + 1, asked, 1)
+    mbarrier.wait(right[1].index(stage), phase)
+    ptrs += F.BLOCK_DV
+    for part in gl.static_range(2):
+        tile = quarter(latent.index(2 * stage + 1), part, dtype, F)
+        gather_panels(ptrs + part * (F.BLOCK_DV // 2), copied, tile, dtype, F)
+        async_copy.commit_group()
+        if part == 0:
+            tell(left[0], stage, True, 1)
+        else:
+            tell(right[0], 2 * stage, True, 1)
+
+
+@gluon.jit
+def load_queries(q_desc, q_rope_desc, queries, at, turn, F: gl.constexpr):
+    """Bring the queries of a row tile."""
+    q_s, q_rope_s, q_full, q_empty = queries
+    start, bound, row = at
+    mbarrier.wait(q_empty.index(0), (turn & 1) ^ 1)
+    mbarrier.expect(q_full.index(0), 64 * (F.DV + q_rope_s.shape[2]) * 2)
+    for half in gl.static_range(2):
+        buffer = view(q_s.index(half), q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
+        async_load(q_desc, box_coordinates(start, bound, row, 0, half * F.BLOCK_DV), q_full.index(0), buffer)
+    buffer = view(q_rope_s.index(0), q_desc.dtype, q_rope_desc.block_type.shape, q_rope_desc.layout)
+    async_load(q_rope_desc, box_coordinates(start, bound, row, 0, 0), q_full.index(0), buffer)
 
 
 @gluon.jit
 def latent_producer(call, F: gl.constexpr):
-    """The warp that loads: per row tile its queries, then pairs of key tiles."""
+    """The warps that load: per row tile its first keys, its queries, then the other keys."""
     (
-        q_desc, q_rope_desc, descs, queries, keys, info, record_ptr, counter_ptr, count_ptr, index_ptr, spans, cache,
-        strides,
+        q_desc, q_rope_desc, descs, rows_of, queries, keys, info, record_ptr, counter_ptr, count_ptr, index_ptr, spans,
+        cache, strides,
     ) = call  # fmt: skip
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr = spans
     table_ptr, held_ptr, num_pages = cache
-    q_s, q_rope_s, q_full, q_empty = queries
+    latent, rotary, left, right, cols_s = keys
+    WARPS: gl.constexpr = 4 if F.BOX < 8 else 1
+    BOXES: gl.constexpr = F.BOX >= 8 and F.BOX < F.TILE_N
+    asked = gl.program_id(0) < 0
     num_tiles = gl.load(counter_ptr + 1)
+    stage = 0
     phase = 1
     turn = 0
     position = gl.program_id(0)
@@ -89,134 +238,248 @@ def latent_producer(call, F: gl.constexpr):
             gl.store(counter_ptr, 0)
         coming = claimed + gl.num_programs(0)
         if count >= 0:
-            post(info, turn, position)
+            post(info, turn, position, WARPS)
             q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, 0, True)
             k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, 0, True)
             head_q = head * F.PACK
             list_ptr, entries = list_of(count_ptr, index_ptr, b, head_q, m, strides, F)
-            held = gl.load(held_ptr + b)
+            # A row tile without keys gets one tile of zeros, whose columns are all hidden.
+            source = (table_ptr + k_start, gl.where(count > 0, gl.load(held_ptr + b), 0), num_pages)
             bound = gl.minimum(q_len, m * F.TOKENS + F.TOKENS) * F.HEADS
-            row = m * F.TOKENS * F.HEADS + head_q
-            mbarrier.wait(q_empty.index(0), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(0), 64 * (F.DV + q_rope_s.shape[1]) * 2)
-            for half in gl.static_range(2):
-                buffer = view(q_s.index(half), q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
-                at = box_coordinates(q_start * F.HEADS, bound, row, 0, half * F.BLOCK_DV)
-                async_load(q_desc, at, q_full.index(0), buffer)
-            buffer = view(q_rope_s, q_desc.dtype, q_rope_desc.block_type.shape, q_rope_desc.layout)
-            async_load(q_rope_desc, box_coordinates(q_start * F.HEADS, bound, row, 0, 0), q_full.index(0), buffer)
+            last = first + gl.maximum(count, 1) - 1
+            if not BOXES:
+                tokens, page = tile_pages(list_ptr, first, entries, source, F)
+            for i in range(0, gl.maximum(count, 1)):
+                if BOXES:
+                    load_latent(descs, keys, list_ptr, first + i, entries, source, stage, phase, F)
+                else:  # the next tile's page numbers travel while this one waits for room
+                    next_tokens, next_page = tile_pages(list_ptr, gl.minimum(first + i + 1, last), entries, source, F)
+                    if F.BOX < 8:
+                        gather_latent(rows_of, keys, tokens, page, stage, phase, asked, q_desc.dtype, F)
+                        asked = position >= 0
+                    else:
+                        load_page(descs, keys, tokens, page, source[1], stage, phase, F)
+                    tokens = next_tokens
+                    page = next_page
+                if i == 0:
+                    at = (q_start * F.HEADS, bound, m * F.TOKENS * F.HEADS + head_q)
+                    load_queries(q_desc, q_rope_desc, queries, at, turn, F)
+                stage ^= 1
+                phase ^= stage ^ 1
             turn += 1
-            for i in range(0, gl.maximum(count, 1), 2):
-                # What is past the share has no keys: it loads zeros, and every column is hidden.
-                source = (table_ptr + k_start, gl.where(i < count, held, 0), num_pages)
-                boxes = key_boxes(list_ptr, first + i, entries, source, F)
-                load_latent(descs, keys, boxes, list_ptr, first + i, entries, source, phase, 0, F)
-                source = (table_ptr + k_start, gl.where(i + 1 < count, held, 0), num_pages)
-                tile = gl.minimum(first + i + 1, first + gl.maximum(count, 1) - 1)
-                boxes = key_boxes(list_ptr, tile, entries, source, F)
-                load_latent(descs, keys, boxes, list_ptr, tile, entries, source, phase, 1, F)
-                phase ^= 1
         position = coming
         m, head, b, share, count, first, late, early = read_record(record_ptr, gl.minimum(position, num_tiles - 1))
-    post(info, turn, -1)
+    if F.BOX < 8:
+        tell(right[0], 2 * (stage ^ 1) + 1, asked, 0)
+    post(info, turn, -1, WARPS)
 
 
 @gluon.jit
-def exchange(numbers, barrier, use, mine, CID: gl.constexpr, ROWS: gl.constexpr):
-    """The other warpgroup's row numbers [64] for this one's; memory of two uses in turn."""
-    numbers.index(2 * (use & 1) + CID).store(mine)
-    mbarrier.arrive(barrier.index(0), count=1)
-    mbarrier.wait(barrier.index(0), use & 1)
-    return numbers.index(2 * (use & 1) + 1 - CID).load(ROWS)
+def score_left(queries, keys, stage, phase, zeros, F: gl.constexpr):
+    """Begin the scores of a key tile: two products under way."""
+    q_s, q_rope_s, q_full, q_empty = queries
+    latent, rotary, left, right, cols_s = keys
+    mbarrier.wait(left[0].index(stage), phase)
+    zero = opaque_zero()
+    at = stage + zero
+    s = warpgroup_mma(q_s.index(zero), latent.index(2 * at).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return warpgroup_mma(q_rope_s.index(zero), rotary.index(at).permute((1, 0)), s, is_async=True)
 
 
 @gluon.jit
-def latent_consumer(CID: gl.constexpr, call, F: gl.constexpr):
-    """A warpgroup: the scores of one key tile of each pair, and its half of the output columns."""
+def score_right(queries, keys, stage, phase, s, F: gl.constexpr):
+    """Go on with them: two more."""
+    q_s, q_rope_s, q_full, q_empty = queries
+    latent, rotary, left, right, cols_s = keys
+    zero = opaque_zero()
+    at = stage + zero
+    for part in gl.static_range(2):
+        mbarrier.wait(right[0].index(2 * stage + part), phase)
+        q_part = quarter(q_s.index(1 + zero), part, q_rope_s.dtype, F)
+        k_part = quarter(latent.index(2 * at + 1), part, q_rope_s.dtype, F)
+        s = warpgroup_mma(q_part, k_part.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def probabilities_of(
+    s, m_i, l_i, tokens, length, window, keys, board, stage, phase, qk_scale, softcap,
+    F: gl.constexpr,
+):  # fmt: skip
+    """One step of the softmax; the other warpgroup finds probabilities and factors on the ``board``."""
+    latent, rotary, left, right, cols_s = keys
+    factors, p_s, p_full = board
+    if F.SOFTCAP:
+        s = cap_scores(s, qk_scale, softcap)
+    cols = cols_s.index(stage).load(gl.SliceLayout(0, s.type.layout))
+    s = hide(s, tokens, cols, length[0], length[1], window[0], window[1], F.CAUSAL, F.WINDOW)
+    probabilities, alpha, m_i, l_i = next_softmax(s, m_i, l_i, qk_scale, True)
+    p = probabilities.to(p_s.dtype)
+    factors.index(stage).store(alpha)
+    # The other warpgroup has read the probabilities before.
+    mbarrier.wait(right[1].index(stage ^ 1), phase ^ stage ^ 1)
+    p_s.store(p)
+    fence_async_shared()
+    mbarrier.arrive(p_full.index(stage), count=1)
+    return p, alpha, m_i, l_i
+
+
+@gluon.jit
+def weigh_left(acc, p, alpha, latent, stage):
+    """Begin to add a key tile's left columns to outputs that ``alpha`` shrinks."""
+    O_LAYOUT: gl.constexpr = acc.type.layout
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    p = gl.convert_layout(p, gl.DotOperandLayout(0, O_LAYOUT, 2))
+    return warpgroup_mma(p, latent.index(2 * (stage + opaque_zero())), acc, is_async=True), p
+
+
+@gluon.jit
+def store_half(o_desc, q_s, acc, place, half: gl.constexpr, F: gl.constexpr):
+    """Write half of the columns of finished rows, through the memory of their queries, which nobody reads any more."""
+    q_start, q_len, m, head = place
+    q_s.index(half).store(acc.to(o_desc.dtype))
+    fence_async_shared()
+    bound = gl.minimum(q_len, m * F.TOKENS + F.TOKENS) * F.HEADS
+    row = m * F.TOKENS * F.HEADS + head * F.PACK
+    at = box_coordinates(q_start * F.HEADS, bound, row, 0, half * F.BLOCK_DV)
+    async_store(o_desc, at, view(q_s.index(half), o_desc.dtype, o_desc.block_type.shape, o_desc.layout))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def latent_scorer(call, F: gl.constexpr):
+    """A warpgroup: the probabilities of every key tile, and the left half of the output columns.
+
+    The scores of the next tile begin behind the product that uses a tile's probabilities. ``scored`` turns when all of
+    a tile's are under way, and once more at the end of a row tile: then the other warpgroup may weigh the tile before.
+    """
     (
-        o_desc, queries, keys, info, numbers, exchanged, p_full, o_ptr, sums_ptr, lse_ptr, sinks_ptr, record_ptr, spans,
-        total_q, sums_stride, part_stride, window, qk_scale, softcap,
+        queries, keys, info, board, scored, finished, outs, lse_ptr, sinks_ptr, record_ptr, spans, total_q, strides,
+        window, qk_scale, softcap,
     ) = call  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.TILE_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_DV, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    OTHER: gl.constexpr = 1 - CID
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr = spans
     q_s, q_rope_s, q_full, q_empty = queries
-    latent, rotary, full, empty, cols_s = keys
+    latent, rotary, left, right, cols_s = keys
+    factors, p_s, p_full = board
+    o_desc, part_ptr, sums_ptr = outs
+    part_stride, sums_stride = strides
     zeros = gl.zeros([64, F.TILE_N], gl.float32, S_LAYOUT)
+    row = gl.arange(0, 64, ROWS)  # of a tile: the heads of its first token, then of the next
+    stage = 0
     phase = 0
-    use = 0
+    done = 0
     turn = 0
     position = receive(info, 0)
     m, head, b, share, count, first, late, early = read_record(record_ptr, gl.maximum(position, 0))
     while position >= 0:
         q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, 0, True)
         k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, 0, True)
-        row = gl.arange(0, 64, ROWS)  # of a tile: the heads of its first token, then of the next
         tokens = m * F.TOKENS + row // F.PACK
+        length = (k_len - q_len, k_len)
         acc = gl.zeros([64, F.BLOCK_DV], gl.float32, O_LAYOUT)
         m_i = gl.full([64], float("-inf"), gl.float32, ROWS)
-        l_i = gl.zeros([64], gl.float32, ROWS)
+        l_i = thread_sums(zeros)
         mbarrier.wait(q_full.index(0), turn & 1)
-        for i in range(0, gl.maximum(count, 1), 2):
-            mbarrier.wait(full.index(CID), phase)
-            zero = opaque_zero()
-            s = warpgroup_mma(q_rope_s, rotary.index(CID + zero).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            s = warpgroup_mma(q_s.index(zero), latent.index(2 * CID + zero).permute((1, 0)), s, is_async=True)
-            s = warpgroup_mma(q_s.index(1 + zero), latent.index(2 * CID + 1 + zero).permute((1, 0)), s, is_async=True)
+        s = score_left(queries, keys, stage, phase, zeros, F)
+        s = score_right(queries, keys, stage, phase, s, F)
+        mbarrier.arrive(scored.index(done & 1), count=1)
+        done += 1
+        for i in range(1, gl.maximum(count, 1)):
             s = warpgroup_mma_wait(0, deps=(s,))
-            if F.SOFTCAP:
-                s = cap_scores(s, qk_scale, softcap)
-            cols = cols_s.index(CID).load(gl.SliceLayout(0, S_LAYOUT))
-            s = hide(s, tokens, cols, k_len - q_len, k_len, window[0], window[1], F.CAUSAL, F.WINDOW)
-            mine = gl.max(s, 1)
-            m_new = gl.maximum(m_i, gl.maximum(mine, exchange(numbers, exchanged, use, mine, CID, ROWS)))
-            use += 1
-            top = gl.where(m_new == float("-inf"), 0.0, m_new) * qk_scale
-            alpha = gl.exp2(m_i * qk_scale - top)
-            probabilities = gl.exp2(s * qk_scale - top[:, None])
-            l_i = l_i * alpha + gl.sum(probabilities, 1)
-            m_i = m_new
-            p = probabilities.to(o_desc.dtype)
-            rotary.index(CID).store(p)
-            fence_async_shared()
-            mbarrier.arrive(p_full.index(CID), count=1)
-            acc = acc * gl.convert_layout(alpha, O_ROWS)[:, None]
-            p = gl.convert_layout(p, P_LAYOUT)
-            acc = warpgroup_mma(p, latent.index(3 * CID + zero), acc, is_async=True)
-            mbarrier.wait(full.index(OTHER), phase)
-            mbarrier.wait(p_full.index(OTHER), phase)
-            acc = warpgroup_mma(rotary.index(OTHER + zero), latent.index(2 * OTHER + CID + zero), acc, is_async=True)
-            acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-            mbarrier.arrive(empty.index(0), count=1)
-            mbarrier.arrive(empty.index(1), count=1)
-            phase ^= 1
-        # Past this exchange neither warpgroup reads the queries any more: their memory takes the outputs.
-        others = exchange(numbers, exchanged, use, l_i, CID, ROWS)
-        use += 1
-        l_i = l_i + others
-        bound = gl.minimum(q_len, m * F.TOKENS + F.TOKENS)
-        head_q = head * F.PACK
-        heads = head_q + row % F.PACK
-        inside = (tokens < bound) & (CID == 0)
+            p, alpha, m_i, l_i = probabilities_of(
+                s, m_i, l_i, tokens, length, window, keys, board, stage, phase, qk_scale, softcap, F
+            )
+            acc, p = weigh_left(acc, p, alpha, latent, stage)
+            before = stage
+            stage ^= 1
+            phase ^= stage ^ 1
+            s = score_left(queries, keys, stage, phase, zeros, F)
+            acc, p = warpgroup_mma_wait(2, deps=(acc, p))
+            mbarrier.arrive(left[1].index(before), count=1)
+            s = score_right(queries, keys, stage, phase, s, F)
+            mbarrier.arrive(scored.index(done & 1), count=1)
+            done += 1
+        s = warpgroup_mma_wait(0, deps=(s,))
+        p, alpha, m_i, l_i = probabilities_of(
+            s, m_i, l_i, tokens, length, window, keys, board, stage, phase, qk_scale, softcap, F
+        )
+        mbarrier.arrive(scored.index(done & 1), count=1)
+        done += 1
+        acc, p = weigh_left(acc, p, alpha, latent, stage)
+        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+        mbarrier.arrive(left[1].index(stage), count=1)
+        stage ^= 1
+        phase ^= stage ^ 1
+        l_i = row_sums(l_i, ROWS)
+        inside = tokens < gl.minimum(q_len, m * F.TOKENS + F.TOKENS)
         if share >= 0:
+            mbarrier.arrive(finished.index(turn & 1), count=1)
             leave_sums(sums_ptr, row, share, sums_stride, m_i, l_i, inside, qk_scale)
-            o_row = gl.convert_layout(row, O_ROWS) * F.DV
-            leave_part(o_ptr + CID * F.BLOCK_DV, o_row, share, part_stride, acc, tokens < bound, F)
+            leave_part(part_ptr, gl.convert_layout(row, O_ROWS) * F.DV, share, part_stride, acc, inside, F)
         else:
+            heads = head * F.PACK + row % F.PACK
             lse_at = heads.to(gl.int64) * total_q + q_start + tokens
             factor = finish_sums(lse_ptr, lse_at, sinks_ptr, heads, m_i, l_i, inside, qk_scale, F)
+            factors.index(2 + (turn & 1)).store(factor)
+            mbarrier.arrive(finished.index(turn & 1), count=1)
             acc = acc * gl.convert_layout(factor, O_ROWS)[:, None]
-            q_s.index(CID).store(acc.to(o_desc.dtype))
-            fence_async_shared()
-            at = box_coordinates(
-                q_start * F.HEADS, bound * F.HEADS, m * F.TOKENS * F.HEADS + head_q, 0, CID * F.BLOCK_DV
-            )
-            async_store(o_desc, at, view(q_s.index(CID), o_desc.dtype, o_desc.block_type.shape, o_desc.layout))
-            tma.store_wait(0)
+            store_half(o_desc, q_s, acc, (q_start, q_len, m, head), 0, F)
+        mbarrier.arrive(q_empty.index(0), count=1)
+        turn += 1
+        position = receive(info, turn)
+        m, head, b, share, count, first, late, early = read_record(record_ptr, gl.maximum(position, 0))
+
+
+@gluon.jit
+def latent_weigher(call, F: gl.constexpr):
+    """A warpgroup: the right half of the output columns."""
+    (
+        queries, keys, info, board, scored, finished, outs, lse_ptr, sinks_ptr, record_ptr, spans, total_q, strides,
+        window, qk_scale, softcap,
+    ) = call  # fmt: skip
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_DV, 16])
+    O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr = spans
+    q_s, q_rope_s, q_full, q_empty = queries
+    latent, rotary, left, right, cols_s = keys
+    factors, p_s, p_full = board
+    o_desc, part_ptr, sums_ptr = outs
+    part_stride, sums_stride = strides
+    row = gl.arange(0, 64, O_ROWS)
+    stage = 0
+    phase = 0
+    done = 0
+    turn = 0
+    position = receive(info, 0)
+    m, head, b, share, count, first, late, early = read_record(record_ptr, gl.maximum(position, 0))
+    while position >= 0:
+        acc = gl.zeros([64, F.BLOCK_DV], gl.float32, O_LAYOUT)
+        done += 1  # the first tile's scores: its probabilities come after them
+        for i in range(0, gl.maximum(count, 1)):
+            for part in gl.static_range(2):
+                mbarrier.wait(right[0].index(2 * stage + part), phase)
+            mbarrier.wait(p_full.index(stage), phase)
+            acc = acc * factors.index(stage).load(O_ROWS)[:, None]
+            mbarrier.wait(scored.index(done & 1), (done >> 1) & 1)
+            done += 1
+            acc = warpgroup_mma(p_s, latent.index(2 * (stage + opaque_zero()) + 1), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(right[1].index(stage), count=1)
+            stage ^= 1
+            phase ^= stage ^ 1
+        q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, 0, True)
+        tokens = m * F.TOKENS + row // F.PACK
+        inside = tokens < gl.minimum(q_len, m * F.TOKENS + F.TOKENS)
+        mbarrier.wait(finished.index(turn & 1), (turn >> 1) & 1)
+        if share >= 0:
+            leave_part(part_ptr + F.BLOCK_DV, row * F.DV, share, part_stride, acc, inside, F)
+        else:
+            acc = acc * factors.index(2 + (turn & 1)).load(O_ROWS)[:, None]
+            store_half(o_desc, q_s, acc, (q_start, q_len, m, head), 1, F)
         mbarrier.arrive(q_empty.index(0), count=1)
         turn += 1
         position = receive(info, turn)
@@ -225,40 +488,52 @@ def latent_consumer(CID: gl.constexpr, call, F: gl.constexpr):
 
 @gluon.jit(do_not_specialize=NUMBERS)
 def latent_kernel(
-    q_desc, q_rope_desc, k_desc, k_rope_desc, o_desc, o_ptr, sums_ptr, lse_ptr, sinks_ptr, record_ptr, counter_ptr,
-    count_ptr, index_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr, table_ptr, held_ptr,
-    mask_stride_b, mask_stride_h, idx_width, k_rows, k_rope_rows, total_q, sums_stride, part_stride, window_left,
-    window_right, num_pages, qk_scale, softcap, F: gl.constexpr,
+    q_desc, q_rope_desc, k_desc, k_rope_desc, o_desc, part_ptr, sums_ptr, lse_ptr, sinks_ptr, record_ptr, counter_ptr,
+    count_ptr, index_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr, table_ptr, held_ptr, k_ptr, k_rope_ptr,
+    mask_stride_b, mask_stride_h, idx_width, k_rows, k_rope_rows, k_stride, k_rope_stride, total_q,
+    sums_stride, part_stride, window_left, window_right, num_pages, qk_scale, softcap, F: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: row tiles of 64 rows as the schedule hands them out, until none is left.
 
     Rows are tokens times heads, ``PACK`` of these in a tile and ``TOKENS`` tokens. Grid (programs,). Records, spans,
-    pages and shares are those of ``forward_kernel`` with ``PAGE``.
+    pages and shares are those of ``forward_kernel`` with ``PAGE``; strides of k and k_rope are of rows, in 8 elements.
     """
     dtype: gl.constexpr = q_desc.dtype
     layout: gl.constexpr = tile_layout(2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ROTARY: gl.constexpr = q_rope_desc.block_type.shape[4]
     q_s, q_full, q_empty = ring(dtype, 2, [64, F.BLOCK_DV], layout, 1, 2)
-    q_rope_s = gl.allocate_shared_memory(dtype, [64, ROTARY], layout)
+    q_rope_s = gl.allocate_shared_memory(dtype, [1, 64, ROTARY], layout)
     latent = gl.allocate_shared_memory(dtype, [4, F.TILE_N, F.BLOCK_DV], layout)
-    rotary, full, empty = ring(dtype, 2, [F.TILE_N, ROTARY], layout, 2, 2)
-    cols_s, p_full, p_empty = ring(gl.int32, 2, [F.TILE_N], plain, 1, 1)
-    numbers, exchanged, unused = ring(gl.float32, 4, [64], plain, 2, 1)
-    info = ring(gl.int32, 2, [1], plain, 1, 2)
+    rotary = gl.allocate_shared_memory(dtype, [2, F.TILE_N, ROTARY], layout)
+    p_s = gl.allocate_shared_memory(dtype, [64, F.TILE_N], layout)
+    # A stage's left half and rotary columns come and go together, its right half does in two parts and at once.
+    cols_s, left_full, left_empty = ring(gl.int32, 2, [F.TILE_N], plain, 1 if F.BOX < 8 else 2, 1)
+    unused, right_full, right_empty = ring(gl.int32, 4, [1], plain, 1, 1)
+    # Those of a tile that shrink older sums, by stage; then of a row tile that normalise its outputs, by turn.
+    factors, p_full, scored = ring(gl.float32, 4, [64], plain, 1, 1)
+    info, info_full, info_empty = ring(gl.int32, 2, [1], plain, 1, 2)
+    finished = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(finished.index(i), count=1)
     fence_async_shared()
+    begin_early()
     spans = (q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr)
     queries = (q_s, q_rope_s, q_full, q_empty)
-    keys = (latent, rotary, full, empty, cols_s)
+    keys = (latent, rotary, (left_full, left_empty), (right_full, right_empty), cols_s)
+    turns = (info, info_full, info_empty)
     work = (
-        o_desc, queries, keys, info, numbers, exchanged, p_full, o_ptr, sums_ptr, lse_ptr, sinks_ptr, record_ptr, spans,
-        total_q, sums_stride, part_stride, (window_left, window_right), qk_scale, softcap,
+        queries, keys, turns, (factors, p_s, p_full), scored, finished, (o_desc, part_ptr, sums_ptr), lse_ptr,
+        sinks_ptr, record_ptr, spans, total_q, (part_stride, sums_stride), (window_left, window_right),
+        qk_scale, softcap,
     )  # fmt: skip
     loads = (
-        q_desc, q_rope_desc, (k_desc, k_rope_desc, k_rows, k_rope_rows), queries, keys, info, record_ptr, counter_ptr,
-        count_ptr, index_ptr, spans, (table_ptr, held_ptr, num_pages), (mask_stride_b, mask_stride_h, idx_width),
+        q_desc, q_rope_desc, (k_desc, k_rope_desc, k_rows, k_rope_rows),
+        (k_ptr, k_rope_ptr, k_rows, k_rope_rows, k_stride, k_rope_stride), queries, keys, turns, record_ptr,
+        counter_ptr, count_ptr, index_ptr, spans, (table_ptr, held_ptr, num_pages),
+        (mask_stride_b, mask_stride_h, idx_width),
     )  # fmt: skip
     gl.warp_specialize(
-        [(latent_consumer, (0, work, F)), (latent_consumer, (1, work, F)), (latent_producer, (loads, F))],
-        [4, 1], [232, 40],
+        [(latent_scorer, (work, F)), (latent_weigher, (work, F)), (latent_producer, (loads, F))],
+        [4, 4 if F.BOX < 8 else 1], [216, 72] if F.BOX < 8 else [232, 40],
     )  # fmt: skip

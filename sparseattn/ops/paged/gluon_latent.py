@@ -25,7 +25,7 @@ _TILE_N = 64
 
 def refusal(q: Tensor, q_rope: Tensor, p: PagedProblem) -> str | None:
     """Why the kernel could not run a call on any GPU, or None."""
-    reason = gluon_plans.refusal(q, p) or gluon_plans.refused_blocks(p, _TILE_N)
+    reason = gluon_plans.refusal(q, p, 1) or gluon_plans.refused_blocks(p, _TILE_N, 1)
     if reason is not None:
         return reason
     assert p.k_rope is not None
@@ -56,7 +56,7 @@ def plan(q: Tensor, p: PagedProblem, processors: int) -> gluon_plans.Plan:
     """Cut a call: 64 rows a tile, of a token's heads and, where these are fewer, of the next tokens'."""
     pack = min(_ROWS, q.shape[1])
     tokens = math.gcd(p.block_q, _ROWS // pack)
-    return gluon_plans.make_plan(q, p, Tiles(2, _TILE_N, 1, 1, False, True, 1), pack, tokens, processors)
+    return gluon_plans.make_plan(q, p, Tiles(2, _TILE_N, 1, 1, False, True, 1), pack, tokens, processors, even=True)
 
 
 def attend(q: Tensor, q_rope: Tensor, o: Tensor, lse: Tensor, p: PagedProblem, processors: int) -> None:
@@ -79,9 +79,10 @@ def attend(q: Tensor, q_rope: Tensor, o: Tensor, lse: Tensor, p: PagedProblem, p
         latent_kernel, (cut.programs,),
         *(row_tiles(t, *box) for t, box in zip(tensors, _boxes(facts), strict=True)),
         part, sums, lse, lse if p.sinks is None else p.sinks, records, counter, counts, indices, *spans[:4],
-        gluon_plans.table_of(p), spans[4], *strides, batch_rows(p.k), batch_rows(p.k_rope), q.shape[0], cut.rows,
-        cut.rows * _LATENT, p.window_left, p.window_right, p.k.shape[0], p.scale * math.log2(math.e), p.softcap, facts,
-        num_warps=4, **LAUNCH,
+        gluon_plans.table_of(p), spans[4], p.k, p.k_rope, *strides, batch_rows(p.k), batch_rows(p.k_rope),
+        p.k.stride(1) // 8, p.k_rope.stride(1) // 8, q.shape[0], cut.rows, cut.rows * _LATENT, p.window_left,
+        p.window_right, p.k.shape[0], p.scale * math.log2(math.e), p.softcap, facts,
+        num_warps=4, launch_pdl=gluon_plans.begins_early(q), **LAUNCH,
     )  # fmt: skip
     gluon_plans.merge(part, sums, merges, counter, o, lse, p, cut)
 
@@ -89,13 +90,17 @@ def attend(q: Tensor, q_rope: Tensor, o: Tensor, lse: Tensor, p: PagedProblem, p
 def _boxes(facts: Facts) -> tuple[tuple[int, int, int], ...]:
     """(heads, rows, columns) of the tensor-map tiles of q, its rotary part, k, k_rope and o."""
     half, box = (getattr(facts, name).value for name in ("BLOCK_DV", "BOX"))
-    return (1, _ROWS, half), (1, _ROWS, _ROTARY), (1, box, 64), (1, box, 64), (1, _ROWS, half)
+    return (1, _ROWS, half), (1, _ROWS, _ROTARY), *((1, max(box, 8), 64),) * 2, (1, _ROWS, half)
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[Any, Any], int, int, dict[str, Any]]]:
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages, options), to compile offline."""
     everything = dict.fromkeys(("MASKED", "CAUSAL", "WINDOW", "SOFTCAP", "SINKS"), True)
-    shapes = (("64", 128, {"CAUSAL": True, "PAGE": 64}), ("all-16", 16, {**everything, "PAGE": 16}))
+    shapes = (
+        ("64", 128, {"CAUSAL": True, "PAGE": 64}),
+        ("1", 128, {"CAUSAL": True, "PAGE": 1}),
+        ("all-16", 16, {**everything, "PAGE": 16}),
+    )
     return [(f"gluon-paged-latent-{name}-sm90", *_offline(heads, facts), 4, 1, {}) for name, heads, facts in shapes]
 
 
@@ -105,7 +110,8 @@ def _offline(heads: int, facts: dict[str, Any]) -> tuple[Any, dict[str, Any], di
     tiles = Tiles(2, _TILE_N, 1, 1, False, True, 1)
     f = Facts(heads, heads, pack, heads, _ROWS // pack, 128, 64, _LATENT, _LATENT, _LATENT // 2, *tiles[:6], **facts)
     boxes = dict(zip((p.name for p in latent_kernel.params), _boxes(f), strict=False))
-    floats = {"o_ptr", "sums_ptr", "lse_ptr", "sinks_ptr"}
+    kinds = dict.fromkeys(("part_ptr", "sums_ptr", "lse_ptr", "sinks_ptr"), "fp32")
+    kinds |= dict.fromkeys(("k_ptr", "k_rope_ptr"), "bf16")
     signature: dict[str, Any] = {}
     constexprs: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
@@ -117,7 +123,7 @@ def _offline(heads: int, facts: dict[str, Any]) -> tuple[Any, dict[str, Any], di
             shape = ", ".join(str(n) for n in (1, 1, *boxes[param.name]))
             signature[param.name] = f"tensordesc<bf16[{shape}],{tile_layout()!r}>"
         elif param.name.endswith("_ptr"):
-            signature[param.name] = "*fp32" if param.name in floats else "*i32"
+            signature[param.name] = f"*{kinds.get(param.name, 'i32')}"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[param.name] = "fp32" if param.name in ("qk_scale", "softcap") else "i32"
