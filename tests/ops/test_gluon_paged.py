@@ -339,6 +339,25 @@ def test_every_key_tile_has_one_share(
     assert sorted(merges[:merged, 4].tolist()) == sorted(len(walks[key]) for key in shared)
 
 
+@pytest.mark.parametrize(("lengths", "whole"), [((900, 900), True), ((2560, 64, 64, 640), False)])
+def test_latent_shares_end_together(lengths: tuple[int, ...], whole: bool) -> None:
+    """Row tiles that fill the GPU stay whole; programs that take shares of unequal ones in turn end together."""
+    case = Case(
+        "shares", tuple((1, n) for n in lengths), (128, 1), (512, 512), 64, rope_dim=64, scale=0.1, form="latent"
+    )
+    problem = build(case, torch.float16, DEVICE)
+    p, q, _ = make_problem(problem.q, problem.cache, None, None, True, 0.1, *[None] * 8, "gluon")
+    cut = gluon.gluon_latent.plan(q, p, 4)
+    records, counter, *_ = gluon.gluon_plans.schedule(q, p, cut, careful=True)
+    tiles = records[: int(counter[1]), 4].tolist()
+    assert sum(tiles) == 2 * sum(-(-n // 64) for n in lengths)
+    assert (int(counter[2]) == 0) == whole
+    busy = [0] * 4
+    for n in tiles:
+        busy[busy.index(min(busy))] += n
+    assert max(busy) <= 1.25 * sum(tiles) / 4
+
+
 def test_reasons() -> None:
     for name, words in {
         "decode-page1-csr": "head dimensions of 64, 128 and 256 in pages of 1", "alibi": "ALiBi", "rope": "RoPE",
