@@ -429,7 +429,8 @@ def _tiles(q: Tensor, p: PooledProblem) -> Tiles:
     per_block = p.block_size // p.page_size
     if not q.is_cuda:
         # The interpreter: small tiles reach every branch at small shapes.
-        step, by_page = 16 if q.shape[-1] > 32 else 0, _rows_first(p) and p.causal
+        dim, by_page = q.shape[-1], _rows_first(p) and p.causal
+        step = 16 if dim > 32 else 0 if dim > 16 else 32
         return Tiles(max(32, per_block), 1, 1, step, by_page and step == 0 and p.feature == "bound", by_page)
     capability = torch.cuda.get_device_capability(q.device)
     tiles = config_for(q.dtype, q.shape[-1], p.page_size, p.feature == "bound", _rows_first(p), capability)
@@ -489,8 +490,8 @@ def _score(
         PAGE=p.page_size, PER_BLOCK=p.block_size // p.page_size, GROUP=heads // kv_heads, D=d, BLOCK_D=_padded(d),
         CAUSAL=p.causal, RAGGED_Q=s.q_start is not None, RAGGED_K=s.k_start is not None, PACKED=s.packed,
         BOUND=p.feature == "bound", ROW_SOFTMAX=p.row_softmax, MAX=p.aggregate == "max",
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", STEP=tiles.step, BLOCK_M=p.block_size,
-        BLOCK_N=tiles.block_n, AHEAD=tiles.ahead, BY_PAGE=tiles.by_page,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", STEP=min(tiles.step, _padded(d)),
+        BLOCK_M=p.block_size, BLOCK_N=tiles.block_n, AHEAD=tiles.ahead, BY_PAGE=tiles.by_page,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **LAUNCH,
     )  # fmt: skip
 
