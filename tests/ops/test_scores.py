@@ -311,6 +311,7 @@ def test_a_new_length_compiles_nothing() -> None:
         xattention_blocks(q, k, 0.9)
 
     select(1, 1024, 1024)
+    select(1, 1000, 1000)  # tiles that are cut short have a kernel of their own
     before = compiled()
     for batch, sq, sk in ((1, 2048, 2048), (2, 1001, 1001), (1, 77, 4099), (3, 16, 16), (1, 1, 1)):
         select(batch, sq, sk)
