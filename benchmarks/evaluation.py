@@ -128,21 +128,25 @@ def label(row: EvalRow) -> str:
 def answers_table(rows: Sequence[EvalRow]) -> str:
     """A line a method, columns by density: right answers of both models, and recall."""
     tasks, lengths = list(dict.fromkeys(r.task for r in rows)), sorted({r.length for r in rows})
-    targets = sorted({r.target for r in rows if r.target is not None})
     parts = []
     for length in lengths:
         for model in dict.fromkeys(r.model for r in rows):
             mine = [r for r in rows if r.model == model and r.length == length]
+            if not mine:
+                continue
+            targets = sorted({r.target for r in mine if r.target is not None})
             header = ["method", *(f"{task}, {100 * t:g} %" for t in targets for task in tasks)]
-            header += [f"recall (of best), {100 * t:g} %" for t in targets]
+            recall = targets if any(r.fidelity for r in mine) else []
+            header += [f"recall (of best), {100 * t:g} %" for t in recall]
             lines = []
             for name in dict.fromkeys(label(r) for r in mine if r.target is not None):
                 cells = [_answer(mine, name, t, task) for t in targets for task in tasks]
-                lines.append([name, *cells, *(_kept(mine, name, t) for t in targets)])
+                lines.append([name, *cells, *(_kept(mine, name, t) for t in recall)])
             dense = [next((r for r in mine if r.method == "dense" and r.task == task), None) for task in tasks]
             bar = ", ".join(f"{r.task} {r.correct:g}/{r.total}" for r in dense if r is not None)
             head = mine[0]
-            said = f"{head.prompts} prompts a task, blocks of {_block(mine)}, {head.environment['dtype']}"
+            place = head.environment["device"].split(",")[0]
+            said = f"{head.prompts} prompts a task, blocks of {_block(mine)}, {head.environment['dtype']}, {place}"
             parts.append(f"**{model}**, {length:,} tokens, {said}. Dense: {bar}.\n\n{table(header, lines)}")
     where = dict.fromkeys(f"{r.environment['device'].split(',')[0]}, torch {r.environment['torch']}" for r in rows)
     return "\n\n".join(parts) + f"\n\nMeasured on: {'; '.join(where)}."
@@ -238,7 +242,8 @@ def main(argv: list[str] | None = None) -> None:
             command.add_argument("--head-dim", type=int, default=128)
             command.add_argument("--seeds", type=int, default=2)
     report = commands.add_parser("tables")
-    report.add_argument("--rows", type=Path, default=RESULTS / "eval_cpu.jsonl")
+    answered = [RESULTS / "eval_cpu.jsonl", RESULTS / "eval_gpu.jsonl"]
+    report.add_argument("--rows", type=Path, nargs="+", default=answered)
     report.add_argument("--families", type=Path, default=RESULTS / "families_cpu.jsonl")
     report.add_argument("--docs", type=Path, help="rewrite the tables between the markers of this file")
     report.add_argument("--plots", type=Path, help="folder for the plots")
@@ -246,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command != "tables":
         write(answers(args) if args.command == "answers" else family_rows(args), args.out)
         return
-    rows = rows_of(args.rows)
+    rows = [row for path in args.rows for row in rows_of(path)]
     text = tables(rows, read_json(args.families))
     print(text)
     if args.docs:

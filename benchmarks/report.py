@@ -169,6 +169,11 @@ def block_sparse(rows: list[Row]) -> str:
     return f"{text}\n\n{body}{first}\n\n{where(timed)}."
 
 
+def quick(rows: list[Row]) -> str:
+    title = "The same beside FlashAttention-4, everything in one process."
+    return _set(rows, "quick", title, ["pass", "tokens"], lambda row: (by_pass(row), row["n"]))
+
+
 def _set(rows: list[Row], name: str, title: str, header: Sequence[str], key: Callable[[Row], Key]) -> str:
     rows = of_set(rows, name)
     if not rows:
@@ -293,7 +298,7 @@ def tables(rows: list[Row]) -> str:
     """The main tables, in markdown."""
     otherwise = "No rows yet: `python -m benchmarks.block_sparse` on a GPU writes some."
     long = selectors(rows, "table", shortest=32768, best=True)
-    return joined((block_sparse(rows), long, ttft(rows)), otherwise)
+    return joined((block_sparse(rows), quick(rows), long, ttft(rows)), otherwise)
 
 
 def details(rows: list[Row]) -> str:
