@@ -20,6 +20,7 @@ from benchmarks.rivals.ours import attend_blocks
 from sparseattn import BlockMask, selectors
 from sparseattn.ops.block_sparse import unsupported_reason
 from sparseattn.ops.dispatch import implementations
+from sparseattn.ops.scores.landmark import unsupported_landmark_reason
 from sparseattn.testing import baselines, sampled, structured
 from sparseattn.testing.baselines import Unsupported
 from sparseattn.testing.timing import time_ms, wall_ms
@@ -102,8 +103,14 @@ class Case:
 
     @property
     def selected_by(self) -> str:
-        """The implementation that selects, as rows name it."""
-        return f"sparseattn_{implementations(self.impl, self.problem.qkv[0])[-1]}"
+        """The implementation that selects, as rows name it; only ``landmark`` has Hopper kernels."""
+        q, k, _ = self.problem.qkv
+        names = implementations(self.impl, q)
+        if self.setting.method == "landmark":
+            fp8 = bool(self.setting.options.get("fp8"))
+            names = tuple(n for n in names if unsupported_landmark_reason(q, k, fp8=fp8, impl=n) is None)
+            return f"sparseattn_{names[0]}"
+        return f"sparseattn_{names[-1]}"
 
     @cached_property
     def mask(self) -> BlockMask:
