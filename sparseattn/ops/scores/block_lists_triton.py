@@ -137,6 +137,12 @@ def _pooled_descend_kernel(
         tl.store(histogram_ptr + tile * 16 + tl.arange(0, 16), sums)
 
 
+def _compiles_whole(t: Tensor) -> bool:
+    """Whether ``_pooled_cut_kernel`` compiles for the device: Triton 3.6 fails on it for Blackwell."""
+    old = t.is_cuda and triton.__version__.startswith("3.6.")
+    return not (old and torch.cuda.get_device_capability(t.device) >= (10, 0))
+
+
 @triton.jit(do_not_specialize=_LENGTHS)
 def _pooled_cut_kernel(
     q_means_ptr, k_means_ptr, mode_ptr, visible_ptr, lse_ptr, cut_ptr, num_rows, num_cols, visible_stride, share, scale,
@@ -491,7 +497,7 @@ class _Launch:
     def _share_cut(self, share: float) -> Tensor:
         """int32 ``[B, H]``: the key at and above which a head's probabilities hold the share."""
         batch, heads, rows, columns = self.shape
-        if max(rows, columns) <= _SHORT and self.tile["BLOCK_D"] <= 128:
+        if max(rows, columns) <= _SHORT and self.tile["BLOCK_D"] <= 128 and _compiles_whole(self.visible):
             cut = torch.zeros((batch, heads), dtype=torch.int32, device=self.visible.device)
             _pooled_cut_kernel[(1, heads, batch)](
                 *self.means, self.mode, self.visible, self.lse, cut, rows, columns, self.stride, share,
