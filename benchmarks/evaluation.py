@@ -39,6 +39,8 @@ METHODS = (
     "oracle:density",
 )  # fmt: skip
 DENSITIES = (0.1, 0.2, 0.4)
+#: Where the rows of ``answers`` are kept: a file a kind of machine.
+ANSWERS = (RESULTS / "eval_cpu.jsonl", RESULTS / "eval_gpu.jsonl")
 KINDS = ("vertical", "slash", "block_topic", "needle", *families.KINDS, "vertical_slash_1000_6096")
 
 
@@ -242,8 +244,7 @@ def main(argv: list[str] | None = None) -> None:
             command.add_argument("--head-dim", type=int, default=128)
             command.add_argument("--seeds", type=int, default=2)
     report = commands.add_parser("tables")
-    answered = [RESULTS / "eval_cpu.jsonl", RESULTS / "eval_gpu.jsonl"]
-    report.add_argument("--rows", type=Path, nargs="+", default=answered)
+    report.add_argument("--rows", type=Path, nargs="+", default=ANSWERS)
     report.add_argument("--families", type=Path, default=RESULTS / "families_cpu.jsonl")
     report.add_argument("--docs", type=Path, help="rewrite the tables between the markers of this file")
     report.add_argument("--plots", type=Path, help="folder for the plots")

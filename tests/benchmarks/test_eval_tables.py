@@ -31,7 +31,7 @@ def test_tables() -> None:
         row("xattention", 0.1, 0.2, 50),
     ]  # fmt: skip
     text = evaluation.answers_table(rows)
-    assert "**m**, 4,096 tokens, 2 prompts a task, blocks of 64, float32. Dense: stream 100/100." in text
+    assert "**m**, 4,096 tokens, 2 prompts a task, blocks of 64, float32, CPU. Dense: stream 100/100." in text
     assert "| landmark | 90 ± 3 | 80 ± 4 | 0.71 (0.80) |" in text
     assert "| xattention | 50 ± 5 at 20 % |  | 0.71 (0.80) |" in text
     kinds = [
@@ -60,7 +60,7 @@ def test_families_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_documents_show_the_committed_rows() -> None:
     text = evaluation.tables(
-        evaluation.rows_of(evaluation.RESULTS / "eval_cpu.jsonl"),
+        [row for path in evaluation.ANSWERS for row in evaluation.rows_of(path)],
         evaluation.read_json(evaluation.RESULTS / "families_cpu.jsonl"),
     )
     document = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
