@@ -95,6 +95,20 @@ def of_fixed() -> Iterator[None]:
         _open.fixed = before
 
 
+def form_of(t: Tensor) -> tuple[Any, ...]:
+    """All of ``t`` that a launch depends on; Triton tells addresses apart by 16 bytes."""
+    return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15
+
+
+def free_stream(device: torch.device) -> int | None:
+    """The stream that launches go to, 0 where there are none; None on another GPU than the current, or in a graph."""
+    if device.type != "cuda":
+        return 0
+    if device.index != torch._C._cuda_getDevice() or torch._C._cuda_isCurrentStreamCapturing():
+        return None
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
 class _Move(NamedTuple):
     """Where the addresses of one moving tensor stand: arguments ``(values, at, offset)``, and maps likewise."""
 
@@ -277,6 +291,14 @@ class Launches:
                 values[at] = described
 
 
+class Recorded(NamedTuple):
+    """What a form of call came to: its launches, and columns of its output."""
+
+    launches: Launches
+    dim: int
+    kept: Kept | None = None
+
+
 class Store(dict[Any, Any]):
     """What forms of calls came to, all forgotten when they are too many."""
 
@@ -314,7 +336,7 @@ def repeatedly(call: Callable[..., None], key: tuple[Any, ...], **tensors: Tenso
         tensors: All that it reads and writes, on the current device.
     """
     first = next(iter(tensors.values()))
-    key = (key, *[(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15) for t in tensors.values()])
+    key = (key, *[form_of(t) for t in tensors.values()])
     record: Launches | None = _calls.get(key)
     if record is not None and record.repeat(first.device, {name: t.data_ptr() for name, t in tensors.items()}):
         return

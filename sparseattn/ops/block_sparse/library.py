@@ -18,6 +18,7 @@ from sparseattn.masks import BlockMask, VariableBlockMask
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.block_sparse.repeat import PACKAGE, RepeatedBlocks
 from sparseattn.ops.dispatch import implementations, on_its_device, require, resolve
+from sparseattn.ops.results import empty_results
 
 
 def resolve_call(
@@ -57,13 +58,6 @@ _LIBRARY.define(
 )
 
 
-def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    o = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=lse_dtype, device=q.device)
-    return o, lse
-
-
 def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     dsinks = q.new_empty(0) if sinks is None else torch.empty(sinks.shape, dtype=sinks.dtype, device=sinks.device)
@@ -75,7 +69,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, impl: str, *
     g = Geometry(*geometry)
     module = _require(q, k, v, g, impl)
     if q.numel() == 0 or k.numel() == 0:
-        o, lse = _empty_results(q, v)
+        o, lse = empty_results(q, v.shape[-1])
         return o.zero_(), lse.fill_(-math.inf)
     return module.forward(q, k, v, sinks, g)
 
@@ -106,7 +100,7 @@ def _backward(
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_results(q, v)
+    return empty_results(q, v.shape[-1])
 
 
 def _backward_fake(

@@ -8,25 +8,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.kernels.launches import Kept, Launches, Store, differentiable, recording, repeatable
+from sparseattn.kernels.launches import (
+    Launches,
+    Recorded,
+    Store,
+    differentiable,
+    form_of,
+    free_stream,
+    recording,
+    repeatable,
+)
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.dispatch import implementations, on_its_device, require
+from sparseattn.ops.results import empty_lse, empty_results
 
 PACKAGE = "sparseattn.ops.block_sparse"
-
-
-class _Recorded(NamedTuple):
-    """What a form of call came to: its launches, and columns of its output."""
-
-    launches: Launches
-    dim: int
-    kept: Kept | None = None
 
 
 class _Usual(NamedTuple):
     """A recorded call of queries, keys and values whose LSE, of so many rows, nobody wants: sums by stream take it."""
 
-    recorded: _Recorded
+    recorded: Recorded
     shape: tuple[int, ...]
     rows: int
     sums: dict[int, Tensor]
@@ -34,13 +36,6 @@ class _Usual(NamedTuple):
 
 # Recorded calls of all geometries: what one costs must not be paid again by the next of the same shapes.
 _recorded = Store()
-
-
-def empty_results(q: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Where an output of ``dim`` columns and an LSE go."""
-    o = torch.empty((*q.shape[:-1], dim), dtype=q.dtype, device=q.device)
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return o, torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=lse_dtype, device=q.device)
 
 
 class RepeatedBlocks:
@@ -60,8 +55,8 @@ class RepeatedBlocks:
         self._g, self._impl, self._kept = g, impl, fixed
         self._fixed = {name: x for name, x in zip(g._fields, g, strict=True) if isinstance(x, Tensor)}
         self._places = {name: t.data_ptr() for name, t in self._fixed.items()}
-        self._form = (impl, *(_form(x) if isinstance(x, Tensor) else x for x in g))
-        self._known: dict[tuple[Any, ...], _Recorded] = {}
+        self._form = (impl, *(form_of(x) if isinstance(x, Tensor) else x for x in g))
+        self._known: dict[tuple[Any, ...], Recorded] = {}
         self._usual: dict[tuple[Any, ...], _Usual] = {}
 
     def __call__(
@@ -81,7 +76,7 @@ class RepeatedBlocks:
         known = self._known.get(key)
         if known is None or (device.type == "cuda" and device.index != torch._C._cuda_getDevice()):
             return self._slowly(q, key, k, v, sinks, out)
-        o, lse = empty_results(q, known.dim) if out is None else (out, sums_for(q))
+        o, lse = empty_results(q, known.dim) if out is None else (out, empty_lse(q))
         places = {
             "q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), "o": o.data_ptr(), "lse": lse.data_ptr(),
             **self._places,
@@ -105,11 +100,9 @@ class RepeatedBlocks:
         usual = self._usual.get(form)
         if usual is None or not repeatable(q, k, v) or differentiable(q, k, v):
             return None
-        device, stream = q.device, 0
-        if device.type == "cuda":
-            if device.index != torch._C._cuda_getDevice() or torch._C._cuda_isCurrentStreamCapturing():
-                return None
-            stream = torch._C._cuda_getCurrentRawStream(device.index)
+        device, stream = q.device, free_stream(q.device)
+        if stream is None:
+            return None
         o = torch.empty(usual.shape, dtype=q.dtype, device=device)
         lse = usual.sums.get(stream)
         if lse is None:
@@ -142,7 +135,7 @@ class RepeatedBlocks:
         if self._kept and known.kept is None:
             known = known._replace(kept={})
         self._known[key] = known
-        o, lse = empty_results(q, known.dim) if out is None else (out, sums_for(q))
+        o, lse = empty_results(q, known.dim) if out is None else (out, empty_lse(q))
         places = {name: t.data_ptr() for name, t in _moving(q, k, v, sinks, o, lse).items()} | self._places
         return (
             (o, lse) if known.launches.repeat(q.device, places, known.kept) else self._first(key, q, k, v, sinks, out)
@@ -152,7 +145,7 @@ class RepeatedBlocks:
         self, key: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """A call of a form that is not known yet, or that cannot be recorded."""
-        o, lse = empty_results(q, v.shape[-1]) if out is None else (out, sums_for(q))
+        o, lse = empty_results(q, v.shape[-1]) if out is None else (out, empty_lse(q))
         tensors = _batched(self._g, q, k, v, o, lse)
         module = require(PACKAGE, self._impl, implementations(self._impl, q), *tensors[:3], self._g, None)
         if q.numel() == 0 or k.numel() == 0:
@@ -168,16 +161,10 @@ class RepeatedBlocks:
             into(*tensors, sinks, self._g)
         closed = record.close()
         if closed is not None:
-            found = _Recorded(closed, v.shape[-1])
+            found = Recorded(closed, v.shape[-1])
             _recorded.keep((self._form, key), found)
             self._known[key] = found._replace(kept={}) if self._kept else found
         return o, lse
-
-
-def sums_for(q: Tensor) -> Tensor:
-    """Where the LSE of queries goes."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=dtype, device=q.device)
 
 
 def _batched(g: Geometry, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -195,11 +182,6 @@ def _key(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor | No
     """All of a call's tensors that launches depend on."""
     return (
         q.shape, q.stride(), q.dtype, q.device, q.data_ptr() & 15, k.shape, k.stride(), k.dtype, k.data_ptr() & 15,
-        v.shape, v.stride(), v.dtype, v.data_ptr() & 15, None if sinks is None else _form(sinks),
-        None if out is None else _form(out),
+        v.shape, v.stride(), v.dtype, v.data_ptr() & 15, None if sinks is None else form_of(sinks),
+        None if out is None else form_of(out),
     )  # fmt: skip
-
-
-def _form(t: Tensor) -> tuple[Any, ...]:
-    """All of ``t`` that a launch depends on; Triton tells addresses apart by 16 bytes."""
-    return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15

@@ -18,6 +18,7 @@ from sparseattn.ops.bsr.rows import BlockRows, make_rows
 from sparseattn.ops.dispatch import implementations, resolve
 from sparseattn.ops.paged.checks import check_rope, check_scale, check_slopes
 from sparseattn.ops.paged.options import ALiBi, CustomMask, RoPE
+from sparseattn.ops.results import empty_lse
 from sparseattn.ops.sequences import resolve_sequences
 
 _IMPLEMENTATIONS = ("auto", "gluon", "triton", "reference")
@@ -153,7 +154,7 @@ def attend_rows(
     _refuse_gradients(q, k, v, call.problem.sinks)
     if out is None:
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-    lse = sums_for(q)
+    lse = empty_lse(q)
     if q.dim() == 3:
         attend(q[None], out[None], lse[None], impl, call.problem)
     else:
@@ -178,12 +179,6 @@ def attend_lists(
         both = block_sparse_library.attend(q[None], k[None], v[None], sinks, rows.lists, g, impl, False)
         o, lse = both[0][0], both[1][0]
     return o if out is None else out.copy_(o), lse
-
-
-def sums_for(q: Tensor) -> Tensor:
-    """Where the LSE of queries goes."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=dtype, device=q.device)
 
 
 def unsupported_reason(

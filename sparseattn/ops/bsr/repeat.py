@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.kernels.launches import Launches, differentiable, repeatable
+from sparseattn.kernels.launches import Launches, differentiable, form_of, repeatable
 from sparseattn.ops.arguments import check_apart
 from sparseattn.ops.block_sparse import RepeatedBlocks
-from sparseattn.ops.bsr.api import Options, attend_rows, check_output, make_call, sums_for
+from sparseattn.ops.bsr.api import Options, attend_rows, check_output, make_call
 from sparseattn.ops.bsr.library import PACKAGE
 from sparseattn.ops.bsr.problem import BSRProblem
 from sparseattn.ops.bsr.rows import BlockRows
 from sparseattn.ops.dispatch import implementations, on_its_device, require
+from sparseattn.ops.results import empty_lse
 
 
 class _Known(NamedTuple):
@@ -75,7 +76,7 @@ class RepeatedRows:
         at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
         key = _key(q, k, v, scale, k_scale, v_scale)
         if out is not None:
-            key += (*_form(out), out.data_ptr() in (at_q, at_k, at_v))
+            key += (*form_of(out), out.data_ptr() in (at_q, at_k, at_v))
         known = self._known.get(key)
         if known is None:
             return self._first(key, q, k, v, scale, k_scale, v_scale, out)
@@ -83,7 +84,7 @@ class RepeatedRows:
             return known.blocks(q, k, v, self._sinks, out)
         if out is None:
             out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-        lse = sums_for(q)
+        lse = empty_lse(q)
         if known.launches is None:
             assert known.problem is not None
             k, v = (k, v) if k.dim() == 4 else (k[None], v[None])
@@ -125,7 +126,7 @@ class RepeatedRows:
         if out is None:
             out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
         check_apart(out, q, k, v)
-        lse = sums_for(q)
+        lse = empty_lse(q)
         tensors = _batched(q, out, lse)
         module = require(PACKAGE, self._impl, implementations(self._impl, q), tensors[0], p)
         if q.numel() == 0 or k.numel() == 0 or p.indices.numel() == 0:
@@ -147,12 +148,7 @@ def _key(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, k_scale: float | None, v_scale: float | None
 ) -> tuple[Any, ...]:
     at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    return (*_form(q), *_form(k), *_form(v), scale, k_scale, v_scale, at_q == at_k, at_k == at_v, at_q == at_v)
-
-
-def _form(t: Tensor) -> tuple[Any, ...]:
-    """All of ``t`` that a launch depends on; Triton tells addresses apart by 16 bytes."""
-    return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15
+    return (*form_of(q), *form_of(k), *form_of(v), scale, k_scale, v_scale, at_q == at_k, at_k == at_v, at_q == at_v)
 
 
 def _batched(*tensors: Tensor) -> tuple[Tensor, ...]:

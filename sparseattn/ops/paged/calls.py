@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.kernels.launches import form_of
 from sparseattn.masks import BlockMask
 from sparseattn.ops.arguments import starts_with
 from sparseattn.ops.paged.cache import PagedCache
@@ -15,6 +16,7 @@ from sparseattn.ops.paged.checks import make_problem
 from sparseattn.ops.paged.library import attend
 from sparseattn.ops.paged.options import ALiBi, CustomMask, PageLists
 from sparseattn.ops.paged.problem import PagedProblem
+from sparseattn.ops.results import empty_lse
 
 Scales = tuple[float | None, float | Tensor | None, float | Tensor | None]
 #: Options that hold tensors.
@@ -46,7 +48,7 @@ def ordinary(
             "Paged attention has no backward: call it under torch.no_grad(), or use block_sparse_attention.",
         )  # fmt: skip
     out = output_for(out, main, p.v.shape[-1])
-    lse = sums_for(main)
+    lse = empty_lse(main)
     attend(main, rest, out, lse, options["impl"], p)
     return out, lse
 
@@ -115,11 +117,6 @@ def call_key(
     return key
 
 
-def form_of(t: Tensor) -> tuple[Any, ...]:
-    """All of ``t`` that a launch depends on; Triton tells addresses apart by 16 bytes."""
-    return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15
-
-
 def facts_of(value: Any) -> Any:
     """All of an option that a launch depends on."""
     if isinstance(value, Tensor):
@@ -127,8 +124,3 @@ def facts_of(value: Any) -> Any:
     if isinstance(value, HOLDERS):
         return type(value), *((name, facts_of(part)) for name, part in vars(value).items())
     return value if value is None else (type(value), value)
-
-
-def sums_for(q: Tensor) -> Tensor:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty((q.shape[1], q.shape[0]), dtype=dtype, device=q.device)

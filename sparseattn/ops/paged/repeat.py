@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.kernels.launches import Kept, Launches, Store, differentiable, recording, repeatable
+from sparseattn.kernels.launches import Launches, Recorded, Store, differentiable, free_stream, recording, repeatable
 from sparseattn.ops.arguments import check_apart
 from sparseattn.ops.dispatch import implementations, on_its_device, require
 from sparseattn.ops.paged.cache import PagedCache
@@ -19,10 +19,10 @@ from sparseattn.ops.paged.calls import (
     ordinary,
     output_for,
     problem_of,
-    sums_for,
 )
 from sparseattn.ops.paged.library import PACKAGE
 from sparseattn.ops.paged.problem import PagedProblem
+from sparseattn.ops.results import empty_lse
 
 
 class _Known(NamedTuple):
@@ -32,18 +32,10 @@ class _Known(NamedTuple):
     problem: PagedProblem
 
 
-class _Recorded(NamedTuple):
-    """What a form of call came to: its launches, and columns of its output."""
-
-    launches: Launches
-    dim: int
-    kept: Kept | None = None
-
-
 class _Usual(NamedTuple):
     """A recorded call of queries, keys and values whose LSE nobody wants: sums by stream take it."""
 
-    recorded: _Recorded
+    recorded: Recorded
     shape: tuple[int, ...]
     apart: int
     sums: dict[int, Tensor]
@@ -106,7 +98,7 @@ class RepeatedAttention:
             "cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q, "causal": causal, "window": window,
             "softcap": softcap, "positions": positions, "custom_mask": custom_mask, "mask": mask, "impl": impl,
         }  # fmt: skip
-        self._known: dict[tuple[Any, ...], _Known | _Recorded] = {}
+        self._known: dict[tuple[Any, ...], _Known | Recorded] = {}
         self._usual: dict[tuple[Any, ...], _Usual] = {}
         self._fixed: dict[str, Tensor] | None = None
         self._places: dict[str, int] = {}
@@ -144,12 +136,12 @@ class RepeatedAttention:
             known = self._known.get(key)
         except TypeError:  # something that is no number, as the checks will say
             known = None
-        if type(known) is not _Recorded or (device.type == "cuda" and device.index != torch._C._cuda_getDevice()):
+        if type(known) is not Recorded or (device.type == "cuda" and device.index != torch._C._cuda_getDevice()):
             return self._slowly(q, key, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, out)
         given = out
         if out is None:
             out = torch.empty((*q.shape[:2], known.dim), dtype=q.dtype, device=device)
-        lse = sums_for(q)
+        lse = empty_lse(q)
         places = {
             "q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), "out": out.data_ptr(), "lse": lse.data_ptr(),
             **self._places,
@@ -176,15 +168,13 @@ class RepeatedAttention:
         usual = self._usual.get(form)
         if usual is None or not repeatable(q, *others) or differentiable(q, *others):
             return None
-        device, stream = q.device, 0
-        if device.type == "cuda":
-            if device.index != torch._C._cuda_getDevice() or torch._C._cuda_isCurrentStreamCapturing():
-                return None
-            stream = torch._C._cuda_getCurrentRawStream(device.index)
+        device, stream = q.device, free_stream(q.device)
+        if stream is None:
+            return None
         out = torch.empty(usual.shape, dtype=q.dtype, device=device)
         lse = usual.sums.get(stream)
         if lse is None:
-            lse = usual.sums[stream] = sums_for(q)
+            lse = usual.sums[stream] = empty_lse(q)
         if "v" not in places:
             places["v"] = places["k"] + usual.apart
         places.update(self._places)
@@ -203,7 +193,7 @@ class RepeatedAttention:
     ) -> None:
         """Have ``again`` know by ``form`` the call that was made with these tensors."""
         known = self._known.get(call_key(q, k, v, q_rope, k_rope, (scale, None, None), None, None))
-        if isinstance(known, _Recorded) and known.kept is not None:
+        if isinstance(known, Recorded) and known.kept is not None:
             apart = v.data_ptr() - k.data_ptr()
             self._usual[form] = _Usual(known, (*q.shape[:2], known.dim), apart, {})
 
@@ -239,10 +229,10 @@ class RepeatedAttention:
             known = None
         if known is None:
             return self._first(key, q, k, v, q_rope, k_rope, scales, sinks, out)
-        if isinstance(known, _Recorded) and self._kept and known.kept is None:
+        if isinstance(known, Recorded) and self._kept and known.kept is None:
             known = known._replace(kept={})
         self._known[key] = known
-        if isinstance(known, _Recorded):
+        if isinstance(known, Recorded):
             tensors = moving_tensors(q, q_rope, k, v, k_rope, sinks, *self._results(q, known.dim, out))
             places = {name: t.data_ptr() for name, t in tensors.items()} | self._places
             if known.launches.repeat(q.device, places, known.kept):
@@ -260,7 +250,7 @@ class RepeatedAttention:
         """Where a call writes."""
         if out is None:
             out = torch.empty((*q.shape[:2], dim), dtype=q.dtype, device=q.device)
-        return out, sums_for(q)
+        return out, empty_lse(q)
 
     def _describe(self) -> None:
         """Name the tensors that calls have in common, and say all that launches depend on but the call's tensors."""
@@ -300,7 +290,7 @@ class RepeatedAttention:
         impl = self._options["impl"]
         out = output_for(out, main, v.shape[-1])
         check_apart(out, q, k, v)
-        lse = sums_for(q)
+        lse = empty_lse(q)
         module = require(PACKAGE, impl, implementations(impl, main), main, rest, p)
         if q.numel() == 0 or k.numel() == 0 or p.batch == 0:
             return out.zero_(), lse.fill_(-torch.inf)
@@ -310,7 +300,7 @@ class RepeatedAttention:
             module.attend(main, rest, out, lse, p)
         recorded = launches.close()
         if recorded is not None:
-            found = _Recorded(recorded, v.shape[-1])
+            found = Recorded(recorded, v.shape[-1])
             self._known[key] = found._replace(kept={}) if self._kept else found
             if self._form:
                 _recorded.keep((self._form, key), found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -83,6 +84,22 @@ class Scoring(Protocol):
 
     def scores(self, out: Tensor, first: int) -> None:
         """Fill ``out [B, H, rows, NB]`` (contiguous, where free) with the scores of the query blocks from ``first``."""
+
+
+def all_scores(
+    make: Callable[[Tensor, Tensor, LandmarkFeatures, LandmarkProblem, RowBounds], Scoring],
+    q: Tensor,
+    k: Tensor,
+    f: LandmarkFeatures,
+    p: LandmarkProblem,
+    bounds: RowBounds,
+) -> Tensor:
+    """float32 ``[B, H, MB, NB]``, -inf where nothing is free. See ``landmark.landmark_scores``."""
+    shape = (p.sequences.batch, p.mask_heads(q, k), p.num_q_blocks, p.num_kv_blocks)
+    out = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
+    if out.numel():
+        make(q, k, f, p, bounds).scores(out, 0)
+    return out
 
 
 def score_chunks(scoring: Scoring, shape: tuple[int, ...], device: torch.device, whole: bool) -> ScoreChunks:

@@ -19,6 +19,7 @@ from torch import Tensor
 from sparseattn.kernels import LAUNCH
 from sparseattn.ops.scores.cut_triton import batch_stride
 from sparseattn.ops.scores.landmark_launches import (
+    all_scores,
     choose_by_density,
     chosen_rows,
     dot_precision,
@@ -156,11 +157,7 @@ class _Scoring:
 
 def scores(q: Tensor, k: Tensor, f: LandmarkFeatures, p: LandmarkProblem, bounds: RowBounds) -> Tensor:
     """float32 ``[B, H, MB, NB]``. See ``landmark.landmark_scores``."""
-    shape = (p.sequences.batch, p.mask_heads(q, k), p.num_q_blocks, p.num_kv_blocks)
-    out = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
-    if out.numel():
-        _Scoring(q, k, f, p, bounds).scores(out, 0)
-    return out
+    return all_scores(_Scoring, q, k, f, p, bounds)
 
 
 def blocks(
