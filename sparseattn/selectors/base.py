@@ -66,6 +66,13 @@ def check_config(config: object, expected: type) -> None:
         raise argument_error("config", f"a {expected.__name__}", type(config).__name__, kind=TypeError)
 
 
+def check_call(config: object, expected: type, causal: object) -> None:
+    """Raise unless ``config`` is of the method's own class and ``causal`` a bool."""
+    check_config(config, expected)
+    if not isinstance(causal, bool):
+        raise argument_error("causal", "True or False", repr(causal), kind=TypeError)
+
+
 def build_mask(
     counts: Tensor,
     indices: Tensor,

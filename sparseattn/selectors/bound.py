@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from sparseattn.masks import BlockMask
 from sparseattn.ops.sequences import Layout
-from sparseattn.selectors.base import check_config
+from sparseattn.selectors.base import check_call
 from sparseattn.selectors.pooled import PooledConfig, Threshold, select_pooled
 
 
@@ -72,7 +72,7 @@ def bound(
         TypeError: A config of another method; dtypes that do not fit.
     """
     config = BoundConfig() if config is None else config
-    check_config(config, BoundConfig)
+    check_call(config, BoundConfig, causal)
     return select_pooled(
         q,
         k,

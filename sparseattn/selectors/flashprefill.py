@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from sparseattn.masks import BlockMask
 from sparseattn.ops.sequences import Layout
-from sparseattn.selectors.base import check_config
+from sparseattn.selectors.base import check_call
 from sparseattn.selectors.pooled import PooledConfig, Threshold, select_pooled
 
 
@@ -85,7 +85,7 @@ def flashprefill(
         TypeError: A config of another method; dtypes that do not fit.
     """
     config = FlashPrefillConfig() if config is None else config
-    check_config(config, FlashPrefillConfig)
+    check_call(config, FlashPrefillConfig, causal)
     return select_pooled(
         q,
         k,

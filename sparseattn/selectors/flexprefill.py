@@ -12,7 +12,7 @@ from sparseattn.masks import BlockMask
 from sparseattn.ops.scores.flexprefill import BLOCK_SIZES, flexprefill_blocks
 from sparseattn.ops.scores.problem import check_max_blocks
 from sparseattn.ops.sequences import Layout, resolve_sequences
-from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
+from sparseattn.selectors.base import SelectorConfig, build_mask, check_call
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def flexprefill(
         TypeError: A config of another method; dtypes that do not fit.
     """
     config = FlexPrefillConfig() if config is None else config
-    check_config(config, FlexPrefillConfig)
+    check_call(config, FlexPrefillConfig, causal)
     sequences = resolve_sequences(q, k, **layout)
     counts, indices, _ = flexprefill_blocks(
         q, k, **config.to_dict(), causal=causal, scale=scale, sequences=sequences, impl=impl

@@ -19,7 +19,7 @@ from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.scores import row_bounds
 from sparseattn.ops.sequences import Layout, Sequences, resolve_sequences
-from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
+from sparseattn.selectors.base import SelectorConfig, build_mask, check_call
 
 DENSE = "dense"
 _COPY_BYTES = 256 << 20  # lists copied at a time
@@ -180,7 +180,7 @@ def heads(
         TypeError: A config of another method; dtypes that do not fit.
     """
     config = HeadsConfig() if config is None else config
-    check_config(config, HeadsConfig)
+    check_call(config, HeadsConfig, causal)
     if impl not in ("auto", "reference", "triton"):
         raise argument_error("impl", "'auto', 'triton' or 'reference'", repr(impl))
     sequences = resolve_sequences(q, k, **layout)

@@ -14,7 +14,7 @@ from sparseattn.ops.scores import LandmarkFeatures, landmark_blocks
 from sparseattn.ops.scores.landmark import BLOCK_SIZES, CLUSTERS, ROWS, check_density, check_tau
 from sparseattn.ops.scores.problem import check_max_blocks
 from sparseattn.ops.sequences import Layout, resolve_sequences
-from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
+from sparseattn.selectors.base import SelectorConfig, build_mask, check_call
 from sparseattn.selectors.tables import freeze, of_layer
 
 
@@ -121,7 +121,7 @@ def landmark(
         TypeError: A config of another method; dtypes that do not fit.
     """
     config = LandmarkConfig() if config is None else config
-    check_config(config, LandmarkConfig)
+    check_call(config, LandmarkConfig, causal)
     sequences = resolve_sequences(q, k, **layout)
     rows: Any = config.block_size if config.rows == "all" else config.rows
     counts, indices = landmark_blocks(

@@ -16,7 +16,7 @@ from sparseattn.ops.scores.problem import check_max_blocks
 from sparseattn.ops.scores.vertical_slash import NUM_QUERIES
 from sparseattn.ops.sequences import Layout, resolve_sequences
 from sparseattn.selectors import minference_patterns
-from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
+from sparseattn.selectors.base import SelectorConfig, build_mask, check_call
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def minference(
         TypeError: A config of another method; dtypes that do not fit.
     """
     config = MInferenceConfig() if config is None else config
-    check_config(config, MInferenceConfig)
+    check_call(config, MInferenceConfig, causal)
     sequences = resolve_sequences(q, k, **layout)
     counts, indices, columns = minference_blocks(
         q,

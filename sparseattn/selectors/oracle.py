@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from sparseattn.masks import BlockMask
 from sparseattn.ops.sequences import Layout
-from sparseattn.selectors.base import check_config
+from sparseattn.selectors.base import check_call
 from sparseattn.selectors.pooled import PooledConfig, Threshold, select_pooled
 
 
@@ -71,7 +71,7 @@ def oracle(
         TypeError: A config of another method; dtypes that do not fit.
     """
     config = OracleConfig() if config is None else config
-    check_config(config, OracleConfig)
+    check_call(config, OracleConfig, causal)
     return select_pooled(
         q,
         k,

@@ -12,7 +12,7 @@ from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
 from sparseattn.ops.scores import diagonal_blocks, row_bounds
 from sparseattn.ops.sequences import Layout, Sequences, resolve_sequences
-from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
+from sparseattn.selectors.base import SelectorConfig, build_mask, check_call
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def streaming(
         TypeError: A config of another method.
     """
     config = StreamingConfig() if config is None else config
-    check_config(config, StreamingConfig)
+    check_call(config, StreamingConfig, causal)
     if impl not in ("auto", "reference", "triton"):
         raise argument_error("impl", "'auto', 'triton' or 'reference'", repr(impl))
     sequences = resolve_sequences(q, k, **layout)

@@ -15,7 +15,7 @@ from sparseattn.ops.scores.pooled import pooled_blocks
 from sparseattn.ops.scores.pooled_problem import AGGREGATES, BLOCK_SIZES, check_pages
 from sparseattn.ops.scores.rules_problem import Forced, Rule, check_rule
 from sparseattn.ops.sequences import Layout, resolve_sequences
-from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
+from sparseattn.selectors.base import SelectorConfig, build_mask, check_call
 
 ESTIMATORS = ("mean", "bound", "antidiagonal", "exact")
 
@@ -122,7 +122,7 @@ def topk(
         TypeError: A config of another method; dtypes that do not fit.
     """
     config = TopKConfig() if config is None else config
-    check_config(config, TopKConfig)
+    check_call(config, TopKConfig, causal)
     sequences = resolve_sequences(q, k, **layout)
     forced = Forced(config.num_sink_tokens, 0 if config.keep_recent else None)
     if config.estimator == "antidiagonal":

@@ -15,7 +15,7 @@ from sparseattn.ops.scores.api import BLOCK_SIZES, STRIDES, check_threshold
 from sparseattn.ops.scores.pooled_problem import AGGREGATES
 from sparseattn.ops.scores.rules_problem import Forced, Rule, check_rule
 from sparseattn.ops.sequences import Layout, resolve_sequences
-from sparseattn.selectors.base import SelectorConfig, build_mask, check_config
+from sparseattn.selectors.base import SelectorConfig, build_mask, check_call
 from sparseattn.selectors.tables import freeze, of_layer
 
 Threshold = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
@@ -107,7 +107,7 @@ def xattention(
         TypeError: A config of another method; dtypes that do not fit.
     """
     config = XAttentionConfig() if config is None else config
-    check_config(config, XAttentionConfig)
+    check_call(config, XAttentionConfig, causal)
     sequences = resolve_sequences(q, k, **layout)
     thresholds = config.thresholds(q.shape[-2], layer)
     if config.rule != "cumulative" or config.aggregate != "mean":

@@ -115,7 +115,7 @@ def list_bounds(s: Sequences, block_size: int, causal: bool, forced: Forced, dev
     if forced.last_tokens:
         ends = torch.arange(1, visible.shape[-1] + 1, device=device) * block_size
         used = s.lengths_q()
-        whole = (ends > (s.max_q if used is None else used[:, None]) - forced.last_tokens).view(-1, ends.numel())
+        whole = torch.atleast_2d(ends > (s.max_q if used is None else used[:, None]) - forced.last_tokens)
     return ListBounds(visible, recent.int(), -(-forced.sink_tokens // block_size), whole)
 
 
