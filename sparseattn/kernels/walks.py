@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
+from sparseattn.kernels.launches import launch
 
 # Fields of a record.
 X0 = tl.constexpr(0)  # first stationary row of the tile, within its sequence
@@ -302,7 +303,8 @@ def walks(
     rounds, width = 0, strides[2]
     while width > 0:
         rounds, width = rounds + 1, width // (_PROBES + 1)
-    walk_kernel[(triton.cdiv(total, _TILES),)](
+    launch(
+        walk_kernel, (triton.cdiv(total, _TILES),),
         records, ranges, counter, counts, indices, *spans, *strides, rounds,
         *lengths, out_rows, back, ahead, tiles, heads, section, tail, total,
         HEADS=per_head, HEADS_P2=triton.next_power_of_2(per_head), MASK_GROUP=mask_group, BLOCK_X=blocks[0],

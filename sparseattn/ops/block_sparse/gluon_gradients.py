@@ -13,6 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.gradients import dq_from_sums_kernel, sum_parts_kernel, tile_numbers_kernel
 from sparseattn.kernels.hopper import row_tiles, tile_layout
+from sparseattn.kernels.launches import launch
 from sparseattn.kernels.walks import UNBOUNDED, walk_kernel, walks
 from sparseattn.ops.block_sparse.extra import prepare_extra
 from sparseattn.ops.block_sparse.extra_backward import add_extra_gradients
@@ -137,7 +138,8 @@ def backward(
     if deterministic:
         _queries_pass(do, q, k, v, dq, rows.numbers, rows.sums, g)
     else:
-        dq_from_sums_kernel[(q.shape[-2], triton.cdiv(g.max_q, 64), g.batch)](
+        launch(
+            dq_from_sums_kernel, (q.shape[-2], triton.cdiv(g.max_q, 64), g.batch),
             rows.sums, dq, *g.spans(lse)[:2], g.strides(dq), g.max_q, _row_tiles(q, g), g.scale,
             D=q.shape[-1], BLOCK_D=_padded(q, v), RAGGED_Q=ragged_q, PACKED=g.packed, num_warps=8, **LAUNCH,
         )  # fmt: skip
@@ -194,7 +196,8 @@ def _row_numbers(
     sums = torch.empty(heads * tiles * 64 * block_d, dtype=torch.float32, device=q.device) if added or plain else None
     norm, delta = (torch.empty_like(lse), torch.empty_like(lse)) if plain else (lse, lse)
     dsink = lse if sinks is None else torch.zeros_like(lse)
-    tile_numbers_kernel[(heads, triton.cdiv(g.max_q, 64), g.batch)](
+    launch(
+        tile_numbers_kernel, (heads, triton.cdiv(g.max_q, 64), g.batch),
         o, do, lse, lse if dlse is None else dlse.contiguous(), lse if sinks is None else sinks,
         numbers, norm, delta, numbers if sums is None else sums, dsink, *g.spans(lse)[:2],
         g.strides(o), g.strides(do), *g.lse_strides(q), g.max_q, tiles,
@@ -256,7 +259,8 @@ def _keys_pass(
     sums_map = TensorDescriptor(sums, [sums.numel() // 128, 128], [128, 1], [32, 128], NVMMASharedLayout(0, 32, 2))
     _, indices, *strides = lists or (records, records, 0, 0, 0)
     factor, cap = _score_factors(g)
-    gradients_kernel[(min(total, processors),)](
+    launch(
+        gradients_kernel, (min(total, processors),),
         q_map, do_map, numbers_map, k_map, v_map, row_tiles(dk_part, 1, 64, block_d),
         row_tiles(dv_part, 1, 64, block_d), sums_map, records, ranges, counter, indices, total, *strides,
         _row_tiles(q, g), *(_batch_rows(t, g.packed) for t in (q, k, v, do)), heads, group, mask_group, g.block_q,
@@ -265,7 +269,8 @@ def _keys_pass(
     )  # fmt: skip
     if parts > 1:
         rows = dk.numel() // dk.shape[-1]
-        sum_parts_kernel[(triton.cdiv(rows, 32), 2)](
+        launch(
+            sum_parts_kernel, (triton.cdiv(rows, 32), 2),
             dk_part, dv_part, dk, dv, rows, D=dk.shape[-1], DV=dv.shape[-1], BLOCK_D=block_d, PARTS=parts, ROWS=32,
             num_warps=4, **LAUNCH,
         )  # fmt: skip
@@ -292,7 +297,8 @@ def _queries_pass(
     q_map, do_map, k_map, v_map = _maps(q, k, v, do, 128, block_d)
     _, indices, *strides = lists or (records, records, 0, 0, 0)
     factor, cap = _score_factors(g)
-    dq_kernel[(min(total, processors),)](
+    launch(
+        dq_kernel, (min(total, processors),),
         q_map, do_map, k_map, v_map, row_tiles(dq, 1, 64, block_d), numbers, numbers if sums is None else sums,
         records, ranges, counter, indices, total, *strides, _row_tiles(q, g),
         *(_batch_rows(t, g.packed) for t in (q, k, v, do)), group, mask_group, g.block_q, g.block_kv, *_reach(g),

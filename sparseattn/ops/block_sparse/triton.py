@@ -20,6 +20,7 @@ from torch import Tensor
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.clear import clear_rows
 from sparseattn.kernels.combine import combine_kernel
+from sparseattn.kernels.launches import launch
 from sparseattn.ops.block_sparse.extra import (
     call_facts,
     extra_facts,
@@ -184,7 +185,8 @@ def forward(
     extra = prepare_extra(k, v, g, lse)
     chunk = 1 if pack > 1 else heads // k.shape[-2]
     row_tiles, beside = _grid(q, g.max_q, g.row_pieces, g.block_q, g, config.block_m, pack)
-    forward_kernel[(row_tiles * chunk, heads // pack // chunk, beside * splits)](
+    launch(
+        forward_kernel, (row_tiles * chunk, heads // pack // chunk, beside * splits),
         q, k, v, o_out, lse_out, lse if sinks is None else sinks, counts, indices, *_pieces(g.row_pieces, lse),
         *g.spans(lse), *extra, *(g.strides(t) for t in (q, k, v, o)), *g.lse_strides(q),
         mask_b, mask_h, width, g.max_q, g.max_k, g.batch, splits, o.numel(), lse.numel(),
@@ -194,7 +196,8 @@ def forward(
     )  # fmt: skip
     if splits > 1:
         count = lse.numel()
-        combine_kernel[(count,)](
+        launch(
+            combine_kernel, (count,),
             o_out, lse_out, o, lse, lse if sinks is None else sinks, count, heads, rows, splits,
             DV=dim_v, BLOCK_DV=_padded(dim_v), SINKS=sinks is not None, num_warps=1, **LAUNCH,
         )  # fmt: skip
@@ -234,7 +237,8 @@ def backward(
     lse_b, lse_h = g.lse_strides(q)
     spans = g.spans(lse)
     tiles_64, beside = _grid(q, g.max_q, None, 0, g, 64)
-    preprocess_kernel[(tiles_64, heads, beside)](
+    launch(
+        preprocess_kernel, (tiles_64, heads, beside),
         o, do, lse, lse if dlse is None else dlse.contiguous(), lse if sinks is None else sinks,
         norm, delta, dsink, *spans[:2],
         g.strides(o), g.strides(do), lse_b, lse_h, g.max_q, g.batch,
@@ -253,7 +257,8 @@ def backward(
     extra = prepare_extra(k, v, g, lse)
     counts, indices, mask_b, mask_h, width = list_arguments(g.kv_num_blocks, g.kv_indices, lse)
     row_tiles, beside = _grid(q, g.max_q, g.row_pieces, g.block_q, g, config.block_m)
-    dq_kernel[(row_tiles * group, heads_k, beside)](
+    launch(
+        dq_kernel, (row_tiles * group, heads_k, beside),
         q, k, v, do, norm, delta, dq, counts, indices, *_pieces(g.row_pieces, lse), *spans, *extra,
         *inputs, g.strides(dq), lse_b, lse_h, mask_b, mask_h, width, *numbers,
         **_common(q, k, v, g, config, do), **extra_facts("dq", q, v, g),
@@ -279,7 +284,8 @@ def _key_gradients(
     chunk = math.gcd(heads_k, 2)
     lse_b, lse_h = (0, norm.stride(0)) if g.packed else norm.stride()[:2]
     key_tiles, beside = _grid(k, g.max_k, g.key_pieces, g.block_kv, g, config.block_n)
-    dkdv_kernel[(key_tiles * chunk, heads_k // chunk, beside)](
+    launch(
+        dkdv_kernel, (key_tiles * chunk, heads_k // chunk, beside),
         q, k, v, do, norm, delta, dk, dv, counts, indices, *_pieces(g.key_pieces, norm), *spans,
         *(g.strides(t) for t in (q, k, v, do, dk, dv)), lse_b, lse_h, mask_b, mask_h, width,
         g.max_q, g.max_k, g.batch, g.scale, g.softcap, g.window_left, g.window_right,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.attention import sequence_span
+from sparseattn.kernels.launches import launch
 from sparseattn.ops.sequences import Sequences
 
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
@@ -46,7 +47,8 @@ def diagonal_blocks(
     # Both begin at a multiple of 16 bytes: kernels that read them are compiled for what is aligned and what is not.
     runs = torch.empty((2, -(-batch * rows // 4) * 4), dtype=torch.int32, device=device)
     if runs.numel():
-        _diagonal_kernel[(-(-rows // _BLOCK), batch)](
+        launch(
+            _diagonal_kernel, (-(-rows // _BLOCK), batch),
             runs, s.q_start, s.q_end, s.k_start, s.k_end, s.max_q, s.max_k, rows, runs.shape[1], before, after,
             BLOCK_SIZE=block_size, RAGGED_Q=s.q_start is not None, RAGGED_K=s.k_start is not None, BLOCK=_BLOCK,
             num_warps=4, **LAUNCH,

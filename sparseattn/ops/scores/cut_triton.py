@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
+from sparseattn.kernels.launches import launch
 from sparseattn.ops.scores.chunks import ScoreChunks
 
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
@@ -82,7 +83,8 @@ def find_cut(chunks: ScoreChunks, visible: Tensor, recent: Tensor, first: int, b
         counted.zero_()
         for start, scores in chunks:
             _, heads, rows, _ = scores.shape
-            histogram_kernel[(min(rows * heads, 2048), batch)](
+            launch(
+                histogram_kernel, (min(rows * heads, 2048), batch),
                 scores, counted, prefix, visible, recent, heads * rows, rows, start, *scores.stride()[:3],
                 batch_stride(visible), batch_stride(recent), first, shift,
                 BLOCK=1024 if scores.is_cuda else 32, num_warps=4, **LAUNCH,

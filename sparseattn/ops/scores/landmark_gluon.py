@@ -18,6 +18,7 @@ from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.hopper import row_tiles, tile_layout
 from sparseattn.kernels.hopper_landmarks import Facts, landmark_scores_kernel
 from sparseattn.kernels.hopper_tiles import batch_rows, padded, processors_of, unmappable
+from sparseattn.kernels.launches import launch
 from sparseattn.ops.scores.cut_triton import batch_stride
 from sparseattn.ops.scores.landmark_launches import (
     all_scores,
@@ -142,7 +143,8 @@ class _Scoring:
         c_desc = TensorDescriptor(
             self.landmarks, list(self.landmarks.shape), list(self.landmarks.stride()), [TILE, dim], tile_layout(2)
         )
-        landmark_scores_kernel[(min(items, self.programs),)](
+        launch(
+            landmark_scores_kernel, (min(items, self.programs),),
             q, row_tiles(k, 1, TILE, dim), c_desc, self.spreads, self.rows, self.visible, self.recent, self.taus,
             self.strip, out, s.q_start, s.q_end, s.k_start, s.k_end, 0 if s.packed else q.stride(0), q.stride(-3),
             q.stride(-2), batch_stride(self.visible), s.max_q, s.max_k, batch_rows(k), p.num_q_blocks, p.num_kv_blocks,

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
+from sparseattn.kernels.launches import launch
 from sparseattn.ops.scores.chunks import ScoreChunks, chunk_rows
 from sparseattn.ops.scores.cut_triton import batch_stride, find_cut
 from sparseattn.ops.scores.landmark_problem import LandmarkFeatures, LandmarkProblem, free_budget, num_snapshots
@@ -35,7 +36,8 @@ def features(k: Tensor, s: Sequences, block_size: int, clusters: int) -> Landmar
     sizes = torch.empty(shape, dtype=torch.int32, device=k.device)
     if spreads.numel():
         warps = feature_tiles(k, block_size).cluster_warps
-        features_kernel[(shape[2], heads, s.batch)](
+        launch(
+            features_kernel, (shape[2], heads, s.batch),
             k, centroids, spreads, sizes, s.k_start, s.k_end, row_strides(k, s.packed), s.max_k, shape[2],
             D=dim, BLOCK=block_size, CLUSTERS=clusters, BLOCK_D=padded_dim(dim), RAGGED=s.k_start is not None,
             PRECISION=dot_precision(k.dtype), num_warps=warps, num_stages=1, **LAUNCH,
@@ -52,25 +54,29 @@ def chosen_rows(q: Tensor, f: LandmarkFeatures, p: LandmarkProblem, bounds: RowB
     block_d, wide = padded_dim(dim), 32 if q.is_cuda else 16  # the interpreter: more steps at small shapes
     columns = min(wide, block_d)
     moments = torch.empty((batch, kv_heads, snapshots, dim + 2, dim), dtype=torch.float32, device=q.device)
-    moments_kernel[(snapshots, triton.cdiv(dim, columns), batch * kv_heads)](
+    launch(
+        moments_kernel, (snapshots, triton.cdiv(dim, columns), batch * kv_heads),
         f.centroids, f.sizes, moments, blocks, snapshots, D=dim, CLUSTERS=p.clusters, BLOCK_D=block_d,
         COLUMNS=columns, BLOCK_L=wide, num_warps=4, num_stages=2, **LAUNCH,
     )  # fmt: skip
     covariances = torch.empty((batch, kv_heads, snapshots, dim, dim), dtype=torch.float32, device=q.device)
-    covariance_kernel[(triton.cdiv(dim, 8), batch * kv_heads)](
+    launch(
+        covariance_kernel, (triton.cdiv(dim, 8), batch * kv_heads),
         moments, covariances, snapshots, D=dim, BLOCK_D=block_d, ROWS=8, num_warps=4, num_stages=1, **LAUNCH,
     )  # fmt: skip
     sharpness = torch.empty((batch, heads, p.num_q_blocks, p.block_size), dtype=torch.float32, device=q.device)
     recent = bounds.recent.contiguous()
     sharp = feature_tiles(q, p.block_size)
-    sharpness_kernel[(p.num_q_blocks, kv_heads, batch)](
+    launch(
+        sharpness_kernel, (p.num_q_blocks, kv_heads, batch),
         q, covariances, sharpness, recent, s.q_start, s.q_end, row_strides(q, s.packed), s.max_q, snapshots,
         batch_stride(recent), GROUP=heads // kv_heads, D=dim, BLOCK=p.block_size, FIRST=p.first_free, BLOCK_D=block_d,
         COLUMNS=sharp.columns, RAGGED=s.q_start is not None, PRECISION=dot_precision(q.dtype), TERMS=sharp.terms,
         num_warps=8, num_stages=sharp.num_stages, **LAUNCH,
     )  # fmt: skip
     rows = torch.empty((batch, heads, p.num_q_blocks, p.rows), dtype=torch.int32, device=q.device)
-    rows_kernel[(p.num_q_blocks, heads, batch)](
+    launch(
+        rows_kernel, (p.num_q_blocks, heads, batch),
         sharpness, rows, recent, batch_stride(recent), BLOCK=p.block_size, ROWS=p.rows, FIRST=p.first_free,
         num_warps=2, **LAUNCH,
     )  # fmt: skip
@@ -144,7 +150,8 @@ def choose_by_cut(
     visible, recent = bounds.visible.contiguous(), bounds.recent.contiguous()
     for first, scores in chunks:
         batch, heads, rows, columns = scores.shape
-        choose_kernel[(rows, heads, batch)](
+        launch(
+            choose_kernel, (rows, heads, batch),
             scores, least, counts, indices, visible, recent, p.num_q_blocks, first, rows, columns, indices.shape[3],
             cap, batch_stride(visible), FIRST=p.first_free, CAPPED=cap < columns,
             BLOCK=1024 if scores.is_cuda else 32, num_warps=4, **LAUNCH,

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
+from sparseattn.kernels.launches import launch
 from sparseattn.ops.scores.cut_triton import batch_stride
 from sparseattn.ops.scores.landmark_launches import (
     all_scores,
@@ -138,7 +139,8 @@ class _Scoring:
     ) -> None:
         p, s, tiles, q, k = self.p, self.p.sequences, self.tiles, self.q, self.k
         items = s.batch * self.heads * rows
-        score_kernel[(min(items, self.programs),)](
+        launch(
+            score_kernel, (min(items, self.programs),),
             q, k, self.landmarks, self.scales, self.spreads, self.rows, self.visible, self.recent, log_tau,
             self.strip, scores, counts, indices, s.q_start, s.q_end, s.k_start, s.k_end, row_strides(q, s.packed),
             row_strides(k, s.packed), s.max_q, s.max_k, p.num_q_blocks, p.num_kv_blocks,

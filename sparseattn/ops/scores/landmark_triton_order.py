@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
+from sparseattn.kernels.launches import launch
 from sparseattn.ops.scores.landmark_problem import LandmarkFeatures
 
 # Landmarks of a tile of products.
@@ -56,7 +57,8 @@ def ordered_landmarks(f: LandmarkFeatures, first: int, tile: int = TILE) -> tupl
     ordered = torch.empty((batch * heads * rows, dim), dtype=f.centroids.dtype, device=f.centroids.device)
     spreads = torch.empty(batch * heads * rows, dtype=torch.float32, device=f.centroids.device)
     if ordered.numel():
-        order_kernel[(rows // tile, batch * heads)](
+        launch(
+            order_kernel, (rows // tile, batch * heads),
             *(t.contiguous() for t in f), ordered, spreads, blocks, rows, D=dim, CLUSTERS=clusters, FIRST=first,
             BLOCK_D=triton.next_power_of_2(dim), TILE=tile, num_warps=4, **LAUNCH,
         )  # fmt: skip
