@@ -5,7 +5,8 @@ from __future__ import annotations
 import json as json_format
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module, metadata
 from typing import Annotated, Any, NamedTuple
 
@@ -112,38 +113,77 @@ def _device() -> Iterator[Finding]:
         )
 
 
-def _implementations() -> Iterator[Finding]:
-    """Ask every implementation of every operator whether it would run, and let the default one run."""
-    from sparseattn.ops import block_sparse, dispatch
-    from sparseattn.ops.scores import api as scores
+class Operator(NamedTuple):
+    """An operator on a small problem.
 
+    Attributes:
+        name: Its folder, or what it is for.
+        implementations: Whom to ask.
+        unsupported: ``unsupported(impl)``: why it would not run, or None.
+        call: ``call(impl)``: run it.
+    """
+
+    name: str
+    implementations: tuple[str, ...]
+    unsupported: Callable[[str], str | None]
+    call: Callable[[str], Any]
+
+
+def _operators(device: str) -> tuple[Operator, ...]:
+    from sparseattn.ops import block_sparse, bsr, dispatch, merge, paged, scores
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k = (torch.randn(1, 128, heads, 64, device=device, dtype=dtype) for heads in (2, 1))
+    numbers = torch.arange(9, dtype=torch.int32, device=device)
+    pages = k.view(8, 16, 1, 64)
+    cache = paged.PagedCache(pages, pages, torch.full_like(numbers[:1], 128), numbers[None, :8])
+    token, lse = q[0, :1], torch.zeros((2, 1), device=device)
+    rows = bsr.make_rows(numbers, 4 * numbers[:8], (16, 4), seq_lens=(128, 128))
+    portable, everything = dispatch.IMPLEMENTATIONS, block_sparse.IMPLEMENTATIONS
+    return (
+        Operator(
+            "block_sparse", everything, lambda impl: block_sparse.unsupported_reason(q, k, k, impl=impl),
+            lambda impl: block_sparse.block_sparse_attention(q, k, k, impl=impl),
+        ),
+        Operator(
+            "paged", paged.IMPLEMENTATIONS, lambda impl: paged.unsupported_reason(token, cache, impl=impl),
+            lambda impl: paged.paged_attention(token, cache, impl=impl),
+        ),
+        Operator(
+            "bsr", everything, lambda impl: bsr.unsupported_reason(q, k, k, rows, impl=impl),
+            lambda impl: bsr.attend_rows(q, k, k, rows, impl=impl),
+        ),
+        Operator(
+            "merge", portable, lambda impl: merge.unsupported_reason(token, impl),
+            lambda impl: merge.merge_state(token, lse, token, lse, impl=impl),
+        ),
+        Operator(
+            "landmark", everything, lambda impl: scores.unsupported_landmark_reason(q, k, impl=impl),
+            lambda impl: sparseattn.landmark(q, k, impl=impl),
+        ),
+        Operator(
+            "scores", portable, lambda impl: scores.unsupported_reason(q, k, impl=impl),
+            lambda impl: sparseattn.xattention(q, k, impl=impl),
+        ),
+    )  # fmt: skip
+
+
+def _implementations() -> Iterator[Finding]:
+    """Ask every implementation of every operator whether it would run, and let those that would run."""
     section = "Implementations"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    q, k = (torch.randn(1, 256, heads, 64, device=device, dtype=dtype) for heads in (2, 1))
-
-    def attention(impl: str) -> Any:
-        return block_sparse.block_sparse_attention(q, k, k, impl=impl)
-
-    def select(impl: str) -> Any:
-        return sparseattn.xattention(q, k, impl=impl)
-
-    operators = (
-        ("block_sparse", attention, lambda impl: block_sparse.unsupported_reason(q, k, k, impl=impl)),
-        ("scores", select, lambda impl: scores.unsupported_reason(q, k, impl=impl)),
-    )
-    implementations = {"block_sparse": block_sparse.IMPLEMENTATIONS, "scores": dispatch.IMPLEMENTATIONS}
-    for name, call, unsupported in operators:
-        for impl in implementations[name]:
-            line = f"{name}, {impl}"
-            reason = _attempt(lambda impl=impl, unsupported=unsupported: unsupported(impl))
+    for operator in _operators(device):
+        for impl in operator.implementations:
+            line = f"{operator.name}, {impl}"
+            reason = _attempt(partial(operator.unsupported, impl))
             if isinstance(reason, Exception):
                 yield Finding(section, line, BROKEN, f"asking it failed: {_first_line(reason)}")
             elif reason is not None:
-                # Without Triton there is still the reference; on a GPU it is what makes this library worth having.
-                yield Finding(section, line, WARNING if device == "cuda" else ABSENT, reason)
+                # Hopper's kernels are one chip's, but without Triton a GPU has nothing that runs at speed.
+                status = WARNING if device == "cuda" and impl == "triton" else ABSENT
+                yield Finding(section, line, status, reason)
             else:
-                failure = _attempt(lambda impl=impl, call=call: call(impl))
+                failure = _attempt(partial(operator.call, impl))
                 broken = isinstance(failure, Exception)
                 detail = f"failed: {_first_line(failure)}" if broken else f"runs on {device}"
                 yield Finding(section, line, BROKEN if broken else OK, detail)

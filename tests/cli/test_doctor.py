@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import pkgutil
 import subprocess
 import sys
 
@@ -23,6 +24,16 @@ def test_reports_and_succeeds(invoke) -> None:
     for word in ("Versions", "Device", "Implementations", "block_sparse, reference", "scores, triton"):
         assert word in result.stdout
     assert "Nothing is broken." in result.stdout
+
+
+def test_every_operator_is_asked() -> None:
+    """The folders of ``ops``, and the selector that has kernels of its own for Hopper."""
+    ops = importlib.import_module("sparseattn.ops")
+    folders = {module.name for module in pkgutil.iter_modules(ops.__path__) if module.ispkg}
+    found = [f for f in doctor._implementations() if f.section == "Implementations"]
+    assert {f.name.partition(",")[0] for f in found} == folders | {"landmark"}
+    assert {f.status for f in found} <= {doctor.OK, doctor.ABSENT}
+    assert {f.name for f in found if f.status == doctor.OK} >= {f"{name}, reference" for name in folders}
 
 
 def test_json(invoke) -> None:
