@@ -13,7 +13,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sparseattn.cli.common import UserError, clean_errors, describe_device, notes, pick_device, settle_threads
+from sparseattn.cli.common import (
+    UserError,
+    check_writable,
+    clean_errors,
+    describe_device,
+    notes,
+    pick_device,
+    settle_threads,
+)
 from sparseattn.ops.block_sparse import IMPLEMENTATIONS, block_sparse_attention, unsupported_reason
 from sparseattn.ops.dispatch import implementations
 from sparseattn.testing import baselines
@@ -82,6 +90,8 @@ def bench(
     seq = (16384 if on_gpu else 2048) if seq is None else seq
     densities = sorted(set(density or DENSITIES), reverse=True)
     _check(seq, heads, kv_heads, head_dim, block, densities, dtype, impl, budget)
+    if json is not None:
+        check_writable("--json", json)
     settle_threads(place)
     shape = f"{seq:,} tokens, {heads} query and {kv_heads} KV heads of {head_dim}, {dtype}, blocks of {block}"
     notes.print(f"[bold]{shape}[/] on [bold]{describe_device(place)}[/]")
@@ -89,10 +99,12 @@ def bench(
         notes.print(" ".join(ON_CPU.split("\n")))
     ops = ("forward", "backward") if backward else ("forward",)
     common = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block": block, "dtype": dtype}
+    problems = [[Problem(op, seq, share, device=place, **common) for share in densities] for op in ops]  # type: ignore[arg-type]
+    for one_pass in problems:
+        _check_impl(one_pass[0], impl)
     entries: list[Entry] = []
-    for op in ops:
-        problems = [Problem(op, seq, share, device=place, **common) for share in densities]  # type: ignore[arg-type]
-        entries += _measure(problems, impl, flex and on_gpu, 1e3 * budget)
+    for one_pass in problems:
+        entries += _measure(one_pass, impl, flex and on_gpu, 1e3 * budget)
     if json is not None:
         _write(json, {"device": describe_device(place), "seq": seq, **common}, entries)
     _report(entries, ops)
@@ -128,14 +140,22 @@ def _check(
         raise UserError(f"--budget: expected more than 0 seconds, got {budget:g}.")
 
 
+def _check_impl(problem: Problem, impl: str) -> None:
+    """Complain about an implementation that cannot run a pass, before any is timed.
+
+    Raises:
+        UserError: With the reason.
+    """
+    reason = unsupported_reason(*problem.qkv, problem.mask, gradients=problem.op == "backward", impl=impl)
+    if reason is not None:
+        raise UserError(f"--impl: {impl!r} cannot run the {problem.op} pass: {reason}")
+
+
 def _measure(problems: list[Problem], impl: str, flex: bool, budget_ms: float) -> Iterator[Entry]:
     """Dense attention once, block-sparse attention at every density."""
     # Dense attention is held against, and counted as, the mask that keeps everything.
     first = problems[0]
     dense = first if first.density == 1 else replace(first, density=1.0)
-    reason = unsupported_reason(*first.qkv, first.mask, impl=impl)
-    if reason is not None:
-        raise UserError(f"--impl: {impl!r} cannot run this: {reason}")
     baseline = {SDPA: False, CUDNN: True} if first.device.type == "cuda" else {SDPA: False}
     for name, cudnn in baseline.items():
         yield _entry(dense, name, 1.0, partial(baselines.sdpa, *dense.qkv, cudnn=cudnn), budget_ms)
@@ -148,10 +168,11 @@ def _measure(problems: list[Problem], impl: str, flex: bool, budget_ms: float) -
 
 
 def _ours(problem: Problem, impl: str, masked: bool = True) -> baselines.Prepared:
-    """Our operator, over the mask or dense, and which implementation that is."""
+    """Our operator, over the mask or dense, and which implementation runs the pass that is timed."""
     mask = problem.mask if masked else None
     names = implementations(impl, problem.qkv[0])
-    runs = [name for name in names if unsupported_reason(*problem.qkv, mask, impl=name) is None]
+    gradients = problem.op == "backward"
+    runs = [name for name in names if unsupported_reason(*problem.qkv, mask, gradients=gradients, impl=name) is None]
     return partial(block_sparse_attention, *problem.qkv, mask, impl=impl), {"impl": runs[0] if runs else impl}  # type: ignore[return-value]
 
 

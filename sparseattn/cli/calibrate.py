@@ -12,6 +12,7 @@ from torch import Tensor
 from sparseattn.cli.common import (
     Loaded,
     UserError,
+    check_writable,
     clean_errors,
     describe_device,
     load_model,
@@ -46,6 +47,7 @@ def calibrate(
 ) -> None:
     """Fit a threshold for every layer and head of a model; every prompt keeps its share of attention mass."""
     own = parse_options(method, option or ()).method_options
+    check_writable("--out", out)
     place = pick_device(device)
     settle_threads(place)
     loaded = load_model(model, place, dtype)

@@ -221,6 +221,22 @@ def read_prompt(file: Path) -> str:
     return text
 
 
+def check_writable(option: str, path: Path) -> None:
+    """See that a file can be written before minutes are spent on what goes into it.
+
+    Raises:
+        UserError: It cannot.
+    """
+    there = path.exists()
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{option}: cannot write {str(path)!r} ({error.strerror}).") from error
+
+
 def make_folder(folder: Path) -> Path:
     """Create a folder for results.
 

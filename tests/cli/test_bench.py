@@ -117,7 +117,35 @@ def test_bad_input(invoke, arguments: tuple, message: str) -> None:
 def test_an_implementation_that_cannot_says_why(invoke) -> None:
     result = invoke(*SMALL, "--impl", "triton", "--head-dim", 1000)
     assert result.exit_code == 2
-    assert "--impl: 'triton' cannot run this: " in " ".join(result.stderr.split())
+    assert "--impl: 'triton' cannot run the forward pass: " in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("arguments", [("--json", "/no/such/folder/rows.json"), ("--impl", "gluon", "--backward")])
+def test_what_must_fail_fails_before_anything_is_timed(
+    invoke, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("timed")
+
+    def no_gradients(*_: object, gradients: bool = False, impl: str) -> str | None:
+        return "has no such gradients" if gradients and impl == "gluon" else None
+
+    monkeypatch.setattr(bench, "_measure", refuse)
+    monkeypatch.setattr(bench, "unsupported_reason", no_gradients)
+    assert invoke(*SMALL, *arguments).exit_code == 2
+
+
+def test_a_line_names_who_runs_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head dimensions and blocks exist whose forward pass is Gluon's and whose backward pass is Triton's."""
+
+    def no_gradients(*_: object, gradients: bool = False, impl: str) -> str | None:
+        return "has no such gradients" if gradients and impl == "gluon" else None
+
+    monkeypatch.setattr(bench, "implementations", lambda impl, t: ("gluon", "triton"))
+    monkeypatch.setattr(bench, "unsupported_reason", no_gradients)
+    shape = {"heads": 2, "kv_heads": 1, "head_dim": 16, "block": 32, "dtype": "fp32", "device": torch.device("cpu")}
+    ran = [bench._ours(Problem(op, 64, 1.0, **shape), "auto")[1]["impl"] for op in ("forward", "backward")]
+    assert ran == ["gluon", "triton"]
 
 
 @pytest.mark.gpu

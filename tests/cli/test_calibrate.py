@@ -49,10 +49,19 @@ def test_prompts_from_files(invoke: Callable[..., Any], prompt: tuple[Path, str]
         (("--length", "10"), "--length"),
         (("--prompts", "0"), "--prompts"),
         (("--prompt-file", "no-such-file"), "--prompt-file"),
+        (("--out", "/no/such/folder/table.json"), "--out: cannot write '/no/such/folder/table.json'"),
     ],
 )
-def test_bad_input_is_one_line(arguments: tuple[str, ...], message: str, invoke: Callable[..., Any]) -> None:
+def test_bad_input_is_one_line(
+    arguments: tuple[str, ...],
+    message: str,
+    invoke: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
     result = invoke("calibrate", MODEL, "--out", "table.json", "--device", "cpu", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
