@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -361,12 +362,18 @@ def cell(form: Form | None) -> str:
     return "" if form is None else "<br>".join(f"`{line}`" for line in form.code.splitlines())
 
 
+def implementations(operators: list[str]) -> list[str]:
+    """Who may compute a name: Gluon where some of its operators have kernels for Hopper."""
+    hopper = any(find_spec(f"sparseattn.ops.{operator}.gluon") for operator in operators)
+    return [*(["Gluon"] if hopper else []), "Triton", "PyTorch"]
+
+
 def table() -> str:
     """The table of ``docs/flashinfer.md``, in markdown."""
     lines = [["name", "FlashInfer's form", "the documents' form", "computed by", "notes"], ["---"] * 5]
     for entry in ENTRIES:
         operators = sorted({operator for form in entry.forms.values() for operator in form.operators})
-        computed = f"{', '.join(operators)}: Triton, PyTorch" if operators else "PyTorch"
+        computed = f"{', '.join(operators)}: {', '.join(implementations(operators))}" if operators else "PyTorch"
         cells = [cell(entry.real), cell(entry.documented), computed, entry.notes]
         lines.append([f"`{entry.name}`", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -44,6 +44,13 @@ def test_forms_compute_what_they_should(
     assert ran == {f"ops.{operator}.{impl}" for operator in form.operators}
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("entry", "kind"), FORMS, ids=[f"{entry.name}-{kind}" for entry, kind in FORMS])
+def test_forms_run_on_what_a_gpu_chooses(entry: Entry, kind: str) -> None:
+    """Hopper's kernels among it, which are nobody's choice above."""
+    entry.forms[kind].run(sparseattn.flashinfer, "cuda")
+
+
 def public(module: Any) -> set[str]:
     """Functions and classes that a module shows."""
     return {name for name, value in vars(module).items() if callable(value) and not name.startswith("_")}
