@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from block_sparse_cases import CASES, Case, Problem, build, dense_result
+from block_sparse_cases import CASES, Case, Problem, build, dense_result, with_gradients, worst_eager
 
+from sparseattn.ops.block_sparse import block_sparse_attention, library
 from sparseattn.ops.block_sparse.checks import make_geometry
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.sequences import resolve_sequences
@@ -125,3 +127,76 @@ def test_future_keys_change_no_bit(emulated) -> None:
     after = emulated().forward(*problem[:3], None, g)[0]
     assert torch.equal(before[:, :200], after[:, :200])
     assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"dtype": torch.float32}, "bfloat16 and float16, not torch.float32"),
+        ({"scale": -1.0}, "a positive scale, not -1.0"),
+        ({"dim": (264, 64)}, "up to 256 in multiples of 8, not 264 of q and k"),
+        ({"dim": (64, 20)}, "up to 256 in multiples of 8, not 20 of v"),
+        ({"block": (64, 48)}, "KV blocks of 16, 32, 64 or multiples of"),
+        ({"block": (64, 32)}, None),
+    ],
+    ids=str,
+)
+def test_reasons_name_what_does_not_fit(fields: dict[str, Any], words: str | None) -> None:
+    from sparseattn.ops.block_sparse import gluon
+
+    case = Case("reason", **{"dim": (64, 64), "dtype": F16, **fields})
+    problem = build(case, DEVICE)
+    reason = gluon.refusal(*problem[:3], _geometry(case, problem))
+    assert reason is None if words is None else words in reason
+
+
+def test_reasons_for_strides() -> None:
+    from sparseattn.ops.block_sparse import gluon
+
+    case = Case("reason", dim=(64, 64), dtype=F16, batch=2)
+    q, k, v = build(case, DEVICE)[:3]
+    g = _geometry(case, build(case, DEVICE))
+    wide = q.repeat_interleave(2, 3)
+    assert "q aligned to 16 bytes with rows of stride 1" in gluon.refusal(wide[..., ::2], k, v, g)
+    assert "k aligned to 16 bytes" in gluon.refusal(q, wide[..., 4:68], v, g)
+    assert "no expanded v" in gluon.refusal(q, k, v[:, :, :1].expand(v.shape), g)
+    rows = (
+        torch.empty((2, 65, 2, 64), dtype=F16, device=DEVICE)
+        .view(-1)[: 2 * 8296]
+        .as_strided(k.shape, (8264, 128, 64, 1))
+    )
+    assert "batch stride to be a multiple of its row stride" in gluon.refusal(q, rows, v, g)
+
+
+def test_gradients_that_hopper_lacks_are_tritons(emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "auto" runs the forward pass of such a call in Gluon all the same."""
+    from sparseattn.ops.block_sparse import triton
+
+    case = Case("small-blocks", seq=(100, 140), heads=(2, 1), dim=(64, 64), block=(64, 32), mask_heads=1, dtype=F16)
+    gluon, ran = emulated(), []
+    if not ON_HOPPER:
+        monkeypatch.setattr(library, "implementations", lambda impl, t: ("gluon", "triton"))
+        monkeypatch.setattr(library, "_attend", lambda q, k, v, sinks, impl, g: gluon.forward(q, k, v, sinks, g))
+
+        def refusal(q, k, v, g, gradients=None) -> str | None:
+            return gluon.refusal(q, k, v, g) or (gradients and gluon.unsupported_backward_reason(q, k, v, g))
+
+        monkeypatch.setattr(gluon, "unsupported_reason", refusal)
+
+    def noted(name: str, run: Any) -> Any:
+        return lambda *args, **options: (ran.append(name), run(*args, **options))[1]
+
+    monkeypatch.setattr(gluon, "forward", noted("forward", gluon.forward))
+    monkeypatch.setattr(triton, "backward", noted("backward", triton.backward))
+    problem = build(case, DEVICE)
+    oracle = with_gradients(lambda *t: dense_result(case, problem, *t), problem, torch.float64)
+    eager = worst_eager(case, problem, oracle)
+
+    def attend(q, k, v, sinks):
+        return block_sparse_attention(q, k, v, problem.mask, return_lse=True)
+
+    actual = with_gradients(attend, problem, case.dtype)
+    for name, got in actual.items():
+        assert_close_to_oracle(got, oracle[name], eager[name], name=name)
+    assert ran[-1] == "backward"
+    assert ON_HOPPER or ran == ["forward", "backward"]  # a GPU repeats launches of its own

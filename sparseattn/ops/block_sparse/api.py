@@ -77,8 +77,8 @@ def block_sparse_attention(
         return_lse: Also return the LSE.
         deterministic: Gradients must be the same bits in every run, which "gluon" then computes by another, slower
             kernel. Outputs always are, and so are gradients of the other implementations.
-        impl: "auto" (on CUDA Gluon where it can, else Triton; reference on CPU), "gluon" (Hopper), "triton" or
-            "reference".
+        impl: "auto" (on CUDA Gluon where it can, else Triton, for either pass by itself; reference on CPU), "gluon"
+            (Hopper; no gradients of head dims past 128, of small and of variable blocks), "triton" or "reference".
 
     Returns:
         ``o`` ``[B, Sq, Hq, Dv]`` (packed ``[total_q, Hq, Dv]``) in q's dtype, contiguous; with ``return_lse`` also
