@@ -33,7 +33,9 @@ def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Ten
     Returns:
         The merged ``v`` in its dtype and ``s`` in float32 (float64 for float64).
     """
-    v, s = merge.merge_state(v_a, _sums(s_a, v_a), v_b, _sums(s_b, v_a), base=2)
+    sums_a = _sums("s_a", s_a, "v_a", v_a)
+    _check_other("v_b", v_b, "v_a", v_a)
+    v, s = merge.merge_state(v_a, sums_a, v_b, _sums("s_b", s_b, "v_b", v_b), base=2)
     return v, s.transpose(-1, -2).contiguous()
 
 
@@ -47,8 +49,9 @@ def merge_state_in_place(v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor,
         s_other: As ``s``.
         mask: bool ``[tokens]``; rows where it is False stay as they are. None: all are merged.
     """
-    sums = _sums(s, v)
-    merge.merge_state_(v, sums, v_other, _sums(s_other, v), mask=mask, base=2)
+    sums = _sums("s", s, "v", v)
+    _check_other("v_other", v_other, "v", v)
+    merge.merge_state_(v, sums, v_other, _sums("s_other", s_other, "v_other", v_other), mask=mask, base=2)
     if sums.dtype != s.dtype:
         s.copy_(sums.transpose(-1, -2))
 
@@ -66,17 +69,29 @@ def merge_states(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     for name, t, expected in (("v", v, "[tokens, n, H, D]"), ("s", s, "[tokens, n, H]")):
         if not isinstance(t, Tensor) or t.dim() != expected.count(",") + 1:
             raise argument_error(name, expected, described(t))
-    merged, sums = merge.merge_states(v.movedim(1, 0), _sums(s.movedim(1, 0), v), base=2)
+    merged, sums = merge.merge_states(v.movedim(1, 0), _sums("s", s, "v", v).transpose(0, 2), base=2)
     return merged, sums.t().contiguous()
 
 
-def _sums(s: Tensor, v: Tensor) -> Tensor:
+def _sums(name: str, s: Tensor, of: str, v: Tensor) -> Tensor:
     """LSE ``[..., tokens, H]`` as ``[..., H, tokens]``, in the dtype that goes with ``v``; a view where it can be."""
-    for name, t, rank in (("v", v, 3), ("s", s, 2)):
+    for what, t, rank in ((of, v, 3), (name, s, 2)):
         if not isinstance(t, Tensor) or not t.is_floating_point() or t.dim() < rank:
             got = f"{t.dtype} {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
-            raise argument_error(name, f"a float tensor of {rank} dimensions", got, kind=TypeError)
+            raise argument_error(what, f"a float tensor of {rank} dimensions", got, kind=TypeError)
+    if s.shape != v.shape[:-1]:
+        raise argument_error(name, f"shape {tuple(v.shape[:-1])} like {of}, tokens first", tuple(s.shape))
     return s.to(torch.float64 if v.dtype == torch.float64 else torch.float32).transpose(-1, -2)
+
+
+def _check_other(name: str, other: Tensor, of: str, v: Tensor) -> None:
+    """Raise unless two states can be merged."""
+    if not isinstance(other, Tensor) or other.dtype != v.dtype:
+        raise argument_error(
+            name, f"{v.dtype} like {of}", getattr(other, "dtype", type(other).__name__), kind=TypeError
+        )
+    if other.shape != v.shape:
+        raise argument_error(name, f"shape {tuple(v.shape)} like {of}", tuple(other.shape))
 
 
 class MultiLevelCascadeAttentionWrapper(Wrapper):

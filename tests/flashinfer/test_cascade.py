@@ -75,12 +75,18 @@ def test_merging_in_place(masked: bool, lse_dtype: torch.dtype, device: str):
 
 def test_bad_states():
     v, s = torch.randn(3, 2, 8), torch.randn(3, 2)
-    with pytest.raises(ValueError, match="lse_b"):
+    with pytest.raises(ValueError, match=r"s_b: expected shape \(3, 2\) like v_b, tokens first, got \(2, 2\)"):
         merge_state(v, s, v, s[:2])
-    with pytest.raises(TypeError, match="o_b"):
+    with pytest.raises(ValueError, match=r"s_a: expected shape \(3, 2\) like v_a, tokens first, got \(2, 3\)"):
+        merge_state(v, s.t(), v, s)
+    with pytest.raises(TypeError, match=r"v_b: expected torch.float32 like v_a, got torch.float16"):
         merge_state(v, s, v.half(), s)
+    with pytest.raises(ValueError, match=r"v_other: expected shape \(3, 2, 8\) like v"):
+        merge_state_in_place(v, s, v[:2], s[:2])
     with pytest.raises(ValueError, match="v: expected"):
         merge_states(v, s)
+    with pytest.raises(ValueError, match=r"s: expected shape \(3, 4, 2\) like v, tokens first"):
+        merge_states(v[:, None].expand(-1, 4, -1, -1), s[:, None].expand(-1, 3, -1))
     with pytest.raises(TypeError, match="mask"):
         merge_state_in_place(v, s, v, s, torch.ones(3))
 
