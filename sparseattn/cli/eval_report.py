@@ -91,10 +91,16 @@ def verdict(rows: list[EvalRow]) -> str:
         rest = sorted((row for row in fair if row.accuracy < most), key=lambda row: -row.accuracy)
         bar = "" if dense is None else f" (dense: {100 * dense.accuracy:.0f} %)"
         behind = f"; {', '.join(f'{row.label} {100 * row.accuracy:.0f}' for row in rest)}" if rest else ""
-        said.append(
-            f"{name}: at {100 * min(asked):g} % of the blocks most answers are kept by "
-            f"{', '.join(row.label for row in best)}: {100 * most:.0f} %{bar}{behind}."
+        missed = [row for row in least if row not in fair and row.method != "oracle"]
+        above = ", ".join(f"{row.label} ({100 * row.density:.0f} %)" for row in missed)
+        who = ", ".join(row.label for row in best)
+        kept = (
+            f"most answers are kept by {who}: {100 * most:.0f} %{bar}{behind}"
+            if most
+            else f"no answer is kept by {who}{bar}"
         )
+        left_out = f" Not compared, since they kept more blocks: {above}." if missed else ""
+        said.append(f"{name}: at {100 * min(asked):g} % of the blocks {kept}.{left_out}")
     return "\n".join(said) or "Dense attention alone: nothing to compare."
 
 
