@@ -94,7 +94,8 @@ def test_verdicts() -> None:
     assert verdict(tie).endswith("kept by landmark, topk: 90 % (dense: 100 %).")
     above = verdict([*tie, row("bound", 0.1, 0.15, 10), row("oracle", 0.1, 0.3, 10)])
     assert above.endswith(": 90 % (dense: 100 %). Not compared, since they kept more blocks: bound (15 %).")
-    assert verdict([ROWS[0], row("topk", 0.1, 0.1, 0)]).endswith("of the blocks no answer is kept by topk (dense: 100 %).")
+    nothing = verdict([ROWS[0], row("topk", 0.1, 0.1, 0)])
+    assert nothing.endswith("of the blocks no answer is kept by topk (dense: 100 %).")
     assert needle_map([]) is None
 
 
