@@ -235,6 +235,7 @@ def test_selection_in_a_cuda_graph_and_at_new_lengths() -> None:
     q, k = (x.to("cuda", torch.bfloat16) for x in make(3000, 3000, dim=64))
     config = FlexPrefillConfig(tau=0.2, min_budget=128)
     expected = flexprefill(q, k, config).to_blocks()
+    flexprefill(*(x.to("cuda", torch.bfloat16) for x in make(100, 100, dim=64)), config)  # short rows have a kernel
     before = compiled()
     for sq, sk in ((2049, 4000), (77, 4099), (16, 16)):
         flexprefill(*(x.to("cuda", torch.bfloat16) for x in make(sq, sk, dim=64)), config)

@@ -241,7 +241,7 @@ def make_call(q: Tensor, k: Tensor, v: Tensor, rows: BlockRows, impl: str, given
         )  # fmt: skip
         # Small blocks have lists for Hopper's kernels alone.
         if not rows.small or (
-            impl in ("auto", "gluon") and block_sparse_library.resolve_call(q, k, v, g, "gluon")[1] is None
+            "gluon" in implementations(impl, q) and block_sparse_library.resolve_call(q, k, v, g, "gluon")[1] is None
         ):
             return Call(None, g)
     if given.sinks is not None:

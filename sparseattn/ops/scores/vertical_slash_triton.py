@@ -22,7 +22,8 @@ from sparseattn.ops.sequences import Sequences
 
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
 _LENGTHS = ["max_q", "max_k", "length", "step", "shift", "chunks", "chunk", "rows", "entries", "columns"]
-_VIEWS = ["q_start_ptr", "q_end_ptr", "k_start_ptr", "k_end_ptr", "values_ptr", "need_ptr", "mass_ptr"]
+# Views into larger tensors, and rows that begin where a length has them.
+_VIEWS = ["q_start_ptr", "q_end_ptr", "k_start_ptr", "k_end_ptr", "values_ptr", "need_ptr", "mass_ptr", "selected_ptr"]
 _SHORT = (256, 2048, 16384)  # sizes of rows that a program holds
 _CHUNK = 4096  # values of a longer row that a program goes over
 
