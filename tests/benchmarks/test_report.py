@@ -173,6 +173,13 @@ def test_readme_and_docs_show_the_committed_rows() -> None:
         assert document == report.inject(document, text), advice
 
 
+def test_the_chinese_page_says_what_every_table_is() -> None:
+    """Tables are generated in English; what stands above them is not."""
+    text, _, tables = (ROOT / "README_ZH.md").read_text(encoding="utf-8").partition(report.BEGIN)
+    shown = tables.partition(report.END)[0].count("\n| ---")
+    assert [f"第{number}张表" in text for number in "一二三四五六"] == [i < shown for i in range(6)]
+
+
 def test_every_committed_row_has_a_name() -> None:
     for one in report.read(harness.RESULTS.glob("*.jsonl")):
         names = {"paged": paged_report.NAMES, "selectors": selector_report.NAMES}.get(one["bench"], report.NAMES)
