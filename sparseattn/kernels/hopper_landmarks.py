@@ -26,7 +26,7 @@ from sparseattn.kernels.hopper_masses import TILE, keep_masses, mass_layout, wri
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
 NUMBERS = [
     "bounds_stride_b", "max_q", "max_k", "k_rows", "num_rows", "num_columns", "landmark_rows", "strip_rows",
-    "first_row", "rows_here", "items",
+    "first_row", "rows_here", "items", "batch",
 ]  # fmt: skip
 
 
