@@ -44,6 +44,26 @@ def test_no_queries_select_nothing(method: str, device: str) -> None:
     assert selectors.get(method).select(q, k).kv_num_blocks.shape[2] == 0  # with the defaults, too
 
 
+@methods
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_the_ranges_that_selected_attend(method: str, side: str, device: str) -> None:
+    """Of one side alone, too: a cache that is longer than its content, or padded queries."""
+    q, k, v = structured_qkv(300, 4, 2, 32, torch.float32, device)
+    rows, (start, stop) = q[:, -40:], (3, 38) if side == "q" else (20, 290)
+    ranges = torch.tensor([[start, stop]], dtype=torch.int32, device=device)
+    mask = _select(method, rows, k, **{f"ranges_{side}": ranges})
+    assert mask.seqused_q is not None
+    assert mask.seqused_k is not None
+    o = block_sparse_attention(rows, k, v, mask, **{f"ranges_{side}": ranges})
+    inside = slice(start, stop)
+    alone = (rows[:, inside], k, v) if side == "q" else (rows, k[:, inside], v[:, inside])
+    expected = block_sparse_attention(*alone, _select(method, *alone[:2]))
+    if side == "q":
+        assert (o[:, :start] == 0).all()
+        o = o[:, inside]
+    torch.testing.assert_close(o, expected)
+
+
 def _corrected(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """Dense attention over the visible keys and, for each block that a row skips and sees whole, over its mean.
 

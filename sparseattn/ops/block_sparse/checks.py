@@ -137,7 +137,8 @@ def _check_mask(mask: BlockMask | VariableBlockMask, q: Tensor, k: Tensor, seq: 
         raise argument_error("mask", f"1, Hkv = {allowed[1]} or Hq = {allowed[2]} heads", heads)
     if isinstance(mask, VariableBlockMask):
         return
-    if (mask.seqused_q is not None and seq.q_start is None) or (mask.seqused_k is not None and seq.k_start is None):
+    # One side may be whole while the other is not; a mask that is ragged states both.
+    if not seq.ragged and (mask.seqused_q is not None or mask.seqused_k is not None):
         raise argument_error(
             "mask",
             "a mask for whole rows, since no ranges were given",
