@@ -22,7 +22,7 @@ test: lint
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m mypy
+	MYPY_NUM_WORKERS=2 $(BIN)/python -m mypy
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build --wheel --no-isolation
