@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import types
 
 import pytest
 import torch
@@ -13,6 +14,31 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
+
+def _patch_triton_once() -> None:
+    """Let Triton's interpreter replace its language once.
+
+    It does so at every launch, and again at every call of a device function, in more time than most kernels here take.
+    Nothing in this process compiles, so nothing needs the language back.
+    """
+    try:
+        import triton.experimental.gluon.language  # takes over parts of the language as they are before the change
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch, done = interpreter._patch_lang, []
+
+    def patch_once(fn: object) -> object:
+        if not done:
+            done.append(patch(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})))
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _patch_triton_once()
 
 # Warnings of other people's code that no change of ours can mend.
 FOREIGN_WARNINGS = (

@@ -202,71 +202,107 @@ class Pointer:
         return types.SimpleNamespace(element_ty=self.memory.dtype)
 
     def check(self, index: Tensor) -> Tensor:
-        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= self.memory.numel()):
-            raise EmulationError("an address outside of its tensor's memory")
+        if index.numel():
+            first, last = index.aminmax()
+            self._check(int(first), int(last))
         return index
+
+    def _check(self, first: int, last: int) -> None:
+        if first < 0 or last >= self.memory.numel():
+            raise EmulationError("an address outside of its tensor's memory")
+
+    def strided(self, first: int, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+        """A view of the memory, whose strides are not negative."""
+        self._check(first, first + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)))
+        return self.memory.as_strided(shape, strides, first)
+
+    def at(self, offset: Any) -> Tensor:
+        """The one element there: a view."""
+        return self.strided(int(offset), (), ())
 
 
 class Memory:
-    """Shared memory: elements of one allocation, and for each logical element its physical place."""
+    """Shared memory: elements of one allocation, and where among them each logical element lies.
+
+    ``cells`` is a view of the elements with two dimensions for each logical one, of which the outer counts the panels
+    that a swizzled layout keeps one after another.
+    """
 
     def __init__(
-        self, storage: Tensor, fenced: Tensor, barriers: dict[int, Barrier], places: Tensor, layout: Any
+        self, storage: Tensor, fenced: Tensor, barriers: dict[int, Barrier], cells: Tensor, layout: Any
     ) -> None:
         self.storage, self.fenced, self.barriers = storage, fenced, barriers
-        self.places, self.layout = places, layout
+        self.cells, self.layout = cells, layout
+        sizes = cells.shape
+        self.shape = tuple(sizes[i] * sizes[i + 1] for i in range(0, len(sizes), 2))
 
     @staticmethod
     def allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Memory:
-        count = math.prod(shape)
-        storage = torch.full((count,), -(2**31) if not torch_dtype(dtype).is_floating_point else math.nan)
-        storage = storage.to(torch_dtype(dtype))
-        fenced = torch.ones(count * storage.element_size(), dtype=torch.bool)
-        return Memory(storage, fenced, {}, places(shape, layout, dtype), layout)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.places.shape)
+        dtype = torch_dtype(dtype)
+        storage = torch.full((math.prod(shape),), math.nan if dtype.is_floating_point else -(2**31), dtype=dtype)
+        fenced = torch.ones(storage.nbytes, dtype=torch.bool)
+        return Memory(storage, fenced, {}, cells(storage, 0, shape, layout), layout)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.storage.dtype
 
-    def _part(self, chosen: Tensor) -> Memory:
-        return Memory(self.storage, self.fenced, self.barriers, chosen, self.layout)
+    @property
+    def first(self) -> int:
+        """Place of the first element."""
+        return self.cells.storage_offset()
+
+    def _part(self, cells: Tensor) -> Memory:
+        return Memory(self.storage, self.fenced, self.barriers, cells, self.layout)
 
     def index(self, i: Any) -> Memory:
         i = int(unwrap(i))
-        if not 0 <= i < self.places.shape[0]:
-            raise EmulationError(f"stage {i} of {self.places.shape[0]}")
-        return self._part(self.places[i])
+        if not 0 <= i < self.shape[0]:
+            raise EmulationError(f"stage {i} of {self.shape[0]}")
+        panel = self.cells.shape[1]
+        return self._part(self.cells[i // panel, i % panel])
 
     def slice(self, start: Any, length: Any, dim: int = 0) -> Memory:
-        return self._part(self.places.narrow(dim, int(unwrap(start)), int(unwrap(length))))
+        start, length = int(unwrap(start)), int(unwrap(length))
+        panel = self.cells.shape[2 * dim + 1]
+        cells = self.cells.narrow(2 * dim, start // panel, -(-length // panel))
+        if length >= panel:
+            assert start % panel == length % panel == 0
+            return self._part(cells)
+        return self._part(cells.narrow(2 * dim + 1, start % panel, length))
 
     def permute(self, order: Sequence[int]) -> Memory:
-        return self._part(self.places.permute(*order))
-
-    def reshape(self, shape: Sequence[int]) -> Memory:
-        return self._part(self.places.reshape(*shape))
+        return self._part(self.cells.permute([2 * i + j for i in order for j in range(2)]))
 
     def load(self, layout: Any = None) -> Tile:
-        return Tile(self.storage[self.places], layout)
+        return Tile(self.read(), layout)
 
     def store(self, tile: Tile) -> None:
         if tuple(tile.shape) != self.shape:
             raise EmulationError(f"a tile of shape {tile.shape} stored to memory of shape {self.shape}")
-        self.storage[self.places] = tile.data.to(self.storage.dtype)
-        first_bytes = self.places * self.storage.element_size()
-        self.fenced[first_bytes] = False
-        context().written.append((self.fenced, first_bytes))
+        self.write(tile.data)
+        context().written.append(self.unfence())
 
-    def _fenced(self) -> Tensor:
-        return self.fenced[self.places * self.storage.element_size()]
+    def read(self) -> Tensor:
+        """A copy of the elements."""
+        return self.cells.clone().reshape(self.shape)
+
+    def write(self, data: Tensor) -> None:
+        self.cells.copy_(data.reshape(self.cells.shape))
+
+    def flags(self) -> Tensor:
+        """Of each element, whether the asynchronous units see it: a view, of its first byte's flag."""
+        size = self.storage.element_size()
+        strides = [stride * size for stride in self.cells.stride()]
+        return self.fenced.as_strided(self.cells.shape, strides, self.first * size)
+
+    def unfence(self) -> Tensor:
+        """Note an ordinary write; returns the flags that a fence sets."""
+        return self.flags().fill_(False)
 
     def check_fenced(self) -> None:
         """What the copy engine reads must have been fenced."""
-        if not bool(self._fenced().all()):
+        if not bool(self.flags().all()):
             raise EmulationError("a tensor-map store reads shared memory that was written without a fence")
 
     def operand(self) -> Tensor:
@@ -274,36 +310,38 @@ class Memory:
 
         No error, because a kernel may drop a product whose operands another warpgroup is still writing.
         """
-        return self.storage[self.places].masked_fill(~self._fenced(), math.nan)
+        flags = self.flags()
+        if bool(flags.all()):
+            return self.read()
+        return self.cells.masked_fill(~flags, math.nan).reshape(self.shape)
 
 
-def places(shape: Sequence[int], layout: Any, dtype: Any) -> Tensor:
-    """Physical place of each element: swizzled layouts keep panels of 128 bytes a row one after another."""
+def cells(storage: Tensor, first: int, shape: Sequence[int], layout: Any) -> Tensor:
+    """The view that ``Memory`` keeps: swizzled layouts keep panels of 128 bytes a row one after another."""
     shape = [int(unwrap(n)) for n in shape]
     width = getattr(layout, "swizzle_byte_width", 0)
-    panel = width // torch_dtype(dtype).itemsize if width else 0
+    panel = width // storage.element_size()
     rank = getattr(layout, "rank", len(shape))
-    plain = torch.arange(math.prod(shape)).reshape(shape)
     if not panel or shape[-1] <= panel:
-        return plain
-    inner = shape[-rank:]
-    rows, cols = math.prod(inner[:-1]), inner[-1]
-    tile = torch.arange(rows * cols).reshape(cols // panel, rows, panel).permute(1, 0, 2).reshape(inner)
-    lead = torch.arange(math.prod(shape[:-rank])).reshape(*shape[:-rank], *([1] * rank)) * (rows * cols)
-    return lead + tile
+        panel = shape[-1]
+    lead, inner, panels = shape[:-rank], shape[-rank:-1], shape[-1] // panel
+    physical = storage[first : first + math.prod(shape)].view(*lead, panels, *inner, panel)
+    physical = physical.movedim(len(lead), -2)
+    for dim in range(len(shape) - 1):
+        physical = physical.unsqueeze(2 * dim)
+    return physical
 
 
 def view(memory: Memory, dtype: Any, shape: Any, layout: Any) -> Memory:
     """The same bytes under another dtype, shape and layout."""
-    order = memory.places.reshape(-1).sort().values
-    base = int(order[0])
-    if not torch.equal(order, torch.arange(base, base + order.numel())):
-        raise EmulationError("a view of memory that is not one piece")
-    layout = unwrap(layout)
-    shape = [int(unwrap(n)) for n in unwrap(shape)]
-    storage = memory.storage.view(torch_dtype(dtype))
-    first = base * memory.storage.element_size() // storage.element_size()
-    return Memory(storage, memory.fenced, memory.barriers, first + places(shape, layout, dtype), layout)
+    count = 1
+    for stride, size in sorted(zip(memory.cells.stride(), memory.cells.shape, strict=True)):
+        if size > 1 and stride != count:
+            raise EmulationError("a view of memory that is not one piece")
+        count *= size
+    layout, storage = unwrap(layout), memory.storage.view(torch_dtype(dtype))
+    first = memory.first * memory.storage.element_size() // storage.element_size()
+    return Memory(storage, memory.fenced, memory.barriers, cells(storage, first, unwrap(shape), layout), layout)
 
 
 class Context(threading.local):
@@ -387,7 +425,7 @@ class World:
 class Barrier:
     def __init__(self) -> None:
         self.count = self.pending = self.phase = self.bytes = 0
-        self.copied: list[tuple[Tensor, Tensor]] = []
+        self.copied: list[Tensor] = []
 
     def settle(self) -> None:
         if self.count and self.pending == 0 and self.bytes == 0:
@@ -398,7 +436,7 @@ class Barrier:
 
 
 def barrier(memory: Memory) -> Barrier:
-    return memory.barriers.setdefault(int(memory.places.reshape(-1)[0]), Barrier())
+    return memory.barriers.setdefault(memory.first, Barrier())
 
 
 class mbarrier:
@@ -438,7 +476,7 @@ class mbarrier:
             if parity not in (0, 1):
                 raise EmulationError(f"a parity of {parity}")
             b = barrier(memory)
-            context().world.wait(lambda: b.phase != parity, f"barrier {memory.places.reshape(-1)[0]} parity {parity}")
+            context().world.wait(lambda: b.phase != parity, f"barrier {memory.first} parity {parity}")
             context().written.extend(b.copied)  # what threads have copied is for whoever waits to fence
 
 
@@ -454,22 +492,26 @@ class Descriptor:
         self.block_type = types.SimpleNamespace(shape=self.box, nbytes=size)
         self.nbytes_per_cta = size
 
-    def addresses(self, coordinates: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Place in the tensor's memory of each element of a box, and whether it lies inside."""
+    def box_at(self, coordinates: Sequence[Any]) -> tuple[Tensor, tuple[slice, ...]]:
+        """What of a box lies inside of the tensor: a view of the tensor's memory, and where in the box that is."""
         at = [int(unwrap(c)) for c in coordinates]
         if any(not -(2**31) <= c < 2**31 for c in at):
             raise EmulationError("a coordinate past 32 bits")
-        size = self.pointer.memory.element_size()
+        memory = self.pointer.memory
+        size = memory.element_size()
         total = sum(c * s for c, s in zip(at, self.strides, strict=True)) * size % 2**64
-        total = (total - 2**64 if total >= 2**63 else total) // size
-        index = torch.full(self.box, total + int(self.pointer.offset))
-        inside = torch.ones(self.box, dtype=torch.bool)
-        for dim, (n, c, s, e) in enumerate(zip(self.box, at, self.strides, self.extent, strict=True)):
-            steps = torch.arange(n).reshape([n if i == dim else 1 for i in range(len(self.box))])
-            index = index + steps * (s if n > 1 else 0)
-            inside = inside & (c + steps >= 0) & (c + steps < e)
-        self.pointer.check(index[inside])
-        return index, inside
+        first = (total - 2**64 if total >= 2**63 else total) // size + int(self.pointer.offset)
+        inside = [
+            (max(0, -c), max(0, -c, min(n, e - c))) for n, c, e in zip(self.box, at, self.extent, strict=True)
+        ]
+        # A dimension of one step has no stride: it may be one that wraps.
+        strides = [s if n > 1 else 0 for n, s in zip(self.box, self.strides, strict=True)]
+        shape = [end - start for start, end in inside]
+        where = tuple(slice(start, end) for start, end in inside)
+        if 0 in shape:
+            return memory.new_empty(shape), where
+        first += sum(start * s for (start, _), s in zip(inside, strides, strict=True))
+        return self.pointer.strided(first, shape, strides), where
 
 
 def async_load(d: Descriptor, coordinates: Any, full: Memory, tile: Memory, pred: Any = True) -> None:
@@ -477,13 +519,13 @@ def async_load(d: Descriptor, coordinates: Any, full: Memory, tile: Memory, pred
         return
     if list(tile.shape) != d.box:
         raise EmulationError(f"a box of {d.box} loaded to memory of shape {tile.shape}")
-    index, inside = d.addresses(coordinates)
-    tile.storage[tile.places] = math.nan
+    source, inside = d.box_at(coordinates)
+    tile.cells.fill_(math.nan)
 
     def copy() -> None:
         data = torch.zeros(d.box, dtype=d.dtype)
-        data[inside] = d.pointer.memory[index[inside]]
-        tile.storage[tile.places] = data
+        data[inside] = source
+        tile.write(data)
         b = barrier(full)
         b.bytes -= d.block_type.nbytes
         b.settle()
@@ -495,14 +537,13 @@ def async_load(d: Descriptor, coordinates: Any, full: Memory, tile: Memory, pred
 def _async_write(d: Descriptor, coordinates: Any, tile: Memory, add: bool) -> None:
     if any(int(unwrap(c)) < 0 for c in coordinates):
         raise EmulationError("a tensor map writes at a negative coordinate: an illegal instruction on an H200")
-    index, inside = d.addresses(coordinates)
+    target, inside = d.box_at(coordinates)
     tile.check_fenced()
     world, done = context().world, [False]
 
     def copy() -> None:
-        data = tile.storage[tile.places][inside]
-        memory, where = d.pointer.memory, index[inside]
-        memory[where] = memory[where] + data if add else data
+        data = tile.read()[inside]
+        target.copy_(target + data if add else data)
         done[0] = True
 
     with world.changed:
@@ -536,11 +577,11 @@ def copy_rows(tile: Memory, pointers: Pointer, mask: Any = None) -> None:
         raise EmulationError(f"{tuple(where.shape)} elements copied to memory of shape {tile.shape}")
     keep = torch.as_tensor(True if mask is None else _data(mask)).expand(where.shape)
     pointers.check(where[keep])
-    tile.storage[tile.places] = math.nan
-    tile.fenced[tile.places * tile.storage.element_size()] = False
+    tile.cells.fill_(math.nan)
+    tile.unfence()
 
     def copy() -> None:
-        tile.storage[tile.places] = torch.where(keep, pointers.memory[torch.where(keep, where, 0)], 0)
+        tile.write(torch.where(keep, pointers.memory[torch.where(keep, where, 0)], 0))
 
     context().copying.append((tile, copy))
 
@@ -559,7 +600,7 @@ class async_copy:
             b = barrier(memory)
             for tile, one in asked:
                 one()
-                b.copied.append((tile.fenced, tile.places * tile.storage.element_size()))
+                b.copied.append(tile.flags())
             b.pending -= 128
             b.settle()
 
@@ -574,7 +615,7 @@ class async_copy:
         def copy() -> None:
             for tile, one in asked:
                 one()
-                context_written.append((tile.fenced, tile.places * tile.storage.element_size()))
+                context_written.append(tile.flags())
             done[0] = True
 
         context_written = context().written
@@ -591,8 +632,8 @@ class async_copy:
 
 
 def fence_async_shared(*_: Any, **__: Any) -> None:
-    for fenced, where in context().written:
-        fenced[where] = True
+    for flags in context().written:
+        flags.fill_(True)
     context().written.clear()
 
 
@@ -624,8 +665,7 @@ def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Any:
     if not isinstance(pointer.offset, Tile):
         if mask is not None and not unwrap(mask):
             return other
-        at = pointer.check(torch.tensor([int(pointer.offset)]))
-        return _wrap(pointer.memory[at].item())
+        return _wrap(pointer.at(pointer.offset).item())
     where = pointer.offset.data
     if mask is None:
         return Tile(pointer.memory[pointer.check(where)], pointer.offset.layout)
