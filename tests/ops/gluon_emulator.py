@@ -501,9 +501,7 @@ class Descriptor:
         size = memory.element_size()
         total = sum(c * s for c, s in zip(at, self.strides, strict=True)) * size % 2**64
         first = (total - 2**64 if total >= 2**63 else total) // size + int(self.pointer.offset)
-        inside = [
-            (max(0, -c), max(0, -c, min(n, e - c))) for n, c, e in zip(self.box, at, self.extent, strict=True)
-        ]
+        inside = [(max(0, -c), max(0, -c, min(n, e - c))) for n, c, e in zip(self.box, at, self.extent, strict=True)]
         # A dimension of one step has no stride: it may be one that wraps.
         strides = [s if n > 1 else 0 for n, s in zip(self.box, self.strides, strict=True)]
         shape = [end - start for start, end in inside]
