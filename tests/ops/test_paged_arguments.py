@@ -193,6 +193,12 @@ def test_bad_input(message: str):
         BAD[message]()
 
 
+def test_the_reference_finds_a_sequence_that_is_longer_than_announced():
+    bounds = torch.tensor([0, 1, 5], dtype=INT)
+    with pytest.raises(ValueError, match="max_seqlen_q: expected at least 4, the longest sequence, got 3"):
+        paged_attention(torch.zeros(5, 4, 16), CACHE, cu_seqlens_q=bounds, max_seqlen_q=3)
+
+
 def test_repr():
     assert repr(CACHE) == (
         "PagedCache(batch=2, pages=4x8, kv_heads=2, dims=(16, 16), torch.float32, NHD, page_table, device=cpu)"

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from sparseattn.errors import argument_error
 from sparseattn.ops.paged.problem import PagedProblem
 
 _CHUNK_SCORES = 1 << 24  # scores of a chunk of rows, over all heads
@@ -29,6 +30,8 @@ def attend(q: Tensor, q_rope: Tensor | None, out: Tensor, lse: Tensor, p: PagedP
     bounds = list(range(p.batch + 1)) if p.cu_seqlens_q is None else p.cu_seqlens_q.tolist()
     for b, length in enumerate(p.seq_lens.tolist()):
         start, stop = bounds[b], min(bounds[b + 1], q.shape[0])
+        if stop - start > p.max_q:
+            raise argument_error("max_seqlen_q", f"at least {stop - start}, the longest sequence", p.max_q)
         if stop <= start or length <= 0:
             continue
         pages = _pages(p, b)
