@@ -10,6 +10,7 @@ row: the main tables there, those of the other sets of workloads here.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -322,6 +323,12 @@ def inject(document: str, text: str) -> str:
     return f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}"
 
 
+def digest(rows: list[Row]) -> str:
+    """What the plot of these rows shows, in a few letters, which the picture carries: an old one is found out."""
+    shown = [[r["op"], r["n"], r["impl"], r["density"], r["selected"], r["tflops"]] for r in of_set(rows, "targets")]
+    return hashlib.sha256(json.dumps(sorted(shown)).encode()).hexdigest()[:16]
+
+
 def plot(rows: list[Row], path: Path) -> None:
     """Draw block-sparse TFLOP/s over density, a panel a pass and length, one line an implementation."""
     import matplotlib
@@ -329,6 +336,7 @@ def plot(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    metadata = {"Rows": digest(rows)}
     rows = of_set(rows, "targets")
     panels = sorted({(row["op"], row["n"]) for row in rows}, key=lambda key: (key[0] != "forward", key[1]))
     figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(4 * max(1, len(panels)), 3.4), squeeze=False)
@@ -346,7 +354,7 @@ def plot(rows: list[Row], path: Path) -> None:
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata=metadata)
     pyplot.close(figure)
 
 

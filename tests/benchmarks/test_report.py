@@ -144,6 +144,9 @@ def test_plot(tmp_path: Path) -> None:
     rows = [row("sparseattn_gluon", 600), row("sparseattn_gluon", 650, 1.0), row("fa4", 500), row("fa4", 9, set="dims")]
     report.plot(rows, picture)
     assert picture.stat().st_size > 1000
+    assert report.digest(rows).encode() in picture.read_bytes()
+    assert report.digest(rows) == report.digest(rows[::-1])
+    assert report.digest(rows) != report.digest(rows[1:])
 
 
 def test_main_writes_all_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,6 +174,8 @@ def test_readme_and_docs_show_the_committed_rows() -> None:
     for name, text in (("README.md", main), ("README_ZH.md", main), ("docs/benchmarks.md", details)):
         document = (ROOT / name).read_text(encoding="utf-8")
         assert document == report.inject(document, text), advice
+    picture = (ROOT / "docs" / "benchmarks.png").read_bytes()
+    assert report.digest(rows).encode() in picture, "the plot is of other rows"
 
 
 def test_the_chinese_page_says_what_every_table_is() -> None:
