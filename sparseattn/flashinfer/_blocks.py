@@ -18,11 +18,10 @@ from sparseattn.flashinfer._common import (
     check_dtype,
     check_output,
     fold_scales,
-    usual_form,
 )
 from sparseattn.flashinfer._wrapper import as_results
+from sparseattn.kernels.usual import UsualCalls
 from sparseattn.masks.lists import compact
-from sparseattn.ops.block_sparse import RepeatedBlocks
 from sparseattn.ops.bsr import BlockRows, RepeatedRows
 from sparseattn.ops.paged import CustomMask
 
@@ -40,6 +39,7 @@ class BlockPlan:
         kv_layout: "NHD" or "HND".
         dtypes: Declared ones, checked at every run.
         impl: See ``bsr_attention``.
+        again: Calls of ``q``, ``k`` and ``v`` alone that were made before.
     """
 
     rows: BlockRows
@@ -53,7 +53,7 @@ class BlockPlan:
     _scale: float = field(init=False, repr=False)
     _attend: RepeatedRows = field(init=False, repr=False)
     _accepted: set[tuple[Any, ...]] = field(init=False, repr=False, default_factory=set)
-    _usual: dict[tuple[Any, ...], RepeatedBlocks] = field(init=False, repr=False, default_factory=dict)
+    again: UsualCalls = field(init=False, repr=False, default_factory=UsualCalls)
 
     def __post_init__(self) -> None:
         heads, dim = self.shapes[0][-2:]
@@ -77,13 +77,7 @@ class BlockPlan:
         return_lse: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of q ``[..., M, Hq, D]``; the output ``[..., M, Hq, Dv]``, and base-2 LSE ``[..., M, Hq]``."""
-        usual = None
-        if scales[0] is scales[1] is scales[2] is out is lse is None and not return_lse:
-            usual = usual_form(q, k, v)
-            if usual is not None and usual in self._usual:
-                o = self._usual[usual].again(usual, q, k, v)
-                if o is not None:
-                    return o
+        given = q, k, v
         form = tuple([(t.dtype, t.shape) for t in (q, k, v) if isinstance(t, Tensor)])
         if form not in self._accepted:
             self._check(q, k, v)
@@ -102,10 +96,9 @@ class BlockPlan:
             q = as_queries(q, folded.q)
             direct = out if o_dtype == q.dtype else None
             o, natural = self._attend(q, k, v, scale=folded.scale, k_scale=folded.k, v_scale=folded.v, out=direct)
-        blocks = self._attend.blocks_of(q, k, v, self._scale) if usual is not None and o.dtype == o_dtype else None
-        if blocks is not None and usual is not None:
-            blocks.learn(usual, q, k, v, None, o, natural)
-            self._usual[usual] = blocks
+        plain = scale_q is scale_k is scale_v is out is lse is None and not return_lse
+        if plain and q is given[0] and o.dtype == o_dtype:
+            self.again.learn(given, lambda: self._attend.usual(given, q, k, v, self._scale, o, natural))
         return as_results(o, natural, o_dtype, out, lse, return_lse)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:

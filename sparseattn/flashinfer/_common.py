@@ -241,16 +241,6 @@ def base2(lse: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mul(turned, LOG2_E, out=out)
 
 
-def usual_form(*tensors: object) -> tuple[Any, ...] | None:
-    """All of tensors that launches depend on but their contents and addresses; None unless they are plain ones."""
-    form: tuple[Any, ...] = ()
-    for t in tensors:
-        if type(t) is not Tensor:
-            return None
-        form += (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15)
-    return form
-
-
 # ---- caches and page tables ----
 
 

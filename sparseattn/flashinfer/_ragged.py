@@ -196,6 +196,12 @@ class BatchPrefillWithRaggedKVCacheWrapper(PrefillWrapper):
             The output ``[qo_indptr[-1], Hq, Dv]``; with ``return_lse`` also the LSE, base 2, float32
             ``[qo_indptr[-1], Hq]``.
         """
+        plan = self._planned
+        plain = q_scale is k_scale is v_scale is o_scale is out is lse is kv_cache_sf is None
+        if plain and not (return_lse or args or self.is_cuda_graph_enabled or plan is None):
+            o: Tensor | None = plan.again(q, k, v)
+            if o is not None:
+                return o
         plan = self._plan()
         if o_scale is not None or kv_cache_sf is not None:
             unsupported("NVFP4 caches and scaled outputs are not supported.", o_scale=o_scale, kv_cache_sf=kv_cache_sf)

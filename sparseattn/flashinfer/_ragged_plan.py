@@ -19,11 +19,11 @@ from sparseattn.flashinfer._common import (
     check_dtype,
     check_heads,
     fold_scales,
-    usual_form,
 )
 from sparseattn.flashinfer._prefill import Rows
 from sparseattn.flashinfer._wrapper import as_results, check_results
 from sparseattn.kernels.launches import differentiable, repeatable
+from sparseattn.kernels.usual import UsualCalls
 from sparseattn.ops.arguments import starts_with
 from sparseattn.ops.block_sparse import RepeatedBlocks, block_sparse_attention, repeated_blocks
 from sparseattn.ops.paged import CustomMask, RepeatedAttention
@@ -80,7 +80,7 @@ class RaggedPlan:
         self._known = self.kv_host is not None and bool(self.rows.lengths)  # so nothing past the end is read
         self._plain = self.mask is None and self._arguments["positions"] is None
         self._blocks: dict[tuple[Any, ...], RepeatedBlocks] = {}
-        self._usual: dict[tuple[Any, ...], RepeatedBlocks] = {}
+        self.again = UsualCalls()
         self._plain_arguments = {n: value for n, value in self._arguments.items() if n != "positions"}
         # The largest page that all requests fill: fewer numbers to look up. Powers of two only, for few kernels.
         self._page = 1 if self.kv_host is None else math.gcd(256, *self.kv_host)
@@ -110,13 +110,9 @@ class RaggedPlan:
         if not isinstance(q, Tensor) or not isinstance(k, Tensor) or not isinstance(v, Tensor):
             got = ", ".join(type(t).__name__ for t in (q, k, v))
             raise argument_error("q, k, v", "tensors", got, kind=TypeError)
-        usual = None
+        given = None
         if scales[0] is scales[1] is scales[2] is out is lse is None and not return_lse:
-            usual = usual_form(q, k, v)
-            if usual is not None and usual in self._usual:
-                o = self._usual[usual].again(usual, q, k, v)
-                if o is not None:
-                    return o
+            given = q, k, v
         if self.kv_layout == "HND":
             k, v = k.transpose(0, 1), v.transpose(0, 1)
         form = (q.dtype, k.dtype, v.dtype, q.shape, k.shape, v.shape)
@@ -127,7 +123,7 @@ class RaggedPlan:
         q = as_queries(q, folded.q)
         plain = self._plain and q.dtype == k.dtype and folded.k is None and folded.v is None
         if plain and (self._known or self._few(q)):
-            return self._dense(q, k, v, folded.scale, out, lse, return_lse, usual)
+            return self._dense(q, k, v, folded.scale, out, lse, return_lse, given)
         return self._paged(q, k, v, folded, out, lse, return_lse)
 
     def _dense(
@@ -139,7 +135,7 @@ class RaggedPlan:
         out: Tensor | None,
         lse: Tensor | None,
         return_lse: bool,
-        usual: tuple[Any, ...] | None,
+        given: tuple[Tensor, ...] | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         o_dtype = self.dtypes.o
         if out is not None or lse is not None:
@@ -158,9 +154,8 @@ class RaggedPlan:
             self._blocks[form] = blocks
         direct = out if out is not None and o_dtype == q.dtype and not starts_with(out, q, k, v) else None
         o, natural = blocks(q, k, v, None, direct)
-        if usual is not None and o.dtype == o_dtype and not own:
-            blocks.learn(usual, q, k, v, None, o, natural)
-            self._usual[usual] = blocks
+        if given is not None and given[0] is q and o.dtype == o_dtype and not own:
+            self.again.learn(given, lambda: blocks.usual(given, q, k, v, None, o, natural))
         return as_results(o, natural, o_dtype, out, lse, return_lse)
 
     def _few(self, q: Tensor) -> bool:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.flashinfer._common import Options, base2, check_dtype, check_heads, check_output, usual_form
+from sparseattn.flashinfer._common import Options, base2, check_dtype, check_heads, check_output
 from sparseattn.kernels.launches import differentiable, repeatable
+from sparseattn.kernels.usual import UsualCalls
 from sparseattn.masks import BlockMask, VariableBlockMask
 from sparseattn.masks.lists import compact
 from sparseattn.masks.tilings import block_spans
@@ -82,7 +83,7 @@ class VariablePlan:
         device = torch.device("cpu")  # of slopes, which no mode here has
         self._arguments = self.options.arguments(self.heads[0], self.head_dim, device)
         self._blocks: dict[tuple[Any, ...], RepeatedBlocks] = {}
-        self._usual: dict[tuple[Any, ...], RepeatedBlocks] = {}
+        self.again = UsualCalls()
 
     def replaced(self, **options: Any) -> VariablePlan:
         """The plan with other options."""
@@ -92,11 +93,6 @@ class VariablePlan:
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None, return_lse: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention; results in the layout of q, LSE ``[Hq, Lq]`` or ``[B, S, Hq]`` in base 2."""
-        usual = usual_form(q, k, v) if out is lse is None and not return_lse else None
-        if usual is not None and usual in self._usual:
-            o = self._usual[usual].again(usual, q, k, v)
-            if o is not None:
-                return o
         self._check(q, k, v)
         batched = self.batched is not None
         check_output("out", out, (*q.shape[:-1], v.shape[-1]), self.dtype, q)
@@ -113,9 +109,8 @@ class VariablePlan:
                 result = torch.empty_like(out)
             view = result if batched else _batched(result)
             _, natural = blocks(*tensors, None, view)
-            if usual is not None:
-                blocks.learn(usual, *tensors, view, result, natural)
-                self._usual[usual] = blocks
+            if out is lse is None and not return_lse:
+                self.again.learn((q, k, v), lambda: blocks.usual((q, k, v), *tensors, view, result, natural))
             result = result if out is None or result is out else out.copy_(result)
         natural = natural if batched else natural[0].transpose(0, 1)
         if not return_lse and lse is None:

@@ -26,8 +26,8 @@ from sparseattn.flashinfer._common import (
     index_tensor,
     readable,
     split_cache,
-    usual_form,
 )
+from sparseattn.kernels.usual import UsualCalls
 from sparseattn.masks import BlockMask
 from sparseattn.ops.paged import CustomMask, PagedCache, PageLists, RepeatedAttention, paged_attention
 
@@ -178,6 +178,7 @@ class PagedPlan:
     _scale: float = field(init=False, repr=False)
     _call: RepeatedAttention | None = field(init=False, repr=False, default=None)
     _accepted: set[tuple[Any, ...]] = field(init=False, repr=False, default_factory=set)
+    _usual: UsualCalls = field(init=False, repr=False, default_factory=UsualCalls)
 
     def __post_init__(self) -> None:
         check_heads(self.num_qo_heads, self.num_kv_heads)
@@ -200,6 +201,12 @@ class PagedPlan:
             options.pop("causal", None)
         return replace(self, options=self.options._replace(**options))
 
+    def again(self, q: Tensor, paged_kv_cache: Tensor | tuple[Tensor, Tensor]) -> Tensor | None:
+        """What ``run`` of these two returns, if it has seen tensors like them; else None."""
+        if type(paged_kv_cache) is tuple:
+            return self._usual(q, *paged_kv_cache)
+        return self._usual(q, paged_kv_cache)
+
     def run(
         self,
         q: Tensor,
@@ -214,17 +221,6 @@ class PagedPlan:
         return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of ``q`` ``[tokens, Hq, D]``; the output ``[tokens, Hq, Dv]``, and base-2 LSE ``[tokens, Hq]``."""
-        usual = q_scale is k_scale is v_scale is sinks is out is lse is None and not return_lse
-        caches = paged_kv_cache if isinstance(paged_kv_cache, tuple) else (paged_kv_cache,)
-        form = usual_form(q, *caches) if usual else None
-        if form is not None and self._call is not None:
-            places = {"q": q.data_ptr(), "k": caches[0].data_ptr()}
-            if len(caches) == 2:
-                places["v"] = caches[1].data_ptr()
-                form += (places["k"] == places["v"],)
-            o = self._call.again(form, q, places, *caches)
-            if o is not None:
-                return o
         if not isinstance(q, Tensor) or q.dim() == 0:
             got = "a number" if isinstance(q, Tensor) else type(q).__name__
             raise argument_error("q", "a tensor [tokens, Hq, D]", got, kind=TypeError)
@@ -242,9 +238,11 @@ class PagedPlan:
             queries, k, v, scale=scales.scale, k_scale=scales.k, v_scale=scales.v, sinks=sinks,
             out=out if o_dtype == queries.dtype else None,
         )  # fmt: skip
-        if form is not None and o.dtype == o_dtype and queries is q:
-            form += (k.data_ptr() == v.data_ptr(),) if len(caches) == 2 else ()
-            self._attention().learn(form, q, k, v, scale=scales.scale)
+        plain = q_scale is k_scale is v_scale is sinks is out is lse is None and not return_lse
+        if plain and o.dtype == o_dtype and queries is q:
+            tensors = (q, paged_kv_cache) if isinstance(paged_kv_cache, Tensor) else (q, *paged_kv_cache)
+            places = (0, 1, len(tensors) - 1)
+            self._usual.learn(tensors, lambda: self._attention().usual(tensors, places, q, k, v, scale=scales.scale))
         return as_results(o, natural, o_dtype, out, lse, return_lse)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -282,6 +282,14 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             TypeError: A wrong type or dtype; the message names what was planned.
             ValueError: Shapes, devices or numbers that do not fit.
         """
+        plan = self._planned
+        plain = (
+            q_scale is k_scale is v_scale is out is lse is window_left is sinks is q_len_per_req is kv_cache_sf is None
+        )
+        if plain and not (return_lse or args or plan is None):
+            o = plan.again(q, paged_kv_cache)
+            if o is not None:
+                return o
         plan = self._plan()
         if args:
             raise argument_error("run", "no further positional arguments", f"{len(args)}", "jit_args is not served.")

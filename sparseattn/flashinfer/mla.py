@@ -21,7 +21,6 @@ from sparseattn.flashinfer._common import (
     implementation,
     number_of,
     unsupported,
-    usual_form,
 )
 from sparseattn.flashinfer._latent import Parts, joined_cache
 from sparseattn.flashinfer._lengths import lengths_table
@@ -29,6 +28,7 @@ from sparseattn.flashinfer._mla_fronts import (
     trtllm_batch_decode_with_kv_cache_mla as trtllm_batch_decode_with_kv_cache_mla,
 )
 from sparseattn.flashinfer._wrapper import Wrapper, as_results, check_results, query_rows
+from sparseattn.kernels.usual import UsualCalls
 from sparseattn.ops.paged import RepeatedAttention
 
 #: DeepSeek's: 128 columns of a head before absorption, and 64 rotary ones.
@@ -104,6 +104,7 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         self._impl = implementation(backend)
         self._graph = use_cuda_graph
         self._call: tuple[_Plan, RepeatedAttention] | None = None
+        self._again = UsualCalls()
         self._accepted: set[tuple[Any, ...]] = set()
         self._buffers: dict[str, Tensor] = {}
         if use_cuda_graph:
@@ -219,18 +220,14 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
             The output ``[tokens, Hq, 512]``, in latent space; with ``return_lse`` also the LSE, float32 ``[tokens,
             Hq]``, base 2.
         """
+        plain = out is lse is kv_len is page_table is ckv_scale is ckv_scale_arr is kpe_scale is None and not return_lse
+        if plain and profiler_buffer is o_scale is None and self._call is not None and self._call[0] is self._planned:
+            o = self._again(q_nope, q_pe, ckv_cache, kpe_cache)
+            if o is not None:
+                return o
         if profiler_buffer is not None or o_scale is not None:
             hint = "Outputs are not scaled; profile with torch.profiler."
             unsupported(hint, profiler_buffer=profiler_buffer, o_scale=o_scale)
-        others = out is lse is kv_len is page_table is ckv_scale is ckv_scale_arr is kpe_scale is None
-        usual = usual_form(q_nope, q_pe, ckv_cache, kpe_cache) if others and not return_lse else None
-        if usual is not None and self._call is not None and self._call[0] is self._planned:
-            at = ckv_cache.data_ptr()
-            places = {"q": q_nope.data_ptr(), "k": at, "v": at, "q_rope": q_pe.data_ptr()}
-            places["k_rope"] = kpe_cache.data_ptr()
-            o = self._call[1].again(usual, q_nope, places, q_pe, ckv_cache, kpe_cache)
-            if o is not None:
-                return o
         plan = self._plan_for(kv_len, page_table, ckv_cache)
         form = tuple([(t.dtype, t.shape) for t in (q_nope, q_pe, ckv_cache, kpe_cache) if isinstance(t, Tensor)])
         if plan is not self._planned or form not in self._accepted:
@@ -245,10 +242,13 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
             scales = {"ckv_scale": ckv_scale, "ckv_scale_arr": ckv_scale_arr, "kpe_scale": kpe_scale}
             unsupported("Scales are for float8 caches.", **scales)
         result = self._attend(plan, parts, out, lse, return_lse, return_lse_base_on_e)
-        if usual is not None and self._call is not None and self._call[0] is plan and parts.q_nope is q_nope:
+        if plain and self._call is not None and self._call[0] is plan and parts.q_nope is q_nope:
             k, k_rope = ckv_cache.unsqueeze(2), kpe_cache.unsqueeze(2)
             if kpe_cache.shape[-1] and parts.ckv is ckv_cache:
-                self._call[1].learn(usual, q_nope, k, k, q_pe, k_rope, plan.scale)
+                call, tensors = self._call[1], (q_nope, q_pe, ckv_cache, kpe_cache)
+                self._again.learn(
+                    tensors, lambda: call.usual(tensors, (0, 2, 2, 1, 3), q_nope, k, k, q_pe, k_rope, scale=plan.scale)
+                )
         return result
 
     def forward(
@@ -359,5 +359,5 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
             fixed=planned and not self._graph,
         )  # fmt: skip
         if planned:
-            self._call = plan, call
+            self._call, self._again = (plan, call), UsualCalls()
         return call

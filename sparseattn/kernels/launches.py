@@ -28,7 +28,7 @@ _ALIGNMENT = 512
 _MOST_MAPS = 4096
 
 # Bytes of scratch memory that is kept for the next call.
-_MOST_KEPT = 1 << 24
+_MOST_KEPT = 1 << 26
 
 #: By stream, memory that calls may use one after the other, and where its kinds begin.
 Kept = dict[int, tuple[list[Tensor], dict[str, int]]]
@@ -100,15 +100,6 @@ def form_of(t: Tensor) -> tuple[Any, ...]:
     return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15
 
 
-def free_stream(device: torch.device) -> int | None:
-    """The stream that launches go to, 0 where there are none; None on another GPU than the current, or in a graph."""
-    if device.type != "cuda":
-        return 0
-    if device.index != torch._C._cuda_getDevice() or torch._C._cuda_isCurrentStreamCapturing():
-        return None
-    return torch._C._cuda_getCurrentRawStream(device.index)
-
-
 class _Move(NamedTuple):
     """Where the addresses of one moving tensor stand: arguments ``(values, at, offset)``, and maps likewise."""
 
@@ -127,12 +118,12 @@ class Launches:
 
     def __init__(self, moving: dict[str, Tensor], staying: Iterable[Tensor | None] = ()) -> None:
         self._moving = [(name, t.data_ptr(), _width(t), _storage(t)) for name, t in moving.items()]
-        self._ties: set[tuple[str, str, int]] = set()
+        self.ties: set[tuple[str, str, int]] = set()
         self._staying = {_storage(t) for t in staying if t is not None}
         self._tensors: list[Tensor] = []  # so that no two scratch tensors lie in the same place while this is recorded
         self._bytes = {"scratch": 0, "zeros": 0, "kept": 0}
         self._parts: dict[str, tuple[str, int]] = {}
-        self._launches: list[Again] = []
+        self.launches: list[Again] = []
         self._hooked: list[Any] = []
         self._complete = True
         self._lock = threading.Lock()
@@ -140,14 +131,14 @@ class Launches:
         self._places: list[int] = []
 
     @functools.cached_property
-    def _sizes(self) -> list[tuple[str, int]]:
+    def sizes(self) -> list[tuple[str, int]]:
         """Bytes of scratch memory of each kind that there is; asked for when all is recorded."""
         return [(kind, size) for kind, size in self._bytes.items() if size]
 
     @property
     def complete(self) -> bool:
         """Whether all launches can be repeated."""
-        return self._complete and bool(self._launches)
+        return self._complete and bool(self.launches)
 
     def close(self) -> Launches | None:
         """The record, if it is complete; nothing is recorded after this."""
@@ -189,7 +180,7 @@ class Launches:
                 maps.append(Map(i, name, offset, describer(described), {}))
         again = Again(compiled[(*grid, 1, 1)[:3]], values, slots, maps, -1, getattr(_open, "fixed", False))
         self._hooked.append(again)
-        self._launches.append(direct(compiled, grid, again) or again)
+        self.launches.append(direct(compiled, grid, again) or again)
         return compiled
 
     def _find(self, t: Tensor) -> tuple[str, int] | None:
@@ -209,7 +200,7 @@ class Launches:
             if name in self._parts:
                 kind, part = self._parts[name]
                 return kind, part + offset
-            self._ties |= {(name, other, offset - far) for far, other in views if other != name}
+            self.ties |= {(name, other, offset - far) for far, other in views if other != name}
             return name, offset
         if storage not in self._staying:
             self._complete = False
@@ -229,7 +220,7 @@ class Launches:
         Returns:
             Whether they were made: not if tensors overlapped when they were recorded, and lie otherwise now.
         """
-        if self._ties and any(addresses[other] - addresses[name] != apart for name, other, apart in self._ties):
+        if self.ties and any(addresses[other] - addresses[name] != apart for name, other, apart in self.ties):
             return False
         stream = 0
         if device.type == "cuda":
@@ -248,7 +239,7 @@ class Launches:
         else:
             with self._lock:  # arguments stay where they are from one call to the next, for most are the same
                 self._place(addresses)
-                for start, values, _slots, _maps, stream_at, once in self._launches:
+                for start, values, _slots, _maps, stream_at, once in self.launches:
                     if held is None or not once:
                         if stream_at >= 0:
                             values[stream_at] = stream
@@ -262,7 +253,7 @@ class Launches:
     def _memory(self, device: torch.device, addresses: dict[str, int]) -> dict[str, Tensor]:
         """Scratch memory, but for what has an address."""
         memory = {}
-        for kind, size in self._sizes:
+        for kind, size in self.sizes:
             if kind not in addresses:
                 make = torch.zeros if kind == "zeros" else torch.empty
                 memory[kind] = t = make(size, dtype=torch.uint8, device=device)
@@ -272,7 +263,7 @@ class Launches:
     def _place(self, addresses: dict[str, int]) -> None:
         """Put the addresses that differ from those of the last call into the arguments."""
         if self._moves is None:
-            self._moves = _moves(self._launches)
+            self._moves = _moves(self.launches)
             self._places = [-1] * len(self._moves)
         places = self._places
         for n, (name, slots, maps) in enumerate(self._moves):
@@ -284,11 +275,15 @@ class Launches:
                 values[at] = address + offset
             for values, at, offset, make, made in maps:
                 described = made.get(address)
-                if described is None:
-                    if len(made) >= _MOST_MAPS:
-                        made.clear()
-                    described = made[address] = make(address + offset)
-                values[at] = described
+                values[at] = make_map(made, address, make, offset) if described is None else described
+
+
+def make_map(made: dict[int, Any], address: int, make: Callable[[int], Any], offset: int) -> Any:
+    """A tensor map that begins ``offset`` bytes behind an address by which it will be known."""
+    if len(made) >= _MOST_MAPS:
+        made.clear()
+    described = made[address] = make(address + offset)
+    return described
 
 
 class Recorded(NamedTuple):

@@ -62,7 +62,7 @@ def describer(described: Any) -> Callable[[int], Any]:
 
 def hooked() -> bool:
     """Whether somebody (a profiler) wants to hear of launches, for which Triton's own way is taken."""
-    runtime = _knobs().runtime
+    runtime = _runtime()
     before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
         (before is not None and getattr(before, "calls", True)) or (after is not None and getattr(after, "calls", True))
@@ -70,10 +70,10 @@ def hooked() -> bool:
 
 
 @functools.cache
-def _knobs() -> Any:
+def _runtime() -> Any:
     from triton import knobs
 
-    return knobs
+    return knobs.runtime
 
 
 def direct(compiled: Any, grid: tuple[int, ...], again: Again) -> Again | None:

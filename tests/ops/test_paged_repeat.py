@@ -197,23 +197,29 @@ for name in CHOSEN:
     names = ("scale", "sinks", "k_scale", "v_scale")
     options = {n: x for n, x in one.kwargs.items() if n not in names}
     rest = {n: x for n, x in two.kwargs.items() if n in names}
-    usual = not any(rest.get(n) is not None for n in ("sinks", "k_scale", "v_scale"))
-    for way in ("ordinary", "again", "known", *(["usual"] if usual else [])):
-        attention = RepeatedAttention(*table, layout=one.cache.layout, impl="triton", fixed=way == "usual", **options)
+    plain = not any(rest.get(n) is not None for n in ("sinks", "k_scale", "v_scale"))
+    for way in ("ordinary", "again", "known", *(["usual", "usually"] if plain else [])):
+        fixed = way.startswith("usual")
+        attention = RepeatedAttention(*table, layout=one.cache.layout, impl="triton", fixed=fixed, **options)
         first = {n: x for n, x in one.kwargs.items() if n in names}
         tensors, latent = parts(one)
         if way == "ordinary":
             repeat._recorded.clear()
         elif way != "known":  # as a plan of the same shapes, whose first call it is
             attention(*tensors, **latent, **first)
-        if way == "usual":
-            attention.learn(("form",), *tensors, *latent.values(), scale=first.get("scale"))
+        if way.startswith("usual"):
+            given = [*tensors, *latent.values()]
+            at = tuple(next(i for i, t in enumerate(given) if t.data_ptr() == x.data_ptr()) for x in given)
+            usual = attention.usual(tuple(given), at, *given, scale=first.get("scale"))
+            assert usual is not None
+            if way == "usually":
+                assert usual(*given) is not None
         calls.clear()
         tensors, latent = parts(two)
-        if way == "usual":
-            at = {n: t.data_ptr() for n, t in (*zip("qkv", tensors), *latent.items())}
-            o = attention.again(("form",), tensors[0], at, *tensors[1:])
-            [lse] = attention._usual[("form",)].sums.values()
+        if way.startswith("usual"):
+            o = usual(*tensors, *latent.values())
+            [ready] = usual._ready.values()
+            lse = ready.held[0]
         else:
             o, lse = attention(*tensors, **latent, **rest)
         named = {"q": two.q, "k": two.cache.k, "v": two.cache.v, "o": o, "lse": lse, **latent}
@@ -227,7 +233,7 @@ for name in CHOSEN:
         if way != "ordinary":
             assert all(not isinstance(x, torch.Tensor) for _, _, args in calls for x in args), "was not repeated"
         assert seen["ordinary"] == seen[way], (name, way, seen)
-    print(name, len(seen["again"]), *(["usual"] if usual else []))
+    print(name, len(seen["again"]), *(["usual"] if plain else []))
 """
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,26 +12,15 @@ from sparseattn.kernels.launches import (
     Launches,
     Recorded,
     Store,
-    differentiable,
     form_of,
-    free_stream,
     recording,
-    repeatable,
 )
+from sparseattn.kernels.usual import Usual
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.dispatch import implementations, on_its_device, require
 from sparseattn.ops.results import empty_lse, empty_results
 
 PACKAGE = "sparseattn.ops.block_sparse"
-
-
-class _Usual(NamedTuple):
-    """A recorded call of queries, keys and values whose LSE, of so many rows, nobody wants: sums by stream take it."""
-
-    recorded: Recorded
-    shape: tuple[int, ...]
-    rows: int
-    sums: dict[int, Tensor]
 
 
 # Recorded calls of all geometries: what one costs must not be paid again by the next of the same shapes.
@@ -57,7 +46,6 @@ class RepeatedBlocks:
         self._places = {name: t.data_ptr() for name, t in self._fixed.items()}
         self._form = (impl, *(form_of(x) if isinstance(x, Tensor) else x for x in g))
         self._known: dict[tuple[Any, ...], Recorded] = {}
-        self._usual: dict[tuple[Any, ...], _Usual] = {}
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, out: Tensor | None = None
@@ -87,42 +75,27 @@ class RepeatedBlocks:
             return self._first(key, q, k, v, sinks, out)
         return o, lse
 
-    def again(self, form: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        """The contiguous output of a call in a form that ``learn`` knows; None where something is unusual.
+    def usual(
+        self, tensors: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, result: Tensor,
+        lse: Tensor,
+    ) -> Usual | None:  # fmt: skip
+        """What makes again a call without sinks, where nobody wants its LSE; None if nothing can.
 
         Args:
-            form: What the caller calls it: all that launches depend on, which are shapes, strides, dtypes, devices and
-                alignments, and what else it varies.
-            q: Queries, which lie where those of the call do.
-            k: Keys, likewise.
-            v: Values, likewise.
-        """
-        usual = self._usual.get(form)
-        if usual is None or not repeatable(q, k, v) or differentiable(q, k, v):
-            return None
-        device, stream = q.device, free_stream(q.device)
-        if stream is None:
-            return None
-        o = torch.empty(usual.shape, dtype=q.dtype, device=device)
-        lse = usual.sums.get(stream)
-        if lse is None:
-            lse = usual.sums[stream] = torch.empty(usual.rows, dtype=torch.float32, device=device)
-        places = {
-            "q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), "o": o.data_ptr(), "lse": lse.data_ptr(),
-            **self._places,
-        }  # fmt: skip
-        return o if usual.recorded.launches.repeat(device, places, usual.recorded.kept) else None
-
-    def learn(
-        self, form: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, result: Tensor, lse: Tensor
-    ) -> None:
-        """Have ``again`` know by ``form`` the call, without sinks, that was made with these tensors.
-
-        Outputs of ``again`` look like ``result``, which lies where the call's output does.
+            tensors: Queries, keys and values as the caller's caller gives them, by which calls will be known.
+            q: As in the call, like ``k``, ``v`` and ``out``.
+            k: As there.
+            v: As there.
+            out: As there.
+            result: What later outputs look like; it lies where the call's output does.
+            lse: The call's LSE.
         """
         known = self._known.get(_key(q, k, v, None, out))
-        if known is not None and known.kept is not None and result.is_contiguous() and lse.dtype == torch.float32:
-            self._usual[form] = _Usual(known, tuple(result.shape), lse.numel(), {})
+        if known is None or known.kept is None or not result.is_contiguous() or lse.dtype != torch.float32:
+            return None
+        names = zip(("q", "k", "v"), (q, k, v), tensors, strict=True)
+        origins = {name: (at, t.data_ptr() - of.data_ptr()) for at, (name, t, of) in enumerate(names)}
+        return Usual(known, tensors, origins, self._places, tuple(result.shape), ("o", "lse"), lse.numel())
 
     @on_its_device
     def _slowly(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.kernels.launches import Launches, differentiable, form_of, repeatable
+from sparseattn.kernels.usual import Usual
 from sparseattn.ops.arguments import check_apart
 from sparseattn.ops.block_sparse import RepeatedBlocks
 from sparseattn.ops.bsr.api import Options, attend_rows, check_output, make_call
@@ -95,10 +96,12 @@ class RepeatedRows:
             return self._first(key, q, k, v, scale, k_scale, v_scale, out)
         return out, lse
 
-    def blocks_of(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> RepeatedBlocks | None:
-        """What has made the call of these tensors, without sinks, if block-sparse attention has."""
+    def usual(
+        self, tensors: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, scale: float | None, o: Tensor, lse: Tensor
+    ) -> Usual | None:
+        """What makes again a call that had the results ``o`` and ``lse``: ``RepeatedBlocks.usual``, if that made it."""
         known = None if self._sinks is not None else self._known.get(_key(q, k, v, scale, None, None))
-        return None if known is None else known.blocks
+        return None if known is None or known.blocks is None else known.blocks.usual(tensors, q, k, v, None, o, lse)
 
     def _first(
         self,

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.kernels.launches import Launches, Recorded, Store, differentiable, free_stream, recording, repeatable
+from sparseattn.kernels.launches import Launches, Recorded, Store, differentiable, recording, repeatable
+from sparseattn.kernels.usual import Usual
 from sparseattn.ops.arguments import check_apart
 from sparseattn.ops.dispatch import implementations, on_its_device, require
 from sparseattn.ops.paged.cache import PagedCache
@@ -30,15 +31,6 @@ class _Known(NamedTuple):
 
     module: Any
     problem: PagedProblem
-
-
-class _Usual(NamedTuple):
-    """A recorded call of queries, keys and values whose LSE nobody wants: sums by stream take it."""
-
-    recorded: Recorded
-    shape: tuple[int, ...]
-    apart: int
-    sums: dict[int, Tensor]
 
 
 # Recorded calls of all page tables: what a plan costs must not be paid again by the next of the same shapes.
@@ -99,7 +91,6 @@ class RepeatedAttention:
             "softcap": softcap, "positions": positions, "custom_mask": custom_mask, "mask": mask, "impl": impl,
         }  # fmt: skip
         self._known: dict[tuple[Any, ...], _Known | Recorded] = {}
-        self._usual: dict[tuple[Any, ...], _Usual] = {}
         self._fixed: dict[str, Tensor] | None = None
         self._places: dict[str, int] = {}
         self._form: tuple[Any, ...] = ()
@@ -154,48 +145,29 @@ class RepeatedAttention:
             return self._first(key, q, k, v, q_rope, k_rope, (scale, k_scale, v_scale), sinks, given)
         return out, lse
 
-    def again(self, form: tuple[Any, ...], q: Tensor, places: dict[str, int], *others: Tensor) -> Tensor | None:
-        """The output of a call in a form that ``learn`` knows; None where it does not, or where something is unusual.
+    def usual(
+        self, tensors: tuple[Tensor, ...], places: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, *rope: Tensor,
+        scale: float | None = None,
+    ) -> Usual | None:  # fmt: skip
+        """What makes again a call that was made with these tensors, where nobody wants its LSE; None if nothing can.
 
         Args:
-            form: What the caller calls it: all that launches depend on, which are shapes, strides, dtypes, devices and
-                alignments, and what else it varies.
-            q: Queries.
-            places: Addresses of ``q``, ``k``, ``v`` and what else the call has; without ``v`` it lies as far from
-                ``k`` as it did.
-            others: Tensors of keys and values.
+            tensors: What the caller's caller gives, by which calls will be known.
+            places: In which of them each of the others lies, however they may come.
+            q: As in a call.
+            k: Likewise.
+            v: Likewise.
+            rope: ``q_rope`` and ``k_rope``, or nothing.
+            scale: As in a call.
         """
-        usual = self._usual.get(form)
-        if usual is None or not repeatable(q, *others) or differentiable(q, *others):
-            return None
-        device, stream = q.device, free_stream(q.device)
-        if stream is None:
-            return None
-        out = torch.empty(usual.shape, dtype=q.dtype, device=device)
-        lse = usual.sums.get(stream)
-        if lse is None:
-            lse = usual.sums[stream] = empty_lse(q)
-        if "v" not in places:
-            places["v"] = places["k"] + usual.apart
-        places.update(self._places)
-        places["out"], places["lse"] = out.data_ptr(), lse.data_ptr()
-        return out if usual.recorded.launches.repeat(device, places, usual.recorded.kept) else None
-
-    def learn(
-        self,
-        form: tuple[Any, ...],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        q_rope: Tensor | None = None,
-        k_rope: Tensor | None = None,
-        scale: float | None = None,
-    ) -> None:
-        """Have ``again`` know by ``form`` the call that was made with these tensors."""
+        q_rope, k_rope = rope or (None, None)
         known = self._known.get(call_key(q, k, v, q_rope, k_rope, (scale, None, None), None, None))
-        if isinstance(known, Recorded) and known.kept is not None:
-            apart = v.data_ptr() - k.data_ptr()
-            self._usual[form] = _Usual(known, (*q.shape[:2], known.dim), apart, {})
+        if not isinstance(known, Recorded) or known.kept is None:
+            return None
+        names = zip(("q", "k", "v", "q_rope", "k_rope"), (q, k, v, *rope), places, strict=False)
+        origins = {name: (at, t.data_ptr() - tensors[at].data_ptr()) for name, t, at in names}
+        shape = (*q.shape[:2], known.dim)
+        return Usual(known, tensors, origins, self._places, shape, ("out", "lse"), q.shape[0] * q.shape[1])
 
     def _unusual(
         self, q: Tensor, k: Tensor, v: Tensor, q_rope: Tensor | None, k_rope: Tensor | None, sinks: Tensor | None

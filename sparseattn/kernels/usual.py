@@ -1,0 +1,257 @@
+"""A recorded call made again in as few steps as Python can make it: a model's layers over one plan.
+
+What a launch depends on was found out when the call was recorded. All that is left for every layer is to see that its
+tensors have the form of that call, to allocate the output, and to put addresses into arguments that stand ready.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparseattn.kernels.launches import Recorded, differentiable, make_map, repeatable
+from sparseattn.kernels.starts import Again, hooked
+
+# Forms of calls that one plan remembers.
+_MOST_FORMS = 8
+
+
+def same_form(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
+    """What says of as many tensors whether they have types, shapes, strides, dtypes and devices of these.
+
+    It says no, too, where somebody traces calls or may ask for gradients, and nobody did when this was made.
+    """
+    try:  # TorchDynamo's, which takes a tenth of the time
+        from torch._C._dynamo.guards import TensorGuards
+
+        free = [[None] * t.dim() for t in tensors]
+        check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=free, dynamic_dims_strides=free).check
+        if check(*tensors) is True:
+            return check
+    except (ImportError, TypeError, SystemError):
+        pass
+    forms = [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+
+    def compare(*others: Tensor) -> bool:
+        return (
+            repeatable(*others)
+            and not differentiable(*others)
+            and [(t.shape, t.stride(), t.dtype, t.device) for t in others] == forms
+        )
+
+    return compare
+
+
+def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    """What makes contiguous tensors of one form on the current device."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(1, size)
+    try:  # Inductor's, which does without the dispatcher
+        from torch._C._dynamo import guards
+
+        make = getattr(guards, f"_empty_strided_{device.type}")
+        form = shape, tuple(reversed(strides)), dtype
+        t = make(*form)
+        if (t.shape, t.dtype, t.device, t.is_contiguous()) == (shape, dtype, device, True):
+            return lambda: make(*form)  # type: ignore[no-any-return]
+    except (ImportError, AttributeError, TypeError):
+        pass
+    return lambda: torch.empty(shape, dtype=dtype, device=device)
+
+
+class _Ready(NamedTuple):
+    """Launches on one stream, with all arguments in place but the addresses of a call's tensors.
+
+    Attributes:
+        starts: What to call with which values.
+        moves: For each tensor of a call, and then for the output: slots ``(values, argument, offset)``, and maps
+            ``(values, argument, where it begins, offset, what makes one, those made)``.
+        places: Addresses that stand in the values now.
+        memory: Kinds of memory that must be allocated anew, and their bytes.
+        lock: Held from placing addresses to the last launch.
+        held: Tensors that the values point to.
+    """
+
+    starts: list[tuple[Any, list[Any]]]
+    moves: list[tuple[list[tuple[list[Any], int, int]], list[tuple[Any, ...]]]]
+    places: list[int]
+    memory: list[tuple[bool, int]]
+    lock: Any
+    held: Any
+
+
+class Usual:
+    """A recorded call for which all is as usual: a new output, no LSE, one GPU, no graph, no gradients.
+
+    Args:
+        recorded: The call's launches, whose common tensors do not change.
+        tensors: Those that a caller has, of the recorded call; the first says dtype and device of the output.
+        origins: For each moving tensor of the record but the output and the LSE, by name, in which of ``tensors`` it
+            begins, and how many bytes from its beginning.
+        fixed: Addresses of the record's other tensors.
+        shape: Of the output.
+        results: Names of the output and of the LSE.
+        sums: Elements of the LSE, which is float32.
+    """
+
+    def __init__(
+        self,
+        recorded: Recorded,
+        tensors: tuple[Tensor, ...],
+        origins: dict[str, tuple[int, int]],
+        fixed: dict[str, int],
+        shape: tuple[int, ...],
+        results: tuple[str, str],
+        sums: int,
+    ) -> None:
+        first = tensors[0]
+        self._record, self._kept, self._device = recorded.launches, recorded.kept, first.device
+        self._origins, self._fixed, self._results, self._sums = origins, fixed, results, sums
+        self._same = same_form(tensors)
+        self._low = [t.data_ptr() & 15 for t in tensors]
+        self._empty = allocator(shape, first.dtype, first.device)
+        self._index = self._device.index if self._device.type == "cuda" else None
+        # The current device is not asked for where there is one.
+        self._several = self._index is not None and torch.cuda.device_count() > 1
+        self._ready: dict[int, _Ready] = {}
+
+    def fits(self, *tensors: Tensor) -> bool:
+        """Whether tensors have the form of the call."""
+        return self._same(*tensors) and [t.data_ptr() & 15 for t in tensors] == self._low
+
+    def __call__(self, *tensors: Tensor) -> Tensor | None:
+        """The output; None where something is not as usual, and then nothing was done."""
+        if not self._same(*tensors):
+            return None
+        addresses = [t.data_ptr() for t in tensors]
+        if [address & 15 for address in addresses] != self._low:
+            return None
+        stream, index = 0, self._index
+        if index is not None:
+            if self._several and torch._C._cuda_getDevice() != index:
+                return None
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            if stream and torch._C._cuda_isCurrentStreamCapturing():  # the legacy stream, 0, cannot be captured
+                return None
+        if hooked():
+            return None
+        out = self._empty()
+        addresses.append(out.data_ptr())
+        ready = self._ready.get(stream)
+        if ready is None:
+            return out if self._first(stream, addresses) else None
+        starts, moves, places, memory, lock, _held = ready
+        if memory:
+            parts = [self._memory(zeros, size) for zeros, size in memory]
+            addresses += [t.data_ptr() for t in parts]
+        with lock:
+            if addresses != places:
+                _place(moves, places, addresses)
+            for start, values in starts:
+                start(*values)
+        return out
+
+    def _memory(self, zeros: bool, size: int) -> Tensor:
+        return (torch.zeros if zeros else torch.empty)(size, dtype=torch.uint8, device=self._device)
+
+    def _first(self, stream: int, addresses: list[int]) -> bool:
+        """The first call on a stream, by the record itself; whether it was made."""
+        record, kept = self._record, self._kept
+        assert kept is not None
+        *given, out = addresses
+        sums = torch.empty(self._sums, dtype=torch.float32, device=self._device)
+        places = {name: given[which] + offset for name, (which, offset) in self._origins.items()}
+        places |= self._fixed | dict(zip(self._results, (out, sums.data_ptr()), strict=True))
+        if not record.repeat(self._device, places, kept):
+            return False
+        if any(not self._tied(tie) for tie in record.ties):
+            return True
+        memory, known = kept[stream]
+        standing = {"": 0, self._results[1]: sums.data_ptr(), **self._fixed, **known}
+        moving = {name: origin for name, origin in self._origins.items()} | {self._results[0]: (len(given), 0)}
+        fresh = [(kind, size) for kind, size in record.sizes if kind not in known]
+        moving |= {kind: (len(given) + 1 + n, 0) for n, (kind, _size) in enumerate(fresh)}
+        starts, moves = _bind(record.launches, stream, standing, moving, len(given) + 1 + len(fresh))
+        wanted = [(kind == "zeros", size) for kind, size in fresh]
+        self._ready[stream] = _Ready(starts, moves, [-1] * len(moves), wanted, threading.Lock(), (sums, memory))
+        return True
+
+    def _tied(self, tie: tuple[str, str, int]) -> bool:
+        """Whether two names of the record always lie as far apart as they must."""
+        name, other, apart = tie
+        (a, at), (b, to) = self._origins.get(name, (-1, 0)), self._origins.get(other, (-2, 0))
+        return a == b and to - at == apart
+
+
+class UsualCalls:
+    """The usual calls of one plan, by form."""
+
+    def __init__(self) -> None:
+        self._calls: list[Usual] = []
+
+    def __call__(self, *tensors: Any) -> Tensor | None:
+        """The output of a call of these tensors, where all is as usual; else None, and then nothing was done."""
+        if torch.compiler.is_dynamo_compiling():
+            return None
+        for usual in self._calls:
+            out = usual(*tensors)
+            if out is not None:
+                return out
+        return None
+
+    def learn(self, tensors: tuple[Tensor, ...], make: Callable[[], Usual | None]) -> None:
+        """Know what ``make`` returns, unless calls of such tensors are known; where there are many the oldest goes."""
+        if torch.compiler.is_dynamo_compiling() or any(usual.fits(*tensors) for usual in self._calls):
+            return
+        usual = make()
+        if usual is not None:
+            self._calls = [usual, *self._calls[: _MOST_FORMS - 1]]
+
+
+def _bind(
+    launches: list[Again], stream: int, standing: dict[str, int], moving: dict[str, tuple[int, int]], count: int
+) -> tuple[list[tuple[Any, list[Any]]], list[tuple[list[tuple[list[Any], int, int]], list[tuple[Any, ...]]]]]:
+    """``starts`` and ``moves`` of launches that are made each time, of ``count`` tensors."""
+    starts: list[tuple[Any, list[Any]]] = []
+    moves: list[tuple[list[tuple[list[Any], int, int]], list[tuple[Any, ...]]]] = [([], []) for _ in range(count)]
+    for one in launches:
+        if one.once:
+            continue
+        values = list(one.values)
+        if one.stream_at >= 0:
+            values[one.stream_at] = stream
+        for at, name, offset in one.slots:
+            if name in moving:
+                which, begin = moving[name]
+                moves[which][0].append((values, at, begin + offset))
+            else:
+                values[at] = standing[name] + offset
+        for at, name, offset, make, made in one.maps:
+            if name in moving:
+                which, begin = moving[name]
+                moves[which][1].append((values, at, begin, offset, make, made))
+            else:
+                values[at] = make(standing[name] + offset)
+        starts.append((one.start, values))
+    return starts, moves
+
+
+def _place(moves: list[tuple[Any, Any]], places: list[int], addresses: list[int]) -> None:
+    """Put the addresses that differ from those of the last call into the arguments."""
+    for n, address in enumerate(addresses):
+        if places[n] != address:
+            places[n] = address
+            slots, maps = moves[n]
+            for values, at, offset in slots:
+                values[at] = address + offset
+            for values, at, begin, offset, make, made in maps:
+                described = made.get(address + begin)
+                if described is None:
+                    described = make_map(made, address + begin, make, offset)
+                values[at] = described
