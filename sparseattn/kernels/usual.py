@@ -6,6 +6,7 @@ tensors have the form of that call, to allocate the output, and to put addresses
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,20 +26,14 @@ def same_form(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
 
     It says no, too, where somebody traces calls or may ask for gradients, and nobody did when this was made.
     """
-    try:  # TorchDynamo's, which takes a tenth of the time
-        from torch._C._dynamo.guards import TensorGuards
-
-        free = [[None] * t.dim() for t in tensors]
-        check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=free, dynamic_dims_strides=free).check
-        if check(*tensors) is True:
-            return check
-    except (ImportError, TypeError, SystemError):
-        pass
+    if _guards_work() and not any(t.requires_grad for t in tensors):
+        return _guard(*tensors)
     forms = [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
 
     def compare(*others: Tensor) -> bool:
         return (
-            repeatable(*others)
+            not any(t is None for t in others)
+            and repeatable(*others)
             and not differentiable(*others)
             and [(t.shape, t.stride(), t.dtype, t.device) for t in others] == forms
         )
@@ -46,23 +41,55 @@ def same_form(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
     return compare
 
 
+def _guard(*tensors: Tensor) -> Callable[..., bool]:
+    """TorchDynamo's ``same_form``, which takes a tenth of the time."""
+    from torch._C._dynamo.guards import TensorGuards
+
+    sizes: list[Any] = [list(t.shape) for t in tensors]
+    strides: list[Any] = [list(t.stride()) for t in tensors]
+    guards: Any = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    check: Callable[..., bool] = guards.check
+    return check
+
+
+@functools.cache
+def _guards_work() -> bool:
+    """Whether this PyTorch has what ``_guard`` uses, and it tells tensors apart: nobody has promised either."""
+    t = torch.empty(2, 2)
+    others = (t[:1], t.t(), t.double(), torch.nn.Parameter(t), torch.empty(2, 2, requires_grad=True))
+    try:
+        with torch.enable_grad():
+            check = _guard(t, t)
+            return check(t, torch.empty(2, 2)) is True and not any(check(t, other) for other in others)
+    except (ImportError, TypeError, SystemError):
+        return False
+
+
 def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
-    """What makes contiguous tensors of one form on the current device."""
+    """What makes contiguous tensors of one form on ``device``, which must be the current one of its kind."""
+    make = _quick_empty(device.type)
+    if make is None:
+        return lambda: torch.empty(shape, dtype=dtype, device=device)
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
         step *= max(1, size)
-    try:  # Inductor's, which does without the dispatcher
+    form = shape, tuple(reversed(strides)), dtype
+    return lambda: make(*form)
+
+
+@functools.cache
+def _quick_empty(kind: str) -> Callable[..., Tensor] | None:
+    """Inductor's ``(shape, strides, dtype) -> tensor``, which does without the dispatcher; None where it does not."""
+    try:
         from torch._C._dynamo import guards
 
-        make = getattr(guards, f"_empty_strided_{device.type}")
-        form = shape, tuple(reversed(strides)), dtype
-        t = make(*form)
-        if (t.shape, t.dtype, t.device, t.is_contiguous()) == (shape, dtype, device, True):
-            return lambda: make(*form)  # type: ignore[no-any-return]
+        make: Callable[..., Tensor] = getattr(guards, f"_empty_strided_{kind}")
+        t = make((2, 3), (3, 1), torch.float16)
     except (ImportError, AttributeError, TypeError):
-        pass
-    return lambda: torch.empty(shape, dtype=dtype, device=device)
+        return None
+    form = t.shape, t.stride(), t.dtype, t.device.type
+    return make if form == ((2, 3), (3, 1), torch.float16, kind) else None
 
 
 class _Ready(NamedTuple):
@@ -127,7 +154,7 @@ class Usual:
 
     def __call__(self, *tensors: Tensor) -> Tensor | None:
         """The output; None where something is not as usual, and then nothing was done."""
-        if not self._same(*tensors):
+        if not self._same(*tensors) or torch._C._len_torch_dispatch_stack():
             return None
         addresses = [t.data_ptr() for t in tensors]
         if [address & 15 for address in addresses] != self._low:
@@ -193,13 +220,13 @@ class UsualCalls:
     """The usual calls of one plan, by form."""
 
     def __init__(self) -> None:
-        self._calls: list[Usual] = []
+        self._calls: dict[int, list[Usual]] = {}
 
     def __call__(self, *tensors: Any) -> Tensor | None:
         """The output of a call of these tensors, where all is as usual; else None, and then nothing was done."""
         if torch.compiler.is_dynamo_compiling():
             return None
-        for usual in self._calls:
+        for usual in self._calls.get(len(tensors), ()):
             out = usual(*tensors)
             if out is not None:
                 return out
@@ -207,11 +234,13 @@ class UsualCalls:
 
     def learn(self, tensors: tuple[Tensor, ...], make: Callable[[], Usual | None]) -> None:
         """Know what ``make`` returns, unless calls of such tensors are known; where there are many the oldest goes."""
-        if torch.compiler.is_dynamo_compiling() or any(usual.fits(*tensors) for usual in self._calls):
+        calls = self._calls.get(len(tensors), [])
+        twice = len({id(t) for t in tensors}) < len(tensors)  # guards take no tensor for two
+        if twice or torch.compiler.is_dynamo_compiling() or any(usual.fits(*tensors) for usual in calls):
             return
         usual = make()
         if usual is not None:
-            self._calls = [usual, *self._calls[: _MOST_FORMS - 1]]
+            self._calls[len(tensors)] = [usual, *calls[: _MOST_FORMS - 1]]
 
 
 def _bind(
