@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -178,7 +179,13 @@ class VariableBlockMask:
         frame = Frame((1, 1), self.seq_lens, self.causal, self.window, None, None, self.device)
         return tokens & visible_tokens(frame)
 
-    def tiling(self, size: tuple[int, int], *, transposed: bool = False) -> Tiling:
+    def tiling(
+        self,
+        size: tuple[int, int],
+        *,
+        transposed: bool = False,
+        cut: Callable[[Tensor, Tensor, Tensor, tuple[int, int], tuple[int, int]], Tiling] = make_tiling,
+    ) -> Tiling:
         """The blocks cut into tiles of ``(size_q, size_kv)`` tokens, which is what kernels walk.
 
         Built on the device without waiting for it, and kept on the mask. Under torch.compile or while a CUDA graph is
@@ -187,6 +194,7 @@ class VariableBlockMask:
         Args:
             size: The most queries of a piece, and the keys of a whole tile.
             transposed: Pieces of keys, and tiles of the queries that attend them: for the backward pass.
+            cut: ``make_tiling``, or what makes the same in another way.
         """
         keep = not torch.compiler.is_compiling() and not (
             self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -196,9 +204,9 @@ class VariableBlockMask:
         if key not in kept:
             if transposed:
                 turned = (self.blocks.transpose(-1, -2), self.col_sizes, self.row_sizes)
-                kept[key] = make_tiling(*turned, self.seq_lens[::-1], size[::-1])
+                kept[key] = cut(*turned, self.seq_lens[::-1], size[::-1])
             else:
-                kept[key] = make_tiling(self.blocks, self.row_sizes, self.col_sizes, self.seq_lens, size)
+                kept[key] = cut(self.blocks, self.row_sizes, self.col_sizes, self.seq_lens, size)
         return kept[key]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.kernels.launches import repeatable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -133,3 +134,14 @@ def triton_missing() -> str | None:
         return f"Triton cannot be imported ({error})"
     major, minor = (int(part) for part in triton.__version__.split(".")[:2])
     return None if (major, minor) >= (3, 6) else f"Triton {triton.__version__} is older than 3.6"
+
+
+def launchable(*tensors: Tensor) -> bool:
+    """Whether Triton kernels may take the place of PyTorch's operators on these tensors: nobody traces the call."""
+    return tensors[0].is_cuda and repeatable(*tensors) and _kernels_run(tensors[0].device)
+
+
+@functools.cache
+def _kernels_run(device: torch.device) -> bool:
+    """Whether Triton's kernels can run on a GPU."""
+    return triton_missing() is None and torch.cuda.get_device_capability(device)[0] >= 8

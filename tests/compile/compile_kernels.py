@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from typing import Any
 
 MODULES = (
+    "sparseattn.kernels.tilings",
     "sparseattn.ops.block_sparse.triton",
     "sparseattn.ops.block_sparse.gluon",
     "sparseattn.ops.block_sparse.gluon_gradients",
@@ -44,6 +45,7 @@ MODULES = (
     "sparseattn.ops.paged.gluon",
     "sparseattn.ops.bsr.triton",
     "sparseattn.ops.bsr.gluon_bits",
+    "sparseattn.ops.bsr.lists_triton",
 )
 TARGETS = (80, 90, 100)
 

@@ -11,6 +11,7 @@ from bsr_cases import CASES, Case, build, by_the_book
 
 from sparseattn import BlockMask, block_sparse_attention
 from sparseattn.ops.bsr import BlockRows, RepeatedRows, attend_rows, bsr_attention, make_rows, unsupported_reason
+from sparseattn.ops.bsr.rows import ascending_lists
 from sparseattn.ops.paged import ALiBi, CustomMask, RoPE
 from sparseattn.testing import assert_close_to_oracle
 
@@ -205,6 +206,33 @@ def test_single_tokens_need_no_matrix_of_blocks(monkeypatch: pytest.MonkeyPatch)
     # And wide lists are not made of a pattern that is too large for them.
     monkeypatch.setattr("sparseattn.ops.bsr.rows._MOST_ENTRIES", 15)
     assert make_rows(*dense((256, 256), (64, 64)), (64, 64), (256, 256)).lists is None
+
+
+@pytest.mark.parametrize("form", ["ascending", "mixed", "heads", "wrong", "padded"])
+def test_lists_by_a_kernel(form: str, device: str, monkeypatch: pytest.MonkeyPatch):
+    """The kernel that takes the place of a sort and a dozen operators, lists longer than its steps among them."""
+    kernels = pytest.importorskip("sparseattn.ops.bsr.lists_triton", reason="needs Triton")
+    monkeypatch.setattr(kernels, "_BLOCK", 16)
+    monkeypatch.setattr(kernels, "_OTHERS", 8)
+    heads, mb, nb = 2 if form == "heads" else 1, 4, 23
+    if form == "padded":
+        indices = torch.randint(-2, nb + 3, (2, heads, mb, nb + 3), dtype=torch.int32)
+        bounds = torch.randint(-1, nb + 5, (2, heads, mb), dtype=torch.int32)
+    else:
+        chosen = torch.rand(heads * mb, nb) < torch.tensor([1.0, 0.5, 0.0, 0.3]).repeat(heads)[:, None]
+        rows = [row.nonzero()[:, 0] for row in chosen]
+        rows = rows if form == "ascending" else [row[torch.randperm(len(row))] for row in rows]
+        indices = torch.cat(rows).int()
+        ends = chosen.sum(1).cumsum(0).view(heads, mb)
+        first = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1, -1]])
+        bounds = torch.cat([first[:, None], ends], 1).int()[None]
+        if form == "wrong":
+            indices[::3] = torch.tensor([-1, nb, 3, -(2**31)], dtype=torch.int32).repeat(9)[: len(indices[::3])]
+            bounds[0, 0, [0, 2]] = torch.tensor([-3, 10**6], dtype=torch.int32)
+    given = bounds.to(device), indices.to(device), nb, min(nb, indices.shape[-1])
+    for _ in range(2):
+        for got, expected in zip(kernels.lists(*given), ascending_lists(*given), strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_says_what_would_run():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+
 from torch import Tensor, bfloat16, float16, float32, float64
 
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask, VariableBlockMask
+from sparseattn.masks.tilings import Tiling, make_tiling
 from sparseattn.ops.arguments import check_number, check_sinks, check_softcap, check_window, narrower
 from sparseattn.ops.block_sparse.geometry import Geometry
+from sparseattn.ops.dispatch import launchable, on_its_device
 from sparseattn.ops.sequences import Sequences
 
 IMPLEMENTATIONS = ("gluon", "triton", "reference")
@@ -55,7 +59,7 @@ def make_geometry(
         if isinstance(mask, VariableBlockMask):
             _check_variable(seq, mean_correction)
             block_q, block_kv = _tile_size(mask)
-            tiling = mask.tiling((block_q, block_kv))
+            tiling = tiling_of(mask, (block_q, block_kv))
             pieces, lists = tiling.pieces, (tiling.counts, tiling.tiles)
         else:
             lists = (mask.kv_num_blocks, mask.kv_indices)
@@ -168,3 +172,16 @@ def _tile_size(mask: VariableBlockMask) -> tuple[int, int]:
         return next((size for size in (16, 32, 64) if size * blocks >= length), 128)
 
     return fit(mask.seq_lens[0], mask.num_q_blocks), fit(mask.seq_lens[1], mask.num_kv_blocks)
+
+
+def tiling_of(mask: VariableBlockMask, size: tuple[int, int], *, transposed: bool = False) -> Tiling:
+    """``mask.tiling``; by one kernel where kernels run."""
+    return mask.tiling(size, transposed=transposed, cut=_cut if launchable(mask.blocks) else make_tiling)
+
+
+def _cut(
+    blocks: Tensor, row_sizes: Tensor, col_sizes: Tensor, seq_lens: tuple[int, int], size: tuple[int, int]
+) -> Tiling:
+    """``make_tiling`` by a kernel."""
+    kernels = importlib.import_module("sparseattn.kernels.tilings")
+    return Tiling(*on_its_device(kernels.cut_tiles)(blocks, row_sizes, col_sizes, seq_lens, size))

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from sparseattn.kernels.launches import repeatable
 from sparseattn.masks import BlockMask, VariableBlockMask
+from sparseattn.ops.block_sparse.checks import tiling_of
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.block_sparse.repeat import PACKAGE, RepeatedBlocks
 from sparseattn.ops.dispatch import implementations, on_its_device, require, resolve
@@ -157,7 +158,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, impl: str, g:
 def with_transposed(g: Geometry, mask: BlockMask | VariableBlockMask) -> Geometry:
     """Add the lists that the backward kernels walk; the reference needs none."""
     if isinstance(mask, VariableBlockMask):
-        tiling = mask.tiling((g.block_q, g.block_kv), transposed=True)
+        tiling = tiling_of(mask, (g.block_q, g.block_kv), transposed=True)
         return g._replace(q_num_blocks=tiling.counts, q_indices=tiling.tiles, key_pieces=tiling.pieces)
     q_num_blocks, q_indices = mask.transposed()
     return g._replace(q_num_blocks=q_num_blocks, q_indices=q_indices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
-from sparseattn.ops.dispatch import triton_missing
+from sparseattn.ops.dispatch import launchable, on_its_device, triton_missing
 from sparseattn.ops.paged.options import CustomMask
 
 if TYPE_CHECKING:
@@ -222,14 +223,23 @@ def _block_mask(rows: BlockRows, ascending: bool) -> BlockMask | None:
         if any(size % _LEAST_HOPPER_BLOCK for size in (least, most)) or most > _MOST_BLOCK or not _hopper(rows.device):
             return None
     nb, bounds, nnz = -(-rows.seq_lens[1] // rows.block_size[1]), rows.bounds, rows.indices.shape[-1]
-    csr = rows.indices.dim() == 1
     width = min(nb, nnz)
     if width == 0 or bounds.numel() * width > _MOST_ENTRIES:
         return None
     if ascending:
         return BlockMask(bounds, rows.indices[..., :width], rows.block_size, rows.seq_lens)
-    indices = rows.indices
-    at = torch.arange(width if csr else nnz, dtype=torch.int32, device=rows.device)
+    if launchable(bounds, rows.indices):
+        kernels = importlib.import_module("sparseattn.ops.bsr.lists_triton")
+        counts, indices = on_its_device(kernels.lists)(bounds, rows.indices, nb, width)
+    else:
+        counts, indices = ascending_lists(bounds, rows.indices, nb, width)
+    return BlockMask(counts, indices, rows.block_size, rows.seq_lens)
+
+
+def ascending_lists(bounds: Tensor, indices: Tensor, num_blocks: int, width: int) -> tuple[Tensor, Tensor]:
+    """Counts int32 [B|1, H, MB] and lists of ``width`` entries, ascending, of what ``make_rows`` takes."""
+    nnz, csr = indices.shape[-1], indices.dim() == 1
+    at = torch.arange(width if csr else nnz, dtype=torch.int32, device=indices.device)
     if csr:
         at = at + bounds[..., :-1, None]
         inside = at.clamp(0, nnz - 1)
@@ -237,9 +247,9 @@ def _block_mask(rows: BlockRows, ascending: bool) -> BlockMask | None:
         listed = (at < bounds[..., 1:, None]) & (at == inside)
     else:
         listed = at < bounds[..., None]
-    listed &= indices == indices.clamp(0, nb - 1)
-    indices = torch.where(listed, indices, nb).sort(-1).values[..., :width]
-    return BlockMask(listed.sum(-1, dtype=torch.int32), indices, rows.block_size, rows.seq_lens)
+    listed &= indices == indices.clamp(0, num_blocks - 1)
+    indices = torch.where(listed, indices, num_blocks).sort(-1).values[..., :width]
+    return listed.sum(-1, dtype=torch.int32).clamp(max=width), indices
 
 
 def _bits(rows: BlockRows) -> RowBits | None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.kernels.launches import repeatable
-from sparseattn.ops.dispatch import check_impl, on_its_device, triton_missing
+from sparseattn.ops.dispatch import check_impl, launchable, on_its_device
 from sparseattn.ops.paged.cache import FLOAT8, PagedCache, check_int32
 from sparseattn.ops.paged.options import check_bitorder
 
@@ -155,23 +152,14 @@ def lengths_from_last_pages(indptr: Tensor, last_page_len: Tensor, page_size: in
     Returns:
         int32 [B].
     """
-    if indptr.is_cuda and repeatable(indptr, last_page_len):  # one launch in the place of six
-        kernels = _kernels(indptr.device)
-        plain = indptr.dtype == last_page_len.dtype == torch.int32 and last_page_len.is_cuda
-        whole = indptr.is_contiguous() and last_page_len.is_contiguous() and last_page_len.shape[0] > 0
-        if kernels is not None and plain and whole and last_page_len.device == indptr.device:
+    if launchable(indptr, last_page_len):  # one launch in the place of six
+        plain = indptr.dtype == last_page_len.dtype == torch.int32 and last_page_len.device == indptr.device
+        if plain and indptr.is_contiguous() and last_page_len.is_contiguous() and last_page_len.shape[0] > 0:
+            kernels = importlib.import_module("sparseattn.ops.paged.pages_triton")
             lengths: Tensor = on_its_device(kernels.lengths)(indptr, last_page_len, page_size)
             return lengths
     pages = indptr.diff()
     return torch.where(pages > 0, (pages - 1) * page_size + last_page_len, 0).int()
-
-
-@functools.cache
-def _kernels(device: torch.device) -> ModuleType | None:
-    """Triton's kernels, if they can run on a GPU."""
-    if triton_missing() is not None or torch.cuda.get_device_capability(device)[0] < 8:
-        return None
-    return importlib.import_module("sparseattn.ops.paged.pages_triton")
 
 
 def packbits(x: Tensor, bitorder: str = "little") -> Tensor:
