@@ -155,7 +155,7 @@ class BlockSparseAttentionWrapper(Wrapper):
         shapes = (M, num_qo_heads, head_dim), (N, num_kv_heads, head_dim)
         self._planned = BlockPlan(
             rows, shapes, options, gathered_causal, inside is not None, self._kv_layout, dtypes, self._impl
-        )
+        ).after(self._planned)
 
     def plan_batch(
         self,
@@ -208,7 +208,8 @@ class BlockSparseAttentionWrapper(Wrapper):
         options = Options(causal, logits_soft_cap=logits_soft_cap, sm_scale=sm_scale)
         dtypes = resolve_dtypes(q.dtype, k.dtype)
         shapes = tuple(q.shape), tuple(k.shape)
-        self._planned = BlockPlan(rows, shapes, options, False, False, self._kv_layout, dtypes, self._impl)
+        plan = BlockPlan(rows, shapes, options, False, False, self._kv_layout, dtypes, self._impl)
+        self._planned = plan.after(self._planned)
 
     def run(
         self,

@@ -218,7 +218,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             total_q=batch * q_len_per_req,
             impl=self._impl,
             follows=self.is_cuda_graph_enabled,
-        )
+        ).after(self._planned)
 
     def _with_rows(self, plan: PagedPlan, rows: int) -> PagedPlan:
         """The plan for another number of queries a request, as old code says it at ``run``."""

@@ -235,7 +235,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             table=pages, kv_layout=self._kv_layout, device=self.device, cu_seqlens_q=rows.indptr,
             max_seqlen_q=rows.longest, total_q=rows.total, custom_mask=mask, impl=self._impl, follows=graph,
             **fields,
-        )  # fmt: skip
+        ).after(self._planned)  # fmt: skip
 
     def _table(
         self, table: tuple[Tensor, Tensor, Tensor], seq_lens: Tensor | None, page_size: int, non_blocking: bool

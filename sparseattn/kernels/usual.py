@@ -6,6 +6,7 @@ tensors have the form of that call, to allocate the output, and to put addresses
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Callable
@@ -148,6 +149,12 @@ class Usual:
         self._several = self._index is not None and torch.cuda.device_count() > 1
         self._ready: dict[int, _Ready] = {}
 
+    def moved(self, places: dict[str, int]) -> Usual:
+        """The same for common tensors that lie elsewhere, with other contents: their addresses by name."""
+        other = copy.copy(self)
+        other._fixed, other._kept, other._ready = self._fixed | places, {}, {}
+        return other
+
     def fits(self, *tensors: Tensor) -> bool:
         """Whether tensors have the form of the call."""
         return self._same(*tensors) and [t.data_ptr() & 15 for t in tensors] == self._low
@@ -212,8 +219,8 @@ class Usual:
     def _tied(self, tie: tuple[str, str, int]) -> bool:
         """Whether two names of the record always lie as far apart as they must."""
         name, other, apart = tie
-        (a, at), (b, to) = self._origins.get(name, (-1, 0)), self._origins.get(other, (-2, 0))
-        return a == b and to - at == apart
+        (a, at), (b, to) = (self._origins.get(n, (None, self._fixed.get(n))) for n in (name, other))
+        return at is not None and to is not None and a == b and to - at == apart
 
 
 class UsualCalls:
@@ -231,6 +238,12 @@ class UsualCalls:
             if out is not None:
                 return out
         return None
+
+    def moved(self, places: dict[str, int]) -> UsualCalls:
+        """Those of another plan, which differs in nothing but its tensors' addresses and contents: see ``Usual``."""
+        other = UsualCalls()
+        other._calls = {count: [usual.moved(places) for usual in calls] for count, calls in self._calls.items()}
+        return other
 
     def learn(self, tensors: tuple[Tensor, ...], make: Callable[[], Usual | None]) -> None:
         """Know what ``make`` returns, unless calls of such tensors are known; where there are many the oldest goes."""

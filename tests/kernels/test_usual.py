@@ -129,6 +129,24 @@ def test_unusual_calls_do_nothing(way: str) -> None:
     assert calls(q, cache) is not None
 
 
+def test_another_plan_computes_anew_what_follows_from_its_tables(way: str) -> None:
+    kernel = Kernel()
+    usual, q, cache, table = usual_of(kernel)
+    first = UsualCalls()
+    first.learn((q, cache), lambda: usual)
+    assert first(q, cache) is not None
+    other = torch.ones(7)
+    second = first.moved({"table": other.data_ptr()})
+    kernel.launched.clear()
+    for calls, at in ((second, other), (first, table), (second, other)):
+        assert calls(q, cache) is not None
+        assert kernel.launched[-1][3] == at.data_ptr()
+    ordered = [args for args in kernel.launched if args[2] == "order"]
+    assert [args[1] for args in ordered] == [other.data_ptr()]
+    orders = [args[3] for args in kernel.launched if args[0] == q.data_ptr()]
+    assert orders[0] == orders[2] == ordered[0][0] != orders[1]
+
+
 def test_known_forms_are_learnt_once_and_old_ones_forgotten() -> None:
     calls, made = UsualCalls(), []
     for rows in (1, 2, 1, *range(3, 12)):
@@ -167,6 +185,27 @@ def test_tensors_that_overlapped_take_the_slow_way(way: str) -> None:
         assert calls(q, k, k[:]) is not None
         assert calls(q, k, k.clone()) is None
     assert [args[:3] for args in kernel.launched] == [(q.data_ptr(), k.data_ptr(), k.data_ptr())] * 2
+
+
+def test_starts_and_ends_of_one_tensor(way: str) -> None:
+    """Common tensors may overlap, as long as those of every plan do so alike."""
+    kernel = Kernel()
+    q, k, offsets = torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(9)
+    out, lse = torch.zeros(4, 8), torch.zeros(4)
+    given = {"q": q, "k": k, "out": out, "lse": lse}
+    record = Launches(given | {"start": offsets[:-1], "end": offsets[1:]})
+    with recording(record):
+        launch(kernel, (1,), q, k, offsets[:-1], offsets[1:], out)
+    calls = UsualCalls()
+    places = {"start": offsets.data_ptr(), "end": offsets[1:].data_ptr()}
+    origins = {"q": (0, 0), "k": (1, 0)}
+    calls.learn((q, k), lambda: Usual(Recorded(record, 8, {}), (q, k), origins, places, (4, 8), ("out", "lse"), 4))
+    for _ in range(2):
+        assert calls(q, k) is not None
+        assert kernel.launched[-1][2:4] == tuple(places.values())
+    [[usual]] = calls._calls.values()
+    assert usual._ready
+    assert calls.moved({"end": torch.zeros(9).data_ptr()})(q, k) is None
 
 
 def test_threads_do_not_mix_addresses(way: str) -> None:

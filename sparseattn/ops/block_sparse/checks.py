@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable
 
 from torch import Tensor, bfloat16, float16, float32, float64
 
@@ -183,5 +185,9 @@ def _cut(
     blocks: Tensor, row_sizes: Tensor, col_sizes: Tensor, seq_lens: tuple[int, int], size: tuple[int, int]
 ) -> Tiling:
     """``make_tiling`` by a kernel."""
-    kernels = importlib.import_module("sparseattn.kernels.tilings")
-    return Tiling(*on_its_device(kernels.cut_tiles)(blocks, row_sizes, col_sizes, seq_lens, size))
+    return Tiling(*_kernel()(blocks, row_sizes, col_sizes, seq_lens, size))
+
+
+@functools.cache
+def _kernel() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return on_its_device(importlib.import_module("sparseattn.kernels.tilings").cut_tiles)

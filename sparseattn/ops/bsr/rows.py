@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -228,12 +230,15 @@ def _block_mask(rows: BlockRows, ascending: bool) -> BlockMask | None:
         return None
     if ascending:
         return BlockMask(bounds, rows.indices[..., :width], rows.block_size, rows.seq_lens)
-    if launchable(bounds, rows.indices):
-        kernels = importlib.import_module("sparseattn.ops.bsr.lists_triton")
-        counts, indices = on_its_device(kernels.lists)(bounds, rows.indices, nb, width)
-    else:
-        counts, indices = ascending_lists(bounds, rows.indices, nb, width)
+    make = _lists() if launchable(bounds, rows.indices) else ascending_lists
+    counts, indices = make(bounds, rows.indices, nb, width)
     return BlockMask(counts, indices, rows.block_size, rows.seq_lens)
+
+
+@functools.cache
+def _lists() -> Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]:
+    """``ascending_lists`` by one kernel."""
+    return on_its_device(importlib.import_module("sparseattn.ops.bsr.lists_triton").lists)
 
 
 def ascending_lists(bounds: Tensor, indices: Tensor, num_blocks: int, width: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -155,11 +157,15 @@ def lengths_from_last_pages(indptr: Tensor, last_page_len: Tensor, page_size: in
     if launchable(indptr, last_page_len):  # one launch in the place of six
         plain = indptr.dtype == last_page_len.dtype == torch.int32 and last_page_len.device == indptr.device
         if plain and indptr.is_contiguous() and last_page_len.is_contiguous() and last_page_len.shape[0] > 0:
-            kernels = importlib.import_module("sparseattn.ops.paged.pages_triton")
-            lengths: Tensor = on_its_device(kernels.lengths)(indptr, last_page_len, page_size)
-            return lengths
+            return _lengths()(indptr, last_page_len, page_size)
     pages = indptr.diff()
     return torch.where(pages > 0, (pages - 1) * page_size + last_page_len, 0).int()
+
+
+@functools.cache
+def _lengths() -> Callable[[Tensor, Tensor, int], Tensor]:
+    """The kernel of ``lengths_from_last_pages``."""
+    return on_its_device(importlib.import_module("sparseattn.ops.paged.pages_triton").lengths)
 
 
 def packbits(x: Tensor, bitorder: str = "little") -> Tensor:

@@ -1,0 +1,116 @@
+"""A plan that differs from the one before it in contents alone: what its calls come to is known."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparseattn.flashinfer as fi
+from sparseattn.kernels.usual import Usual, UsualCalls
+
+WORKSPACE = torch.empty(8, dtype=torch.uint8)
+
+
+class Known:
+    """In the place of a call that a plan has made: notes where the next plan's tensors lie."""
+
+    places: dict[str, int] | None = None
+
+    def fits(self, *tensors: Tensor) -> bool:
+        return False
+
+    def moved(self, places: dict[str, int]) -> Known:
+        other = Known()
+        other.places = places
+        return other
+
+
+def numbers(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def teach(calls: UsualCalls) -> None:
+    calls.learn((torch.zeros(1),), lambda: cast("Usual", Known()))
+
+
+def places(calls: UsualCalls) -> dict[str, int] | None:
+    return next((cast("Known", known).places for found in calls._calls.values() for known in found), None)
+
+
+def addresses(**tensors: Tensor | None) -> dict[str, int]:
+    return {name: t.data_ptr() for name, t in tensors.items() if t is not None}
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"num_qo_heads": 4}, {"window_left": 3}, {"sm_scale": 0.5}, {"logits_soft_cap": 5.0}, {"page_size": 8},
+    {"q_data_type": torch.float32}, {"pos_encoding_mode": "ALIBI"}, {"q_len_per_req": 2},
+    {"indices": numbers(2, 0, 1, 4)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, *CHANGES], ids=lambda changes: next(iter(changes), "same"))
+def test_decode(changes: dict[str, Any]) -> None:
+    wrapper = fi.BatchDecodeWithPagedKVCacheWrapper(WORKSPACE)
+    given: dict[str, Any] = {
+        "indptr": numbers(0, 2, 3), "indices": numbers(2, 0, 1), "last_page_len": numbers(1, 3), "num_qo_heads": 2,
+        "num_kv_heads": 2, "head_dim": 64, "page_size": 4,
+    }  # fmt: skip
+    wrapper.plan(**given)
+    teach(wrapper._planned._usual)
+    wrapper.plan(**given | {"indptr": numbers(0, 1, 3)} | changes)
+    plan = wrapper._planned
+    expected = addresses(**plan.table._asdict(), cu_seqlens_q=plan.cu_seqlens_q)
+    assert places(plan._usual) == (None if changes else expected)
+
+
+def test_buffers_of_graphs_do_not_stay_as_they_were() -> None:
+    buffers = torch.zeros(3, dtype=torch.int32), torch.zeros(3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    wrapper = fi.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(WORKSPACE, *buffers)
+    for _ in range(2):
+        wrapper.plan(numbers(0, 2, 3), numbers(2, 0, 1), numbers(1, 3), 2, 2, 64, 4)
+        assert places(wrapper._planned._usual) is None
+        teach(wrapper._planned._usual)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_prefill_and_masks(causal: bool) -> None:
+    wrapper = fi.BatchPrefillWithPagedKVCacheWrapper(WORKSPACE)
+    tables = numbers(0, 2, 3), numbers(0, 2, 3), numbers(2, 0, 1), numbers(1, 3)
+    wrapper.plan(*tables, 2, 2, 64, 4, causal=True)
+    teach(wrapper._planned._usual)
+    wrapper.plan(*tables, 2, 2, 64, 4, causal=causal)
+    assert (places(wrapper._planned._usual) is None) != causal
+    wrapper.plan(*tables, 2, 2, 64, 4, custom_mask=torch.ones(2 * 5 + 3, dtype=torch.bool))
+    assert places(wrapper._planned._usual) is None
+
+
+@pytest.mark.parametrize("longer", [False, True])
+def test_latent(longer: bool) -> None:
+    wrapper = fi.mla.BatchMLAPagedAttentionWrapper(WORKSPACE)
+    rest = 16, 512, 64, 4, False, 0.07, torch.bfloat16, torch.bfloat16
+    wrapper.plan(numbers(0, 1, 2), numbers(0, 2, 3), numbers(2, 0, 1), numbers(5, 3), *rest)
+    teach(wrapper._again)
+    pages = numbers(1, 0, 2, 3) if longer else numbers(1, 0, 2)
+    wrapper.plan(numbers(0, 1, 2), numbers(0, 1, 3), pages, numbers(2, 7), *rest)
+    plan = wrapper._planned
+    assert places(wrapper._again) == (None if longer else addresses(**plan.table._asdict(), cu_seqlens_q=plan.rows))
+
+
+@pytest.mark.parametrize("changes", [{}, {"causal": True}, {"sm_scale": 0.5}, {"mask": None}], ids=str)
+def test_blocks(changes: dict[str, Any]) -> None:
+    wrapper = fi.BlockSparseAttentionWrapper(WORKSPACE)
+    sizes = 256, 256, 64, 64, 2, 2, 64
+    wrapper.plan(numbers(0, 1, 2, 4, 5), numbers(0, 1, 0, 2, 3), *sizes)
+    teach(wrapper._planned.again)
+    if "mask" in changes:
+        changes = {"mask": torch.ones(5, 64, 64, dtype=torch.bool)}
+    wrapper.plan(numbers(0, 2, 3, 4, 5), numbers(3, 1, 0, 2, 3), *sizes, **changes)
+    lists = wrapper._planned.rows.lists
+    if changes:
+        assert places(wrapper._planned.again) is None
+    else:
+        expected = addresses(kv_num_blocks=lists.kv_num_blocks, kv_indices=lists.kv_indices)
+        assert places(wrapper._planned.again) == expected
