@@ -14,11 +14,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import paged_report, selector_report
 from benchmarks.harness import RESULTS, Row
 from sparseattn.testing.timing import break_even
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BEGIN = "<!-- benchmarks: begin (written by python -m benchmarks.report) -->"
 END = "<!-- benchmarks: end -->"
@@ -330,32 +333,37 @@ def digest(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Draw block-sparse TFLOP/s over density, a panel a pass and length, one line an implementation."""
-    import matplotlib
+    """Write ``drawing`` as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing(rows).savefig(path, dpi=110, metadata={"Rows": digest(rows)})
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    metadata = {"Rows": digest(rows)}
+def drawing(rows: list[Row]) -> Figure:
+    """Block-sparse TFLOP/s over density, a panel a pass and length, one line an implementation, alike in all panels."""
+    from matplotlib.figure import Figure
+
     rows = of_set(rows, "targets")
     panels = sorted({(row["op"], row["n"]) for row in rows}, key=lambda key: (key[0] != "forward", key[1]))
-    figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(4 * max(1, len(panels)), 3.4), squeeze=False)
+    figure = Figure(figsize=(4 * max(1, len(panels)), 3.8))
+    axes = figure.subplots(1, max(1, len(panels)), squeeze=False)
+    present = {row["impl"] for row in rows}
+    colors = {impl: f"C{i}" for i, impl in enumerate(impl for impl in NAMES if impl in present)}
+    lines = {}
     for axis, (op, n) in zip(axes[0], panels, strict=False):
-        for impl, name in NAMES.items():
+        for impl, color in colors.items():
             points = sorted((r["selected"], r["tflops"]) for r in rows if (r["op"], r["n"], r["impl"]) == (op, n, impl))
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=name.replace("**", ""))
+                label = NAMES[impl].replace("**", "")
+                (lines[label],) = axis.plot(*zip(*points, strict=True), marker="o", color=color, label=label)
         axis.set(title=f"{op}, {thousand(n)} tokens", xlabel="density", xscale="log", ylim=(0, None))
         ticks = sorted({r["density"] for r in rows if (r["op"], r["n"]) == (op, n)})
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("TFLOP/s of the selected blocks")
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata=metadata)
-    pyplot.close(figure)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=len(lines) or 1, fontsize=9, frameon=False)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -123,30 +123,31 @@ def write_plots(rows: list[EvalRow], folder: Path) -> list[Path]:
 def comparison(rows: list[EvalRow]) -> Figure:
     """Accuracy of every task, and recall, over density and over time; one line a method."""
     tasks = list(dict.fromkeys(row.task for row in rows))
+    labels = list(dict.fromkeys(row.label for row in rows if row.method != "dense"))  # alike wherever they are drawn
     figure = new_figure(11, 3.3 * (len(tasks) + 1))
     grid = figure.subplots(len(tasks) + 1, 2, squeeze=False)
     for axes, task in zip(grid, tasks, strict=False):
         dense, others = of_group(rows, (rows[0].model, task, rows[0].length))
-        _lines(axes, others, lambda row: 100 * row.accuracy, f"{task}: right answers, %")
+        _lines(axes, others, labels, lambda row: 100 * row.accuracy, f"{task}: right answers, %")
         for ax, x in zip(axes, (100.0, dense.seconds if dense else 0.0), strict=True):
             if dense is not None:
                 ax.plot([x], [100 * dense.accuracy], "*", color="#3f3f46", markersize=11, label="dense", zorder=3)
                 ax.axhline(100 * dense.accuracy, color="#3f3f46", linewidth=1, linestyle="--", zorder=1)
             ax.set_ylim(-3, 104)
     _, others = of_group(rows, (rows[0].model, tasks[0], rows[0].length))
-    _lines(grid[-1], others, lambda row: row.fidelity.get("recall"), "recall of attention mass")
+    _lines(grid[-1], others, labels, lambda row: row.fidelity.get("recall"), "recall of attention mass")
     grid[0][0].legend(frameon=False, fontsize=7, loc="lower right", ncols=2)
     device = rows[0].environment.get("device", "")
     figure.suptitle(f"{rows[0].model}, {rows[0].length:,} tokens ({device})", fontsize=11, fontweight="bold")
     return figure
 
 
-def _lines(axes: Any, rows: list[EvalRow], value: Any, title: str) -> None:
+def _lines(axes: Any, rows: list[EvalRow], labels: list[str], value: Any, title: str) -> None:
     """One line a method over density on the left, over seconds on the right."""
     x_of = (lambda row: 100 * row.density), (lambda row: row.seconds)
     names = ("density: computed share of the visible blocks, %", "seconds a prompt")
     for ax, x, name in zip(axes, x_of, names, strict=True):
-        for i, label in enumerate(dict.fromkeys(row.label for row in rows)):
+        for i, label in enumerate(labels):
             mine = sorted((row for row in rows if row.label == label), key=lambda row: row.density)
             points = [(x(row), value(row)) for row in mine if value(row) is not None]
             if points:

@@ -149,6 +149,22 @@ def test_plot(tmp_path: Path) -> None:
     assert report.digest(rows) != report.digest(rows[1:])
 
 
+def test_lines_of_the_plot_look_alike_in_all_panels() -> None:
+    """And one legend names them all, whichever panel they are in."""
+    pytest.importorskip("matplotlib")
+    forward = [row("sparseattn_gluon", 600), row("sparseattn_triton", 500)]
+    backward = [row(name, 400, op="backward") for name in ("sparseattn_gluon_deterministic", "sparseattn_triton")]
+    figure = report.drawing([*forward, *backward])
+    lines = [line for axis in figure.axes for line in axis.get_lines()]
+    colors = {str(line.get_label()): line.get_color() for line in lines}
+    assert len(lines) == 4
+    assert len(set(colors.values())) == len(colors) == 3
+    assert all(line.get_color() == colors[str(line.get_label())] for line in lines)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(dict.fromkeys(
+        str(line.get_label()) for line in lines
+    ))  # fmt: skip
+
+
 def test_main_writes_all_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     rows = tmp_path / "rows.jsonl"

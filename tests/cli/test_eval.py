@@ -22,8 +22,9 @@ SMALL = ("eval", "retrieval-d64", "--device", "cpu", "--length", 640, "--prompts
 def row(label: str, target: float | None, density: float, correct: int, length: int = 4096, **changes) -> EvalRow:
     method, _, knob = label.partition(":")
     depths = [[float(correct > i), 1.0] for i in range(10)]
+    task = changes.pop("task", "stream")
     return EvalRow(
-        model="m", task="stream", length=length, method=method, target=target, density=density, knob=knob or None,
+        model="m", task=task, length=length, method=method, target=target, density=density, knob=knob or None,
         value=0.5, options={}, correct=correct, total=10, prompts=1, seed=0, seconds=2.0 * density,
         selection_seconds=0.1, attention_seconds=0.2, by_depth=depths,
         fidelity={} if target is None else {"recall": 0.8, "p05": 0.5, "normalised": 0.4, "output_error": 0.1},
@@ -83,6 +84,17 @@ def test_comparison_of_rows(invoke, tmp_path: Path) -> None:
     assert "at 10 % of the blocks most answers are kept by landmark: 90 % (dense: 100 %); xattention 40." in text
     assert "oracle (density)" in text
     assert "10.1 (10) %" in text
+
+
+def test_a_method_looks_alike_in_every_panel() -> None:
+    """Even where a task lacks the methods before it."""
+    from sparseattn.cli.eval_report import comparison
+
+    other = [row("dense", None, 1.0, 10, task="vt"), row("xattention:threshold", 0.1, 0.11, 4, task="vt")]
+    figure = comparison([*ROWS[:6], *other])
+    lines = [line for axis in figure.axes for line in axis.get_lines() if not str(line.get_label()).startswith("_")]
+    looks = {(str(line.get_label()), line.get_color(), line.get_marker()) for line in lines}
+    assert len(lines) > len(looks) == len({label for label, *_ in looks}) == 5
 
 
 def test_verdicts() -> None:
