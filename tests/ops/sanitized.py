@@ -24,14 +24,21 @@ from sparseattn.testing import make_qkv, random_block_mask
 DEVICE, DTYPE = "cuda", torch.bfloat16
 
 
-def block_sparse(impl: str) -> None:
-    """Forward and both backward passes, over a mask of every head and densely, of odd lengths."""
-    for length, dim, block in ((300, 128, (128, 128)), (260, 64, None)):
-        leaves = [t.requires_grad_() for t in make_qkv(1, length, length, 4, 2, dim, dtype=DTYPE, device=DEVICE)]
-        mask = None if block is None else random_block_mask((length, length), block, 4, device=DEVICE)
-        for deterministic in (False, True):
-            o = block_sparse_attention(*leaves, mask, impl=impl, deterministic=deterministic)
-            torch.autograd.grad(o, leaves, torch.ones_like(o))
+def masked(impl: str) -> None:
+    """Forward and both backward passes over a mask of every head, of an odd length."""
+    _differentiated(impl, 300, 128, random_block_mask((300, 300), (128, 128), 4, device=DEVICE))
+
+
+def dense(impl: str) -> None:
+    """The same without a mask."""
+    _differentiated(impl, 260, 64, None)
+
+
+def _differentiated(impl: str, length: int, dim: int, mask: BlockMask | None) -> None:
+    leaves = [t.requires_grad_() for t in make_qkv(1, length, length, 4, 2, dim, dtype=DTYPE, device=DEVICE)]
+    for deterministic in (False, True):
+        o = block_sparse_attention(*leaves, mask, impl=impl, deterministic=deterministic)
+        torch.autograd.grad(o, leaves, torch.ones_like(o))
 
 
 def small_and_variable_blocks(impl: str) -> None:
@@ -72,21 +79,25 @@ def bsr(impl: str) -> None:
     bsr_attention(q, k, v, indptr, indices, (8, 4), impl=impl)
 
 
-def selection(impl: str) -> None:
-    """Landmarks, by threshold and by density, and with Triton every other method."""
+def landmarks(impl: str) -> None:
+    """Selection by landmarks, by threshold and by density."""
     q, k, _ = make_qkv(1, 700, 700, 4, 2, 128, dtype=DTYPE, device=DEVICE)
     for options in ({"tau": 0.1}, {"density": 0.3}):
         landmark(q, k, selectors.configure("landmark", options), impl=impl)
-    if impl == "triton":
-        for method in selectors.SELECTORS:
-            selectors.get(method).select(q, k, impl=impl)
+
+
+def methods(impl: str) -> None:
+    """Every other selector."""
+    q, k, _ = make_qkv(1, 700, 700, 4, 2, 128, dtype=DTYPE, device=DEVICE)
+    for method in selectors.SELECTORS:
+        selectors.get(method).select(q, k, impl=impl)
 
 
 FAMILIES: dict[str, Callable[[str], None]] = {
     f"{family.__name__}-{impl}": lambda family=family, impl=impl: family(impl)  # type: ignore[misc]
-    for family in (block_sparse, small_and_variable_blocks, paged, bsr, selection)
+    for family in (masked, dense, small_and_variable_blocks, paged, landmarks, bsr, methods)
     for impl in ("gluon", "triton")
-    if (family.__name__, impl) != ("bsr", "gluon")
+    if impl == "triton" or family not in (bsr, methods)
 }
 
 if __name__ == "__main__":
