@@ -174,15 +174,14 @@ def loader(call, F: gl.constexpr):
 
 @gluon.jit
 def item_facts(turn, CID: gl.constexpr, spans, bounds, max_q, max_k, groups, F: gl.constexpr):
-    """Scorer ``CID``'s share of an item and the tiles that come with it."""
+    """Scorer ``CID``'s share of an item."""
     item = item_of(turn)
     b = item % groups // (F.HEADS // F.GROUP)
     kv_head = item % groups % (F.HEADS // F.GROUP)
     q_start, q_len = sequence_span(spans[0], spans[1], b, max_q, F.RAGGED_Q)
     k_start, k_len = sequence_span(spans[2], spans[3], b, max_k, F.RAGGED_K)
     m, slot, recent, visible = share_of(item // groups, CID, b, bounds, F)
-    first, forced, count = tiles_of(item // groups, b, k_len, bounds, F)
-    return b, kv_head, q_start, q_len, k_len, m, slot, recent, visible, first, forced, count
+    return b, kv_head, q_start, q_len, k_len, m, slot, recent, visible
 
 
 @gluon.jit
@@ -353,11 +352,13 @@ def scorer(CID: gl.constexpr, call, F: gl.constexpr):
     beat = 0
     if CID == 0:
         beat = 1
-    b, kv_head, q_start, q_len, k_len, m, slot, recent, visible, first, forced, count = item_facts(
+    b, kv_head, q_start, q_len, k_len, m, slot, recent, visible = item_facts(
         0, CID, spans, bounds, max_q, max_k, groups, F
     )
     x, tokens = fetch_queries(q_ptr, q_strides, rows_ptr, b, kv_head, q_start, q_len, m, slot, recent, num_rows, F)
     for turn in range(0, (items + gl.num_programs(0) - 1) // gl.num_programs(0)):
+        # Not carried from turn to turn: Triton 3.6 (LoopAwareCSE) would take the first item's numbers for every item's.
+        first, forced, count = tiles_of(item_of(turn) // groups, b, k_len, bounds, F)
         counts = gl.zeros([64, 4], gl.int32, gl.SliceLayout(2, MASSES))
         norm = gl.full([64], float("inf"), gl.float32, ROWS)
         if recent > 0:
@@ -414,7 +415,7 @@ def scorer(CID: gl.constexpr, call, F: gl.constexpr):
             else:
                 norm_own.store(norm)  # also the barrier between the strip's writers and its readers
                 write_scores(strip, norm_own, scores_ptr, taus_ptr, place, F)
-        b, kv_head, q_start, q_len, k_len, m, slot, recent, visible, first, forced, count = coming
+        b, kv_head, q_start, q_len, k_len, m, slot, recent, visible = coming
 
 
 @gluon.jit(do_not_specialize=NUMBERS)

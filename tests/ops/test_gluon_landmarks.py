@@ -70,6 +70,16 @@ def test_scores_match_the_reference(case: tuple) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_programs_take_many_items_of_unequal_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two programs for all: a compiler may not take one item's numbers for the next one's."""
+    monkeypatch.setattr(gluon, "processors_of", lambda device: 2)
+    for options in ({"tau": 0.2}, {"density": 0.4}):
+        q, k = make(640, 640, 4, 1, 64)
+        options |= {"block_size": 64, "rows": 32, "features": landmark_features(k, block_size=64)}
+        expected, got = (lists(*landmark_blocks(q, k, impl=impl, **options)) for impl in ("reference", "gluon"))
+        assert got == expected
+
+
 def near(scores: Tensor, taus: tuple[float, ...]) -> Tensor:
     """Blocks so close to the threshold that rounding decides."""
     logs = torch.tensor(taus, device=scores.device).log()[:, None, None]
