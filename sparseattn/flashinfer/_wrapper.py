@@ -15,6 +15,7 @@ from sparseattn.flashinfer._common import (
     FLOAT8,
     Dtypes,
     Options,
+    Scales,
     Table,
     as_queries,
     base2,
@@ -34,6 +35,8 @@ from sparseattn.masks import BlockMask
 from sparseattn.ops.paged import CustomMask, PagedCache, PageLists, RepeatedAttention, paged_attention
 
 _MOST_VARIANTS = 16
+# Scales of layers that a plan remembers, and how many of them the next one does, which takes time.
+_MOST_SCALES, _MOST_FOLLOWED = 512, 8
 
 
 class Wrapper:
@@ -180,7 +183,7 @@ class PagedPlan:
     _scale: float = field(init=False, repr=False)
     _call: RepeatedAttention | None = field(init=False, repr=False, default=None)
     _accepted: set[tuple[Any, ...]] = field(init=False, repr=False, default_factory=set)
-    _usual: UsualCalls = field(init=False, repr=False, default_factory=UsualCalls)
+    _usual: dict[Any, UsualCalls] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         check_heads(self.num_qo_heads, self.num_kv_heads)
@@ -212,7 +215,9 @@ class PagedPlan:
         """This plan, which knows from the one before it what calls come to, if only their contents differ."""
         if before is not None and self._likeness is not None and self._likeness == before._likeness:
             named = {**self.table._asdict(), "cu_seqlens_q": self.cu_seqlens_q}
-            self._usual = before._usual.moved({n: t.data_ptr() for n, t in named.items() if t is not None})
+            places = {n: t.data_ptr() for n, t in named.items() if t is not None}
+            recent = list(before._usual.items())[-_MOST_FOLLOWED:]
+            self._usual = {form: calls.moved(places) for form, calls in recent}
         return self
 
     def replaced(self, **options: Any) -> PagedPlan:
@@ -221,11 +226,21 @@ class PagedPlan:
             options.pop("causal", None)
         return replace(self, options=self.options._replace(**options))
 
-    def again(self, q: Tensor, paged_kv_cache: Tensor | tuple[Tensor, Tensor]) -> Tensor | None:
-        """What ``run`` of these two returns, if it has seen tensors like them; else None."""
+    def again(
+        self,
+        q: Tensor,
+        paged_kv_cache: Tensor | tuple[Tensor, Tensor],
+        scales: tuple[Any, Any, Any],
+        out: Tensor | None,
+    ) -> Tensor | None:
+        """What ``run`` of these returns, if it has seen such tensors, and such scales of q, k and v; else None."""
+        try:
+            calls = self._usual[scales, out is None]
+        except (KeyError, TypeError):  # not seen, or what cannot be a key
+            return None
         if type(paged_kv_cache) is tuple:
-            return self._usual(q, *paged_kv_cache)
-        return self._usual(q, paged_kv_cache)
+            return calls(q, *paged_kv_cache) if out is None else calls(q, *paged_kv_cache, out)
+        return calls(q, paged_kv_cache) if out is None else calls(q, paged_kv_cache, out)
 
     def run(
         self,
@@ -258,12 +273,32 @@ class PagedPlan:
             queries, k, v, scale=scales.scale, k_scale=scales.k, v_scale=scales.v, sinks=sinks,
             out=out if o_dtype == queries.dtype else None,
         )  # fmt: skip
-        plain = q_scale is k_scale is v_scale is sinks is out is lse is None and not return_lse
-        if plain and o.dtype == o_dtype and queries is q:
-            tensors = (q, paged_kv_cache) if isinstance(paged_kv_cache, Tensor) else (q, *paged_kv_cache)
-            places = (0, 1, len(tensors) - 1)
-            self._usual.learn(tensors, lambda: self._attention().usual(tensors, places, q, k, v, scale=scales.scale))
+        direct = queries is q and (o.dtype == o_dtype if out is None else o is out)
+        if direct and sinks is lse is None and not return_lse:
+            self._learn(q, paged_kv_cache, k, v, scales, (q_scale, k_scale, v_scale), out)
         return as_results(o, natural, o_dtype, out, lse, return_lse)
+
+    def _learn(
+        self,
+        q: Tensor,
+        cache: Tensor | tuple[Tensor, Tensor],
+        k: Tensor,
+        v: Tensor,
+        folded: Scales,
+        scales: tuple[Any, Any, Any],
+        out: Tensor | None,
+    ) -> None:
+        """Have ``again`` know a call that was made."""
+        if not all(x is None or isinstance(x, numbers.Real) for x in scales):  # a tensor may change
+            return
+        tensors = (q, cache) if isinstance(cache, Tensor) else (q, *cache)
+        places = (0, 1, len(tensors) - 1)
+        given = tensors if out is None else (*tensors, out)
+        if len(self._usual) > _MOST_SCALES:
+            self._usual.clear()
+        calls = self._usual.setdefault((scales, out is None), UsualCalls())
+        factors = folded.scale, folded.k, folded.v
+        calls.learn(given, lambda: self._attention().usual(given, places, q, k, v, scales=factors, out=out))
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Raise unless queries, keys and values are as planned."""

@@ -264,9 +264,10 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
         if plain and self._call is not None and self._call[0] is plan and parts.q_nope is q_nope:
             k, k_rope = ckv_cache.unsqueeze(2), kpe_cache.unsqueeze(2)
             if kpe_cache.shape[-1] and parts.ckv is ckv_cache:
-                call, tensors = self._call[1], (q_nope, q_pe, ckv_cache, kpe_cache)
+                call, factors = self._call[1], (plan.scale, None, None)
+                tensors = q_nope, q_pe, ckv_cache, kpe_cache
                 self._again.learn(
-                    tensors, lambda: call.usual(tensors, (0, 2, 2, 1, 3), q_nope, k, k, q_pe, k_rope, scale=plan.scale)
+                    tensors, lambda: call.usual(tensors, (0, 2, 2, 1, 3), q_nope, k, k, q_pe, k_rope, scales=factors)
                 )
         return result
 

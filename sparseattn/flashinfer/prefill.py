@@ -293,9 +293,9 @@ class BatchPrefillWithPagedKVCacheWrapper(PrefillWrapper):
             ``[qo_indptr[-1], Hq]``.
         """
         plan = self._planned
-        plain = q_scale is k_scale is v_scale is out is lse is window_left is sinks is kv_cache_sf is sm_scale is None
+        plain = lse is window_left is sinks is kv_cache_sf is sm_scale is None
         if plain and not (uses_spcompress or return_lse or args or self.is_cuda_graph_enabled or plan is None):
-            o: Tensor | None = plan.again(q, paged_kv_cache)
+            o: Tensor | None = plan.again(q, paged_kv_cache, (q_scale, k_scale, v_scale), out)
             if o is not None:
                 return o
         if plan is None or window_left is not None or sm_scale is not None:

@@ -115,7 +115,7 @@ class _Ready(NamedTuple):
 
 
 class Usual:
-    """A recorded call for which all is as usual: a new output, no LSE, one GPU, no graph, no gradients.
+    """A recorded call for which all is as usual: no LSE, one GPU, no graph, no gradients.
 
     Args:
         recorded: The call's launches, whose common tensors do not change.
@@ -126,6 +126,7 @@ class Usual:
         shape: Of the output.
         results: Names of the output and of the LSE.
         sums: Elements of the LSE, which is float32.
+        into: The last of ``tensors`` is the output, and no input begins where it does.
     """
 
     def __init__(
@@ -137,13 +138,14 @@ class Usual:
         shape: tuple[int, ...],
         results: tuple[str, str],
         sums: int,
+        into: bool = False,
     ) -> None:
         first = tensors[0]
         self._record, self._kept, self._device = recorded.launches, recorded.kept, first.device
         self._origins, self._fixed, self._results, self._sums = origins, fixed, results, sums
         self._same = same_form(tensors)
         self._low = [t.data_ptr() & 15 for t in tensors]
-        self._empty = allocator(shape, first.dtype, first.device)
+        self._empty = None if into else allocator(shape, first.dtype, first.device)
         self._index = self._device.index if self._device.type == "cuda" else None
         # The current device is not asked for where there is one.
         self._several = self._index is not None and torch.cuda.device_count() > 1
@@ -175,8 +177,13 @@ class Usual:
                 return None
         if hooked():
             return None
-        out = self._empty()
-        addresses.append(out.data_ptr())
+        if self._empty is None:
+            out = tensors[-1]
+            if addresses.index(addresses[-1]) < len(tensors) - 1:
+                return None
+        else:
+            out = self._empty()
+            addresses.append(out.data_ptr())
         ready = self._ready.get(stream)
         if ready is None:
             return out if self._first(stream, addresses) else None

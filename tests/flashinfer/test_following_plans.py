@@ -32,11 +32,15 @@ def numbers(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def teach(calls: UsualCalls) -> None:
+def teach(calls: UsualCalls | dict[Any, UsualCalls]) -> None:
+    if isinstance(calls, dict):
+        calls = calls.setdefault(None, UsualCalls())
     calls.learn((torch.zeros(1),), lambda: cast("Usual", Known()))
 
 
-def places(calls: UsualCalls) -> dict[str, int] | None:
+def places(calls: UsualCalls | dict[Any, UsualCalls]) -> dict[str, int] | None:
+    if isinstance(calls, dict):
+        calls = calls.get(None, UsualCalls())
     return next((cast("Known", known).places for found in calls._calls.values() for known in found), None)
 
 

@@ -129,6 +129,23 @@ def test_unusual_calls_do_nothing(way: str) -> None:
     assert calls(q, cache) is not None
 
 
+def test_outputs_that_are_given(way: str) -> None:
+    kernel = Kernel()
+    q, cache, out, table = torch.zeros(4, 8), torch.zeros(2, 6, 8), torch.zeros(4, 8), torch.zeros(7)
+    known, origins = recorded(kernel, q, cache, table)
+    usual = Usual(
+        known, (q, cache, out), origins, {"table": table.data_ptr()}, (4, 8), ("out", "lse"), 4, into=True
+    )  # fmt: skip
+    for _ in range(2):
+        other = torch.ones(4, 8)
+        assert usual(q, cache, other) is other
+        assert kernel.launched[-1][1] == other.data_ptr()
+    kernel.launched.clear()
+    assert usual(q, cache, q[:]) is None, "another call: it reads what it writes"
+    assert usual(q, cache, torch.zeros(8, 4).t()) is None
+    assert kernel.launched == []
+
+
 def test_another_plan_computes_anew_what_follows_from_its_tables(way: str) -> None:
     kernel = Kernel()
     usual, q, cache, table = usual_of(kernel)

@@ -208,16 +208,17 @@ for name in CHOSEN:
         elif way != "known":  # as a plan of the same shapes, whose first call it is
             attention(*tensors, **latent, **first)
         if way.startswith("usual"):
-            given = [*tensors, *latent.values()]
-            at = tuple(next(i for i, t in enumerate(given) if t.data_ptr() == x.data_ptr()) for x in given)
-            usual = attention.usual(tuple(given), at, *given, scale=first.get("scale"))
+            every = [*tensors, *latent.values()]
+            given = list({id(t): t for t in every}.values())  # keys that are the values are given once
+            at = tuple(next(i for i, t in enumerate(given) if t is x) for x in every)
+            usual = attention.usual(tuple(given), at, *every, scales=(first.get("scale"), None, None))
             assert usual is not None
             if way == "usually":
                 assert usual(*given) is not None
         calls.clear()
         tensors, latent = parts(two)
         if way.startswith("usual"):
-            o = usual(*tensors, *latent.values())
+            o = usual(*{id(t): t for t in (*tensors, *latent.values())}.values())
             [ready] = usual._ready.values()
             lse = ready.held[0]
         else:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparseattn.kernels.launches import Launches, Recorded, Store, differentiable, recording, repeatable
 from sparseattn.kernels.usual import Usual
-from sparseattn.ops.arguments import check_apart
+from sparseattn.ops.arguments import check_apart, starts_with
 from sparseattn.ops.dispatch import implementations, on_its_device, require
 from sparseattn.ops.paged.cache import PagedCache
 from sparseattn.ops.paged.calls import (
@@ -146,28 +146,38 @@ class RepeatedAttention:
         return out, lse
 
     def usual(
-        self, tensors: tuple[Tensor, ...], places: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, *rope: Tensor,
-        scale: float | None = None,
-    ) -> Usual | None:  # fmt: skip
+        self,
+        tensors: tuple[Tensor, ...],
+        places: tuple[int, ...],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *rope: Tensor,
+        scales: tuple[float | None, Any, Any],
+        out: Tensor | None = None,
+    ) -> Usual | None:
         """What makes again a call that was made with these tensors, where nobody wants its LSE; None if nothing can.
 
         Args:
-            tensors: What the caller's caller gives, by which calls will be known.
+            tensors: What the caller's caller gives, by which calls will be known; ``out`` last, if it is given.
             places: In which of them each of the others lies, however they may come.
             q: As in a call.
             k: Likewise.
             v: Likewise.
             rope: ``q_rope`` and ``k_rope``, or nothing.
-            scale: As in a call.
+            scales: The call's ``scale``, ``k_scale`` and ``v_scale``.
+            out: As in a call.
         """
+        if isinstance(scales[1], Tensor) or isinstance(scales[2], Tensor):
+            return None
         q_rope, k_rope = rope or (None, None)
-        known = self._known.get(call_key(q, k, v, q_rope, k_rope, (scale, None, None), None, None))
-        if not isinstance(known, Recorded) or known.kept is None:
+        known = self._known.get(call_key(q, k, v, q_rope, k_rope, scales, None, out))
+        if not isinstance(known, Recorded) or known.kept is None or (out is not None and starts_with(out, q, k, v)):
             return None
         names = zip(("q", "k", "v", "q_rope", "k_rope"), (q, k, v, *rope), places, strict=False)
         origins = {name: (at, t.data_ptr() - tensors[at].data_ptr()) for name, t, at in names}
-        shape = (*q.shape[:2], known.dim)
-        return Usual(known, tensors, origins, self._places, shape, ("out", "lse"), q.shape[0] * q.shape[1])
+        shape, results = (*q.shape[:2], known.dim), ("out", "lse")
+        return Usual(known, tensors, origins, self._places, shape, results, q.shape[0] * q.shape[1], out is not None)
 
     def _unusual(
         self, q: Tensor, k: Tensor, v: Tensor, q_rope: Tensor | None, k_rope: Tensor | None, sinks: Tensor | None
