@@ -283,11 +283,9 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             ValueError: Shapes, devices or numbers that do not fit.
         """
         plan = self._planned
-        plain = (
-            q_scale is k_scale is v_scale is out is lse is window_left is sinks is q_len_per_req is kv_cache_sf is None
-        )
+        plain = lse is window_left is sinks is q_len_per_req is kv_cache_sf is None
         if plain and not (return_lse or args or plan is None):
-            o = plan.again(q, paged_kv_cache)
+            o: Tensor | None = plan.again(q, paged_kv_cache, (q_scale, k_scale, v_scale), out)
             if o is not None:
                 return o
         plan = self._plan()
