@@ -15,7 +15,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,22 +36,32 @@ Kept = dict[int, tuple[list[Tensor], dict[str, int]]]
 _open = threading.local()
 
 
+class Recorder(Protocol):
+    """Who does for a thread what ``launch`` and ``scratch`` are asked for."""
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
+        """In the place of the function."""
+
+    def scratch(self, t: Tensor, zeros: bool = False) -> Tensor:
+        """What the function returns instead of ``t``, which it has made."""
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
     """``kernel[grid](*args, **kwargs)``; the compiled kernel, or None where there is none (Triton's interpreter)."""
-    record: Launches | None = getattr(_open, "record", None)
+    record: Recorder | None = getattr(_open, "record", None)
     return kernel[grid](*args, **kwargs) if record is None else record.launch(kernel, grid, *args, **kwargs)
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, zeros: bool = False) -> Tensor:
     """A tensor, uninitialised or of zeros, that nobody but the launches of a call uses."""
-    record: Launches | None = getattr(_open, "record", None)
+    record: Recorder | None = getattr(_open, "record", None)
     t = (torch.zeros if zeros else torch.empty)(shape, dtype=dtype, device=device)
     return t if record is None else record.scratch(t, zeros)
 
 
 @contextlib.contextmanager
-def recording(record: Launches) -> Iterator[None]:
-    """Have ``launch`` and ``scratch`` of this thread note in ``record`` what they do."""
+def recording(record: Recorder) -> Iterator[None]:
+    """Have ``launch`` and ``scratch`` of this thread leave to ``record`` what they do."""
     before = getattr(_open, "record", None)
     _open.record = record
     try:

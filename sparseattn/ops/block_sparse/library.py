@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparseattn.kernels.launches import repeatable
+from sparseattn.kernels.rehearsal import rehearse
 from sparseattn.masks import BlockMask, VariableBlockMask
 from sparseattn.ops.block_sparse.checks import tiling_of
 from sparseattn.ops.block_sparse.geometry import Geometry
-from sparseattn.ops.block_sparse.repeat import PACKAGE, RepeatedBlocks
+from sparseattn.ops.block_sparse.repeat import PACKAGE, RepeatedBlocks, kind_of
 from sparseattn.ops.dispatch import implementations, on_its_device, require, resolve
 from sparseattn.ops.results import empty_results
 
@@ -141,10 +142,14 @@ def attend(
     wanted = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     if not (torch.is_grad_enabled() and wanted):
         return _attend(q, k, v, sinks, impl, g)
+    module = None
     if not torch.compiler.is_compiling():
-        _require(q, k, v, g, impl, gradients_form(deterministic))  # said now, not when gradients are asked for
+        # Said now, not when gradients are asked for.
+        module = _require(q, k, v, g, impl, gradients_form(deterministic))
     if mask is not None and implementations(impl, q) != ("reference",):
         g = with_transposed(g, mask)
+    if module is not None and repeatable(q, k, v, sinks):
+        _rehearse_gradients(module, q, k, v, sinks, g, deterministic)
     return BlockSparse.apply(q, k, v, sinks, impl, deterministic, *g)
 
 
@@ -153,6 +158,22 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, impl: str, g:
     if repeatable(q, k, v, sinks):
         return RepeatedBlocks(g, impl)(q, k, v, sinks)
     return _forward_op(q, k, v, sinks, impl, *g)
+
+
+def _rehearse_gradients(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry, deterministic: bool
+) -> None:
+    """Compile the kernels of both passes side by side; see ``rehearse``."""
+
+    def backward() -> None:
+        o, lse = empty_results(q, v.shape[-1])
+        module.backward(torch.empty_like(o), None, q, k, v, o, lse, sinks, g, deterministic=deterministic)
+
+    def forward() -> None:
+        module.forward(q, k, v, sinks, g._replace(q_num_blocks=None, q_indices=None, key_pieces=None))
+
+    if not g.extra_keys and q.numel() > 0 and k.numel() > 0:
+        rehearse(module, (deterministic, *kind_of(q, k, v, sinks, g)), q.device, backward, forward)
 
 
 def with_transposed(g: Geometry, mask: BlockMask | VariableBlockMask) -> Geometry:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.kernels.launches import Launches, Recorded, Store, differentiable, recording, repeatable
+from sparseattn.kernels.rehearsal import rehearse
 from sparseattn.kernels.usual import Usual
 from sparseattn.ops.arguments import check_apart, starts_with
 from sparseattn.ops.dispatch import implementations, on_its_device, require
@@ -277,6 +278,8 @@ class RepeatedAttention:
         if q.numel() == 0 or k.numel() == 0 or p.batch == 0:
             return out.zero_(), lse.fill_(-torch.inf)
         assert self._fixed is not None
+        kind = (main.dtype, main.shape[1:], *_kind_of(p))
+        rehearse(module, kind, q.device, lambda: module.attend(main, rest, out, lse, p))
         launches = Launches(moving_tensors(main, rest, k, v, k_rope, sinks, out, lse) | self._fixed)
         with torch.no_grad(), recording(launches):
             module.attend(main, rest, out, lse, p)
@@ -293,3 +296,10 @@ class RepeatedAttention:
             table = self._table[0]  # in the place of tensors that this must not keep alive
             self._known[key] = _Known(module, p._replace(k=table, v=table, k_rope=None, sinks=None))
         return out, lse
+
+
+def _kind_of(p: PagedProblem) -> tuple[Any, ...]:
+    """What of a problem decides which kernels it launches, and no number that changes with a prompt."""
+    given = [x if isinstance(x, bool) else x is None for x in p if x is None or isinstance(x, (bool, Tensor))]
+    numbers = (p.max_q == 1, p.block_q, p.block_kv, p.window_left >= 0, p.window_right >= 0, p.softcap > 0)
+    return p.k.dtype, p.k.shape[1:], p.v.shape[-1], *given, *numbers

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.kernels.rehearsal import rehearse
 from sparseattn.ops.dispatch import check_impl, implementations, on_its_device, require, resolve
 from sparseattn.ops.scores.landmark_problem import LandmarkFeatures, LandmarkProblem, landmark_bounds
 from sparseattn.ops.scores.problem import check_max_blocks
@@ -354,8 +355,15 @@ torch.library.define(
 def _landmark_blocks(q: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     c = _Call(*arguments)
     s = unflatten(q, c)
-    p = c.problem(s)
     module = _implementation(c.impl, q, k, c.fp8)
+    given = (c.centroids is None, c.q_start is None, c.k_start is None, len(c.tau), c.density is None, c.max_blocks)
+    kind = (q.dtype, q.shape[-2:], k.shape[-2], *given, *c.problem(s)[1:-1])
+    rehearse(module, kind, q.device, lambda: _choose(module, q, k, c, s))
+    return _choose(module, q, k, c, s)
+
+
+def _choose(module: ModuleType, q: Tensor, k: Tensor, c: _Call, s: Sequences) -> tuple[Tensor, Tensor]:
+    p = c.problem(s)
     if c.centroids is None or c.spreads is None or c.sizes is None:
         features = module.features(k, s, c.block_size, c.clusters)
     else:
