@@ -22,7 +22,7 @@ from sparseattn.kernels.launches import recording
 _rehearsed: set[Hashable] = set()
 
 
-class _Rehearsal:
+class Rehearsal:
     """Stands where a record of launches does: what is launched is compiled."""
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
@@ -77,7 +77,7 @@ def rehearse(module: ModuleType, kind: tuple[Hashable, ...], device: torch.devic
     # What fails to compile says so when it is launched.
     with _Workers(device) as workers, triton.AsyncCompileMode(workers, ignore_errors=True), torch.no_grad():
         try:
-            with recording(_Rehearsal()):
+            with recording(Rehearsal()):
                 for call in calls:
                     call()
         except torch.OutOfMemoryError:

@@ -2,16 +2,17 @@
 
     python tests/compile/count_kernels.py
 
-One JSON line a kind of call: ``kind``, ``calls`` (how many), and ``kernels``, compiled variants by name. Calls run
-through Triton's launch machinery for a Hopper GPU, up to where a kernel would be compiled. A script of its own, because
-the test process imports Triton for its interpreter.
+One JSON line a kind of call: ``kind``, ``calls`` (how many), ``kernels``, compiled variants by name, and ``missed``,
+kernels of the first call that its rehearsal does not compile. Calls run through Triton's launch machinery for a Hopper
+GPU, up to where a kernel would be compiled. A script of its own, because the test process imports Triton for its
+interpreter.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,8 +24,13 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from sparseattn import BlockMask, PagedCache, block_sparse_attention, paged_attention
-from sparseattn.ops.block_sparse import gluon, gluon_gradients
+from sparseattn.kernels.launches import recording
+from sparseattn.kernels.rehearsal import Rehearsal
+from sparseattn.ops.block_sparse import gluon, gluon_gradients, library
+from sparseattn.ops.block_sparse import repeat as blocks_repeat
 from sparseattn.ops.paged import gluon as paged
+from sparseattn.ops.paged import repeat as paged_repeat
+from sparseattn.ops.scores import landmark as landmarks
 from sparseattn.ops.scores import landmark_gluon, landmark_triton
 from sparseattn.selectors.landmark import LandmarkConfig, landmark
 from sparseattn.testing.inputs import random_blocks
@@ -76,10 +82,28 @@ def pretend() -> set[tuple[str, str]]:
         *((module, "processors_of", lambda _device: 132) for module in (gluon, paged, landmark_gluon)),
         (gluon_gradients, "_processors", lambda _q: 132),
         (landmark_triton, "_programs", lambda _device, per_processor: 132 * per_processor),
+        *(
+            (module, "rehearse", partial(rehearse, noted))
+            for module in (library, blocks_repeat, paged_repeat, landmarks)
+        ),
     ]
     for where, name, stand_in in replaced:
         setattr(where, name, stand_in)
     return noted
+
+
+# What rehearsals of the call at hand would have compiled.
+rehearsed: set[tuple[str, str]] = set()
+
+
+def rehearse(noted: set[tuple[str, str]], _module: Any, _kind: Any, _device: Any, *calls: Callable[[], Any]) -> None:
+    """In the place of ``rehearsal.rehearse``: note in ``rehearsed`` what it would compile."""
+    before = set(noted)
+    with torch.no_grad(), recording(Rehearsal()):
+        for call in calls:
+            call()
+    rehearsed.update(noted)
+    noted.intersection_update(before)
 
 
 def tensors(batch: int, queries: int, keys: int, heads_first: bool, gradients: bool) -> list[Tensor]:
@@ -160,10 +184,14 @@ def main() -> None:
     assert not triton.knobs.runtime.interpret, "TRITON_INTERPRET is set: unset it"
     for kind, calls in kinds():
         noted.clear()
-        for call in calls:
+        rehearsed.clear()
+        calls[0]()
+        missed = sorted({name for name, _ in noted - rehearsed})
+        for call in calls[1:]:
             call()
         kernels = Counter(name for name, _ in noted)
-        print(json.dumps({"kind": kind, "calls": len(calls), "kernels": dict(sorted(kernels.items()))}), flush=True)
+        row = {"kind": kind, "calls": len(calls), "kernels": dict(sorted(kernels.items())), "missed": missed}
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

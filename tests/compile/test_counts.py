@@ -48,11 +48,13 @@ def counted(triton: str) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("triton", ["newest", "oldest"])
 def test_lengths_batches_and_densities_share_kernels(triton: str) -> None:
+    """And the rehearsal of a first call knows all kernels that the call needs."""
     if triton == "oldest" and not OLDEST.is_dir():
         pytest.skip("Triton 3.6 is not installed beside this environment; `make test` does it")
     rows = list(counted(triton))
     assert {row["kind"].split(",")[0] for row in rows} >= {"forward", "fast", "deterministic", "paged decode"}
     assert all(row["calls"] > 3 and row["kernels"] for row in rows)
+    assert not [row for row in rows if row["missed"]]
     many = [
         f"{row['kind']}: {count} of {kernel}, not {allowed(kernel, row['kind'])}"
         for row in rows
