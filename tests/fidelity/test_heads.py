@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseattn import BlockMask, block_sparse_attention
 from sparseattn.fidelity import head_fidelity, head_statistics, mass_statistics, recall, recall_bounds
@@ -190,3 +191,25 @@ def test_against_dense_outputs() -> None:
     sparse, _ = dense_attention(q, k, v, mask.to_dense())
     expected = [((sparse - dense)[:, :, h].norm() / dense[:, :, h].norm()).item() for h in range(2)]
     assert head_fidelity(q, k, v, mask).output_error.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest tensor has that any operator returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        found = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
+        self.numel = max([self.numel, *(t.numel() for t in found)])
+        return out
+
+
+def test_no_tensor_grows_with_the_square_of_the_sequence() -> None:
+    """But for one number a block, with which bounds are counted."""
+    seq = 4096
+    q, k, v = make_qkv(1, seq, seq, 1, 1, 16)
+    mask = BlockMask.streaming(seq, num_sink_tokens=128, num_local_tokens=256, block_size=128)
+    with Largest() as largest:
+        head_fidelity(q, k, v, mask, bounds=True)
+    assert seq * 16 <= largest.numel < seq * seq // 8
