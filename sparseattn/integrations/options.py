@@ -45,7 +45,7 @@ class AttentionOptions:
         mean_correction: Attend the blocks that the method skips by the means of their keys and values, as
             ``block_sparse_attention`` defines it.
         impl: ``"auto"``, or the implementation that selector and operator must use (``"gluon"`` is the operator's
-            alone: selectors then use ``"triton"``).
+            alone: selectors then choose as under ``"auto"``).
     """
 
     method: str = DEFAULT_METHOD
@@ -109,7 +109,7 @@ class AttentionOptions:
     @property
     def selector_impl(self) -> str:
         """The implementation for the selector."""
-        return "triton" if self.impl == "gluon" else self.impl
+        return "auto" if self.impl == "gluon" else self.impl  # most selectors have no kernels for Hopper alone
 
     def for_layer(self, layer: int | None) -> AttentionOptions:
         """The options of one layer: ``layers`` applied, then ``dense_layers``."""
