@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compile_kernels import loose_arrivals
 
 pytest.importorskip("triton", reason="compiling kernels needs Triton")
 
@@ -89,9 +90,25 @@ def test_kernels_compile_everywhere(triton: str) -> None:
             problems.append(f"{where}: {row['spills']} bytes of spills at {row['registers']} registers")
         if row["warnings"]:
             problems.append(f"{where}: {row['warnings']}")
+        if row["loose"]:
+            problems.append(f"{where}: {row['loose']} arrivals do not wait for their warpgroup")
         if row["shared"] > SHARED_LIMIT[row["target"]]:
             problems.append(f"{where}: {row['shared']} bytes of shared memory")
     assert not problems, "\n".join(problems)
+
+
+def test_loose_arrivals_are_seen() -> None:
+    arrive, meet, read = (
+        "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];",
+        "bar.sync 2, 128;",
+        "ld.shared.b32 %r2, [%r3];",
+    )
+    assert loose_arrivals("\n".join([read, meet, arrive, arrive])) == 0
+    assert loose_arrivals("\n".join([meet, read, arrive])) == 1
+    assert loose_arrivals("\n".join([meet, "wgmma.wait_group.sync.aligned 0;", arrive, meet, arrive])) == 1
+    for announced in ("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 16384;",
+                      "cp.async.mbarrier.arrive.noinc.shared.b64 [%r1];"):  # fmt: skip
+        assert loose_arrivals("\n".join([read, announced])) == 0
 
 
 def test_the_script_refuses_the_interpreter() -> None:
