@@ -41,6 +41,7 @@ class Facts:
             sequence's page numbers begin and, from there, its length; the schedule counts the tiles.
         SCALED: Scores and outputs have a factor for each KV head.
         VARIABLE: Row tiles and key tiles begin and end anywhere, as ``piece_walks_kernel`` says.
+        DEPTH: Columns of queries and keys that are multiplied: BLOCK_D, or 192 of 256 where the others are zeros.
         BITS: Bits say what queries see of listed blocks (see ``hopper_bits``), which are no smaller than a key tile.
         PAGED: Keys lie in pages.
         BOXED: The rows of a key tile come from ``key_boxes``.
@@ -81,6 +82,7 @@ class Facts:
     SCALED: bool = False
     VARIABLE: bool = False
     BITS: bool = False
+    DEPTH: int = 0
 
     PAGED: Any = field(init=False, default=False)
     BOXED: Any = field(init=False, default=False)
@@ -104,6 +106,7 @@ class Facts:
         facts |= {"SCATTERED": scattered, "WARPS": 4 if scattered else 1}
         facts |= {"BOXED": boxed, "LOADER": 56 if scattered else 40 if boxed else 24}
         facts |= {"CHUNKS": -(-self.GROUP // self.PACK)}
+        facts |= {"DEPTH": self.DEPTH or self.BLOCK_D}
         # Attributes of a compile-time argument must be compile-time values themselves.
         for name, value in facts.items():
             object.__setattr__(self, name, gl.constexpr(value))

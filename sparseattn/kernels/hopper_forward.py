@@ -269,7 +269,17 @@ def score(q, keys, stage, phase, zeros, F: gl.constexpr):
     mbarrier.wait(full.index(stage), phase)
     if F.SCATTERED:
         fence_async_shared()
-    return warpgroup_mma(q, tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    k = tiles.index(stage)
+    if F.DEPTH == F.BLOCK_D:
+        s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    else:  # the columns behind DEPTH are zeros
+        HALF: gl.constexpr = F.BLOCK_D // 2
+        REST: gl.constexpr = F.DEPTH - HALF
+        near = k.slice(0, HALF, dim=1).permute((1, 0))
+        far = k.slice(HALF, REST, dim=1).permute((1, 0))
+        s = warpgroup_mma(q.slice(0, HALF, dim=1), near, zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma(q.slice(HALF, REST, dim=1), far, s, is_async=True)
+    return s
 
 
 @gluon.jit

@@ -59,6 +59,11 @@ def padded(head_dim: int) -> int:
     return max(64, triton.next_power_of_2(head_dim))
 
 
+def depth(head_dim: int) -> int:
+    """How many columns of a tile products need: a padded head dimension, or three quarters of it."""
+    return 192 if 128 < head_dim <= 192 else padded(head_dim)
+
+
 def processors_of(device: torch.device) -> int:
     """Multiprocessors of a device."""
     # The few of a CPU are for the tests, which emulate these kernels there.
@@ -97,7 +102,8 @@ def offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
     block = (facts.pop("BLOCK_Q", 128), facts.pop("BLOCK_KV", 128))
     f = Facts(
         32, 4, pack, pack, 64 * tiles.consumers // pack, *block, padded(dims[0]), dims[1], padded(dims[1]),
-        tiles.consumers, tiles.tile_n, tiles.k_stages, tiles.v_stages, tiles.q_registers, tiles.o_in_q, **facts,
+        tiles.consumers, tiles.tile_n, tiles.k_stages, tiles.v_stages, tiles.q_registers, tiles.o_in_q,
+        DEPTH=depth(dims[0]), **facts,
     )  # fmt: skip
     boxes = dict(zip(("q_desc", "k_desc", "v_desc", "o_desc"), f.boxes(), strict=True))
     floats = {"lse_ptr", "sinks_ptr", "sums_ptr", "scales_ptr"}

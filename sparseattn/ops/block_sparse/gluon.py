@@ -25,6 +25,7 @@ from sparseattn.kernels.hopper_tiles import (
     batch_rows,
     config_for,
     consumer_registers,
+    depth,
     offline,
     padded,
     processors_of,
@@ -192,7 +193,7 @@ def _attend_blocks(
         heads, heads // heads_k, pack, mask_group, tokens, *block, block_d, dim_v, block_dv, tiles.consumers,
         tiles.tile_n, tiles.k_stages, tiles.v_stages, tiles.q_registers, tiles.o_in_q, masked, g.causal,
         g.window_left >= 0 or g.window_right >= 0, g.softcap > 0, sinks is not None, partial, *ragged,
-        VARIABLE=walks is not None, BITS=bits is not None,
+        VARIABLE=walks is not None, BITS=bits is not None, DEPTH=depth(q.shape[-1]),
     )  # fmt: skip
     given: dict[str, Any] = {}
     if bits is not None:

@@ -24,6 +24,7 @@ from sparseattn.kernels.hopper_tiles import (
     batch_rows,
     config_for,
     consumer_registers,
+    depth,
     offline,
     padded,
     processors_of,
@@ -109,7 +110,7 @@ def _launch(
         heads, heads // heads_k, cut.pack, mask_group(q, p), cut.tokens, p.block_q or NO_LIMIT, p.block_kv,
         padded(q.shape[-1]), dim_v, padded(dim_v), tiles.consumers, tiles.tile_n, tiles.k_stages, tiles.v_stages,
         tiles.q_registers, tiles.o_in_q, p.list_indices is not None, p.causal, windowed(p), p.softcap > 0,
-        p.sinks is not None, False, True, True, p.page_size, scales is not None,
+        p.sinks is not None, False, True, True, p.page_size, scales is not None, DEPTH=depth(q.shape[-1]),
     )  # fmt: skip
     rows: dict[str, Any] = {}
     if facts.SCATTERED:  # strides count 8 elements, by which they are divisible
