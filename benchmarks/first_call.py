@@ -2,8 +2,9 @@
 
     python -m benchmarks.first_call --impl gluon --op forward
 
-prints them as one number. What a user waits for once: importing Triton, compiling, launching; importing torch and
-starting CUDA, which every program pays, are not in it.
+prints them as one number. What a user waits for once: importing Triton, compiling, launching; importing torch, starting
+CUDA and what PyTorch imports when it is first asked for a gradient (two seconds), which every program pays, are not in
+it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from sparseattn.testing.workloads import Problem
 def seconds(problem: Problem, impl: str) -> float:
     """Of the first call in this process; of a backward pass, its first forward call is in it, too."""
     (q, k, v), mask = problem.qkv, problem.mask
+    one = torch.ones(1, device=problem.device, requires_grad=True)
+    torch.autograd.grad(one * one, one, torch.ones_like(one))
     if problem.device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
