@@ -80,4 +80,3 @@ def test_a_cuda_graph_follows_new_contents(density: float | None) -> None:
         again = _run(leaves, mask)
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(captured, again, strict=True))
-
