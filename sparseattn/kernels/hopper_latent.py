@@ -54,6 +54,8 @@ from sparseattn.kernels.hopper_boxes import (
     tile_tokens,
 )
 
+# Arrivals of a warpgroup whose threads gather rows.
+GATHERED: gl.constexpr = gl.constexpr(128)
 NUMBERS = ["mask_stride_b", "mask_stride_h", "idx_width", "k_rows", "k_rope_rows", "total_q", "sums_stride"]
 NUMBERS += ["part_stride", "window_left", "window_right", "num_pages", "k_stride", "k_rope_stride"]
 
@@ -78,10 +80,18 @@ def quarter(half, part: gl.constexpr, dtype: gl.constexpr, F: gl.constexpr):
 
 
 @gluon.jit
+def post_columns(columns, stage, cols, last, WARPS: gl.constexpr):
+    """Say which keys a tile has, and the last of them, ``HIDDEN`` where one is missing."""
+    cols_s, last_s = columns
+    cols_s.index(stage).store(cols)
+    last_s.index(stage).store(gl.full([1], last, gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0])))
+
+
+@gluon.jit
 def load_latent(descs, keys, list_ptr, tile, entries, source, stage, phase, F: gl.constexpr):
     """Bring a key tile, its left columns and then the right ones with the rotary part, and say which keys it has."""
     k_desc, k_rope_desc, k_rows, k_rope_rows = descs
-    latent, rotary, left, right, cols_s = keys
+    latent, rotary, left, right, columns = keys
     rows, counts = key_boxes(list_ptr, tile, entries, source, F)
     lane: gl.constexpr = gl.BlockedLayout([F.TILE_N // 32], [32], [1], [0])
     cols = box_columns(list_ptr, tile, entries, source, gl.arange(0, F.TILE_N, lane), F)
@@ -90,7 +100,7 @@ def load_latent(descs, keys, list_ptr, tile, entries, source, stage, phase, F: g
     mbarrier.expect(full, F.TILE_N * (F.BLOCK_DV + rotary.shape[2]) * 2)
     load_key_boxes(k_desc, k_rows, rows, counts, 0, 0, full, latent.index(2 * stage), F)
     load_key_boxes(k_rope_desc, k_rope_rows, rows, counts, 0, 0, full, rotary.index(stage), F)
-    cols_s.index(stage).store(cols)
+    post_columns(columns, stage, cols, gl.max(cols, 0), 1)
     mbarrier.arrive(full, count=1)
     mbarrier.wait(right[1].index(stage), phase)
     for part in gl.static_range(2):
@@ -126,7 +136,7 @@ def load_panels(desc, row, count, col: gl.constexpr, full, tile):
 def load_page(descs, keys, token, page, end, stage, phase, F: gl.constexpr):
     """``load_latent`` of a key tile that lies in one page; nothing is left to compute when its memory is free."""
     k_desc, k_rope_desc, k_rows, k_rope_rows = descs
-    latent, rotary, left, right, cols_s = keys
+    latent, rotary, left, right, columns = keys
     count = gl.where(page >= 0, gl.minimum(end - token, F.TILE_N), 0)
     inner = gl.where(page >= 0, token % F.PAGE, 0)
     page = gl.maximum(page, 0)
@@ -140,7 +150,7 @@ def load_page(descs, keys, token, page, end, stage, phase, F: gl.constexpr):
     mbarrier.expect(full, F.TILE_N * (F.BLOCK_DV + rotary.shape[2]) * 2)
     load_panels(k_desc, k_row, count, 0, full, latent.index(2 * stage))
     load_panels(k_rope_desc, rope_row, count, 0, full, rotary.index(stage))
-    cols_s.index(stage).store(cols)
+    post_columns(columns, stage, cols, gl.where(count == F.TILE_N, token + F.TILE_N - 1, HIDDEN), 1)
     mbarrier.arrive(full, count=1)
     mbarrier.wait(right[1].index(stage), phase)
     for part in gl.static_range(2):
@@ -151,52 +161,46 @@ def load_page(descs, keys, token, page, end, stage, phase, F: gl.constexpr):
 
 
 @gluon.jit
-def gather_panels(ptrs, present, tile, dtype: gl.constexpr, F: gl.constexpr):
-    """Copy rows of ``tile.shape[1]`` columns from ``ptrs`` [TILE_N, 64], zeros where none is ``present``."""
-    PANELS: gl.constexpr = tile.shape[1] // 64
-    panels = view(tile, dtype, [PANELS, F.TILE_N, 64], tile_layout(2))
-    for panel in gl.static_range(PANELS):
-        copy_rows(panels.index(panel), ptrs + panel * 64, mask=present)
-
-
-@gluon.jit
-def tell(barriers, i, asked, pending: gl.constexpr):
-    """Arrive at the barrier of a part that was ``asked`` for before the last ``pending`` ones, once it is there."""
-    async_copy.wait_group(pending)
-    fence_async_shared()
-    mbarrier.arrive(barriers.index(i), count=1, pred=asked)
-
-
-@gluon.jit
-def gather_latent(rows_of, keys, tokens, page, stage, phase, asked, dtype: gl.constexpr, F: gl.constexpr):
-    """``load_latent`` by four warps, 16 bytes a thread at a time; a part is told of when the next was asked for."""
+def row_pointers(rows_of, tokens, page, F: gl.constexpr):
+    """Where a key tile's rows begin, [TILE_N, 1] of the latent part and of the rotary one."""
     k_ptr, k_rope_ptr, k_rows, k_rope_rows, k_stride, k_rope_stride = rows_of
-    latent, rotary, left, right, cols_s = keys
-    present = page >= 0
-    inner = gl.where(present, tokens % F.PAGE, 0)
+    inner = gl.where(page >= 0, tokens % F.PAGE, 0)
     page = gl.maximum(page, 0)
-    LANES: gl.constexpr = tokens.type.layout.parent
-    cols = gl.arange(0, 64, gl.SliceLayout(0, LANES))
     k_at = (page.to(gl.int64) * k_rows + inner) * (k_stride * 8)
     rope_at = (page.to(gl.int64) * k_rope_rows + inner) * (k_rope_stride * 8)
-    ptrs = k_ptr + k_at[:, None] + cols[None, :]
-    copied = present[:, None] & (cols < 64)[None, :]
+    return k_ptr + k_at[:, None], k_rope_ptr + rope_at[:, None]
+
+
+@gluon.jit
+def gather(ptrs, present, tile):
+    """Copy rows of ``tile.shape[1]`` columns, zeros where none is ``present``."""
+    cols = gl.arange(0, tile.shape[1], gl.SliceLayout(0, present.type.layout.parent))
+    copy_rows(tile, ptrs + cols[None, :], mask=present[:, None] & (cols < tile.shape[1])[None, :])
+
+
+@gluon.jit
+def gather_latent(rows_of, keys, tokens, page, stage, phase, dtype: gl.constexpr, F: gl.constexpr):
+    """``load_latent`` by four warps, 16 bytes a thread at a time.
+
+    Threads arrive with their bytes, so that none waits for what it has asked for; who reads the tile must fence.
+    """
+    latent, rotary, left, right, columns = keys
+    present = page >= 0
+    ptrs, rope_ptrs = row_pointers(rows_of, tokens, page, F)
+    cols = gl.where(present, tokens, HIDDEN)
+    last = gl.max(cols, 0)
+    full = left[0].index(stage)
     mbarrier.wait(left[1].index(stage), phase)
-    gather_panels(ptrs, copied, latent.index(2 * stage), dtype, F)
-    gather_panels(k_rope_ptr + rope_at[:, None] + cols[None, :], copied, rotary.index(stage), dtype, F)
-    cols_s.index(stage).store(gl.where(present, tokens, HIDDEN))
-    async_copy.commit_group()
-    tell(right[0], 2 * (stage ^ 1) + 1, asked, 1)
+    post_columns(columns, stage, cols, last, 4)
+    mbarrier.arrive(full, count=1)
+    gather(ptrs, present, latent.index(2 * stage))
+    gather(rope_ptrs, present, rotary.index(stage))
+    async_copy.mbarrier_arrive(full, increment_count=False)
     mbarrier.wait(right[1].index(stage), phase)
-    ptrs += F.BLOCK_DV
     for part in gl.static_range(2):
         tile = quarter(latent.index(2 * stage + 1), part, dtype, F)
-        gather_panels(ptrs + part * (F.BLOCK_DV // 2), copied, tile, dtype, F)
-        async_copy.commit_group()
-        if part == 0:
-            tell(left[0], stage, True, 1)
-        else:
-            tell(right[0], 2 * stage, True, 1)
+        gather(ptrs + (F.BLOCK_DV + part * (F.BLOCK_DV // 2)), present, tile)
+        async_copy.mbarrier_arrive(right[0].index(2 * stage + part), increment_count=False)
 
 
 @gluon.jit
@@ -221,30 +225,24 @@ def latent_producer(call, F: gl.constexpr):
         cache, strides,
     ) = call  # fmt: skip
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr = spans
-    table_ptr, held_ptr, num_pages = cache
-    latent, rotary, left, right, cols_s = keys
+    table_ptr, num_pages = cache
     WARPS: gl.constexpr = 4 if F.BOX < 8 else 1
     BOXES: gl.constexpr = F.BOX >= 8 and F.BOX < F.TILE_N
-    asked = gl.program_id(0) < 0
     num_tiles = gl.load(counter_ptr + 1)
     stage = 0
     phase = 1
     turn = 0
     position = gl.program_id(0)
-    m, head, b, share, count, first, late, early = read_record(record_ptr, position)
+    m, head, b, share, count, first, pages_at, held = read_record(record_ptr, position)
     while position < num_tiles:
         claimed = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-        if claimed == num_tiles - 1:  # as many claims as tiles: the last one leaves the counter as it was
-            gl.store(counter_ptr, 0)
-        coming = claimed + gl.num_programs(0)
         if count >= 0:
             post(info, turn, position, WARPS)
             q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, 0, True)
-            k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, 0, True)
             head_q = head * F.PACK
             list_ptr, entries = list_of(count_ptr, index_ptr, b, head_q, m, strides, F)
             # A row tile without keys gets one tile of zeros, whose columns are all hidden.
-            source = (table_ptr + k_start, gl.where(count > 0, gl.load(held_ptr + b), 0), num_pages)
+            source = (table_ptr + pages_at, gl.where(count > 0, held, 0), num_pages)
             bound = gl.minimum(q_len, m * F.TOKENS + F.TOKENS) * F.HEADS
             last = first + gl.maximum(count, 1) - 1
             if not BOXES:
@@ -255,8 +253,7 @@ def latent_producer(call, F: gl.constexpr):
                 else:  # the next tile's page numbers travel while this one waits for room
                     next_tokens, next_page = tile_pages(list_ptr, gl.minimum(first + i + 1, last), entries, source, F)
                     if F.BOX < 8:
-                        gather_latent(rows_of, keys, tokens, page, stage, phase, asked, q_desc.dtype, F)
-                        asked = position >= 0
+                        gather_latent(rows_of, keys, tokens, page, stage, phase, q_desc.dtype, F)
                     else:
                         load_page(descs, keys, tokens, page, source[1], stage, phase, F)
                     tokens = next_tokens
@@ -267,10 +264,10 @@ def latent_producer(call, F: gl.constexpr):
                 stage ^= 1
                 phase ^= stage ^ 1
             turn += 1
-        position = coming
-        m, head, b, share, count, first, late, early = read_record(record_ptr, gl.minimum(position, num_tiles - 1))
-    if F.BOX < 8:
-        tell(right[0], 2 * (stage ^ 1) + 1, asked, 0)
+        if claimed == num_tiles - 1:  # as many claims as tiles: the last one leaves the counter as it was
+            gl.store(counter_ptr, 0)
+        position = claimed + gl.num_programs(0)
+        m, head, b, share, count, first, pages_at, held = read_record(record_ptr, gl.minimum(position, num_tiles - 1))
     post(info, turn, -1, WARPS)
 
 
@@ -278,8 +275,10 @@ def latent_producer(call, F: gl.constexpr):
 def score_left(queries, keys, stage, phase, zeros, F: gl.constexpr):
     """Begin the scores of a key tile: two products under way."""
     q_s, q_rope_s, q_full, q_empty = queries
-    latent, rotary, left, right, cols_s = keys
+    latent, rotary, left, right, columns = keys
     mbarrier.wait(left[0].index(stage), phase)
+    if F.BOX < 8:
+        fence_async_shared()
     zero = opaque_zero()
     at = stage + zero
     s = warpgroup_mma(q_s.index(zero), latent.index(2 * at).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -290,11 +289,13 @@ def score_left(queries, keys, stage, phase, zeros, F: gl.constexpr):
 def score_right(queries, keys, stage, phase, s, F: gl.constexpr):
     """Go on with them: two more."""
     q_s, q_rope_s, q_full, q_empty = queries
-    latent, rotary, left, right, cols_s = keys
+    latent, rotary, left, right, columns = keys
     zero = opaque_zero()
     at = stage + zero
     for part in gl.static_range(2):
         mbarrier.wait(right[0].index(2 * stage + part), phase)
+        if F.BOX < 8:
+            fence_async_shared()
         q_part = quarter(q_s.index(1 + zero), part, q_rope_s.dtype, F)
         k_part = quarter(latent.index(2 * at + 1), part, q_rope_s.dtype, F)
         s = warpgroup_mma(q_part, k_part.permute((1, 0)), s, is_async=True)
@@ -302,26 +303,32 @@ def score_right(queries, keys, stage, phase, s, F: gl.constexpr):
 
 
 @gluon.jit
-def probabilities_of(
-    s, m_i, l_i, tokens, length, window, keys, board, stage, phase, qk_scale, softcap,
-    F: gl.constexpr,
-):  # fmt: skip
-    """One step of the softmax; the other warpgroup finds probabilities and factors on the ``board``."""
-    latent, rotary, left, right, cols_s = keys
+def publish(p, alpha, right, board, stage, phase):
+    """Put a tile's probabilities and factors where the other warpgroup finds them."""
     factors, p_s, p_full = board
-    if F.SOFTCAP:
-        s = cap_scores(s, qk_scale, softcap)
-    cols = cols_s.index(stage).load(gl.SliceLayout(0, s.type.layout))
-    s = hide(s, tokens, cols, length[0], length[1], window[0], window[1], F.CAUSAL, F.WINDOW)
-    probabilities, alpha, m_i, l_i = next_softmax(s, m_i, l_i, qk_scale, True)
-    p = probabilities.to(p_s.dtype)
     factors.index(stage).store(alpha)
     # The other warpgroup has read the probabilities before.
     mbarrier.wait(right[1].index(stage ^ 1), phase ^ stage ^ 1)
     p_s.store(p)
     fence_async_shared()
     mbarrier.arrive(p_full.index(stage), count=1)
-    return p, alpha, m_i, l_i
+
+
+@gluon.jit
+def probabilities_of(
+    s, m_i, l_i, tokens, least, length, window, columns, stage, qk_scale, softcap, dtype: gl.constexpr,
+    F: gl.constexpr,
+):  # fmt: skip
+    """One step of the softmax; up to key ``least`` every row sees all."""
+    cols_s, last_s = columns
+    if F.SOFTCAP:
+        s = cap_scores(s, qk_scale, softcap)
+    lane: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    if F.WINDOW or gl.max(last_s.index(stage).load(lane), 0) > least:
+        cols = cols_s.index(stage).load(gl.SliceLayout(0, s.type.layout))
+        s = hide(s, tokens, cols, length[0], length[1], window[0], window[1], F.CAUSAL, F.WINDOW)
+    p, alpha, m_i, l_i = next_softmax(s, m_i, l_i, qk_scale, True)
+    return p.to(dtype), alpha, m_i, l_i
 
 
 @gluon.jit
@@ -363,7 +370,7 @@ def latent_scorer(call, F: gl.constexpr):
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr = spans
     q_s, q_rope_s, q_full, q_empty = queries
-    latent, rotary, left, right, cols_s = keys
+    latent, rotary, left, right, columns = keys
     factors, p_s, p_full = board
     o_desc, part_ptr, sums_ptr = outs
     part_stride, sums_stride = strides
@@ -374,12 +381,15 @@ def latent_scorer(call, F: gl.constexpr):
     done = 0
     turn = 0
     position = receive(info, 0)
-    m, head, b, share, count, first, late, early = read_record(record_ptr, gl.maximum(position, 0))
+    m, head, b, share, count, first, pages_at, held = read_record(record_ptr, gl.maximum(position, 0))
     while position >= 0:
         q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, 0, True)
         k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, 0, True)
         tokens = m * F.TOKENS + row // F.PACK
         length = (k_len - q_len, k_len)
+        least = k_len - 1
+        if F.CAUSAL:
+            least = gl.minimum(least, m * F.TOKENS + k_len - q_len)
         acc = gl.zeros([64, F.BLOCK_DV], gl.float32, O_LAYOUT)
         m_i = gl.full([64], float("-inf"), gl.float32, ROWS)
         l_i = thread_sums(zeros)
@@ -391,26 +401,28 @@ def latent_scorer(call, F: gl.constexpr):
         for i in range(1, gl.maximum(count, 1)):
             s = warpgroup_mma_wait(0, deps=(s,))
             p, alpha, m_i, l_i = probabilities_of(
-                s, m_i, l_i, tokens, length, window, keys, board, stage, phase, qk_scale, softcap, F
+                s, m_i, l_i, tokens, least, length, window, columns, stage, qk_scale, softcap, p_s.dtype, F
             )
-            acc, p = weigh_left(acc, p, alpha, latent, stage)
+            acc, weights = weigh_left(acc, p, alpha, latent, stage)
+            publish(p, alpha, right, board, stage, phase)
             before = stage
             stage ^= 1
             phase ^= stage ^ 1
             s = score_left(queries, keys, stage, phase, zeros, F)
-            acc, p = warpgroup_mma_wait(2, deps=(acc, p))
+            acc, weights = warpgroup_mma_wait(2, deps=(acc, weights))
             mbarrier.arrive(left[1].index(before), count=1)
             s = score_right(queries, keys, stage, phase, s, F)
             mbarrier.arrive(scored.index(done & 1), count=1)
             done += 1
         s = warpgroup_mma_wait(0, deps=(s,))
         p, alpha, m_i, l_i = probabilities_of(
-            s, m_i, l_i, tokens, length, window, keys, board, stage, phase, qk_scale, softcap, F
+            s, m_i, l_i, tokens, least, length, window, columns, stage, qk_scale, softcap, p_s.dtype, F
         )
+        acc, weights = weigh_left(acc, p, alpha, latent, stage)
+        publish(p, alpha, right, board, stage, phase)
         mbarrier.arrive(scored.index(done & 1), count=1)
         done += 1
-        acc, p = weigh_left(acc, p, alpha, latent, stage)
-        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+        acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
         mbarrier.arrive(left[1].index(stage), count=1)
         stage ^= 1
         phase ^= stage ^ 1
@@ -431,7 +443,7 @@ def latent_scorer(call, F: gl.constexpr):
         mbarrier.arrive(q_empty.index(0), count=1)
         turn += 1
         position = receive(info, turn)
-        m, head, b, share, count, first, late, early = read_record(record_ptr, gl.maximum(position, 0))
+        m, head, b, share, count, first, pages_at, held = read_record(record_ptr, gl.maximum(position, 0))
 
 
 @gluon.jit
@@ -445,7 +457,7 @@ def latent_weigher(call, F: gl.constexpr):
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr = spans
     q_s, q_rope_s, q_full, q_empty = queries
-    latent, rotary, left, right, cols_s = keys
+    latent, rotary, left, right, columns = keys
     factors, p_s, p_full = board
     o_desc, part_ptr, sums_ptr = outs
     part_stride, sums_stride = strides
@@ -455,13 +467,15 @@ def latent_weigher(call, F: gl.constexpr):
     done = 0
     turn = 0
     position = receive(info, 0)
-    m, head, b, share, count, first, late, early = read_record(record_ptr, gl.maximum(position, 0))
+    m, head, b, share, count, first, pages_at, held = read_record(record_ptr, gl.maximum(position, 0))
     while position >= 0:
         acc = gl.zeros([64, F.BLOCK_DV], gl.float32, O_LAYOUT)
         done += 1  # the first tile's scores: its probabilities come after them
         for i in range(0, gl.maximum(count, 1)):
             for part in gl.static_range(2):
                 mbarrier.wait(right[0].index(2 * stage + part), phase)
+            if F.BOX < 8:
+                fence_async_shared()
             mbarrier.wait(p_full.index(stage), phase)
             acc = acc * factors.index(stage).load(O_ROWS)[:, None]
             mbarrier.wait(scored.index(done & 1), (done >> 1) & 1)
@@ -483,13 +497,13 @@ def latent_weigher(call, F: gl.constexpr):
         mbarrier.arrive(q_empty.index(0), count=1)
         turn += 1
         position = receive(info, turn)
-        m, head, b, share, count, first, late, early = read_record(record_ptr, gl.maximum(position, 0))
+        m, head, b, share, count, first, pages_at, held = read_record(record_ptr, gl.maximum(position, 0))
 
 
 @gluon.jit(do_not_specialize=NUMBERS)
 def latent_kernel(
     q_desc, q_rope_desc, k_desc, k_rope_desc, o_desc, part_ptr, sums_ptr, lse_ptr, sinks_ptr, record_ptr, counter_ptr,
-    count_ptr, index_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr, table_ptr, held_ptr, k_ptr, k_rope_ptr,
+    count_ptr, index_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr, table_ptr, k_ptr, k_rope_ptr,
     mask_stride_b, mask_stride_h, idx_width, k_rows, k_rope_rows, k_stride, k_rope_stride, total_q,
     sums_stride, part_stride, window_left, window_right, num_pages, qk_scale, softcap, F: gl.constexpr,
 ):  # fmt: skip
@@ -508,8 +522,9 @@ def latent_kernel(
     rotary = gl.allocate_shared_memory(dtype, [2, F.TILE_N, ROTARY], layout)
     p_s = gl.allocate_shared_memory(dtype, [64, F.TILE_N], layout)
     # A stage's left half and rotary columns come and go together, its right half does in two parts and at once.
-    cols_s, left_full, left_empty = ring(gl.int32, 2, [F.TILE_N], plain, 1 if F.BOX < 8 else 2, 1)
-    unused, right_full, right_empty = ring(gl.int32, 4, [1], plain, 1, 1)
+    cols_s, left_full, left_empty = ring(gl.int32, 2, [F.TILE_N], plain, GATHERED + 1 if F.BOX < 8 else 2, 1)
+    last_s = gl.allocate_shared_memory(gl.int32, [2, 1], plain)
+    unused, right_full, right_empty = ring(gl.int32, 4, [1], plain, GATHERED if F.BOX < 8 else 1, 1)
     # Those of a tile that shrink older sums, by stage; then of a row tile that normalise its outputs, by turn.
     factors, p_full, scored = ring(gl.float32, 4, [64], plain, 1, 1)
     info, info_full, info_empty = ring(gl.int32, 2, [1], plain, 1, 2)
@@ -520,7 +535,7 @@ def latent_kernel(
     begin_early()
     spans = (q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr)
     queries = (q_s, q_rope_s, q_full, q_empty)
-    keys = (latent, rotary, (left_full, left_empty), (right_full, right_empty), cols_s)
+    keys = (latent, rotary, (left_full, left_empty), (right_full, right_empty), (cols_s, last_s))
     turns = (info, info_full, info_empty)
     work = (
         queries, keys, turns, (factors, p_s, p_full), scored, finished, (o_desc, part_ptr, sums_ptr), lse_ptr,
@@ -530,7 +545,7 @@ def latent_kernel(
     loads = (
         q_desc, q_rope_desc, (k_desc, k_rope_desc, k_rows, k_rope_rows),
         (k_ptr, k_rope_ptr, k_rows, k_rope_rows, k_stride, k_rope_stride), queries, keys, turns, record_ptr,
-        counter_ptr, count_ptr, index_ptr, spans, (table_ptr, held_ptr, num_pages),
+        counter_ptr, count_ptr, index_ptr, spans, (table_ptr, num_pages),
         (mask_stride_b, mask_stride_h, idx_width),
     )  # fmt: skip
     gl.warp_specialize(

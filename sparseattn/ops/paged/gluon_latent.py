@@ -79,7 +79,7 @@ def attend(q: Tensor, q_rope: Tensor, o: Tensor, lse: Tensor, p: PagedProblem, p
         latent_kernel, (cut.programs,),
         *(row_tiles(t, *box) for t, box in zip(tensors, _boxes(facts), strict=True)),
         part, sums, lse, lse if p.sinks is None else p.sinks, records, counter, counts, indices, *spans[:4],
-        gluon_plans.table_of(p), spans[4], p.k, p.k_rope, *strides, batch_rows(p.k), batch_rows(p.k_rope),
+        gluon_plans.table_of(p), p.k, p.k_rope, *strides, batch_rows(p.k), batch_rows(p.k_rope),
         p.k.stride(1) // 8, p.k_rope.stride(1) // 8, q.shape[0], cut.rows, cut.rows * _LATENT, p.window_left,
         p.window_right, p.k.shape[0], p.scale * math.log2(math.e), p.softcap, facts,
         num_warps=4, launch_pdl=gluon_plans.begins_early(q), **LAUNCH,

@@ -244,6 +244,9 @@ def paged_schedule_kernel(
             MASKED, WINDOW, False,
         )  # fmt: skip
 
+    if EVEN:  # kernels of long computations hide keys in every tile, and find their pages here
+        late = table_at
+        early = held
     merged = (shares > 1) | MERGED
     place = tl.where(merged, places_before + tile * shares + share, -1)
     length = tl.where(place < max_places, length, -1)  # bounds out of order could ask for more
