@@ -550,5 +550,5 @@ def latent_kernel(
     )  # fmt: skip
     gl.warp_specialize(
         [(latent_scorer, (work, F)), (latent_weigher, (work, F)), (latent_producer, (loads, F))],
-        [4, 4 if F.BOX < 8 else 1], [216, 72] if F.BOX < 8 else [232, 40],
+        [4, 4 if F.BOX < 8 else 1], [208, 72] if F.BOX < 8 else [232, 40],
     )  # fmt: skip
