@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.flashinfer._checks import check_indptr
 from sparseattn.ops import paged
 
 
@@ -39,9 +40,15 @@ def segment_packbits(x: Tensor, indptr: Tensor, bitorder: str = "big") -> tuple[
 
     Returns:
         uint8 ``[new_indptr[-1]]``; and int32 ``[B + 1]``, where each segment's bytes begin.
+
+    Raises:
+        TypeError: A wrong type or dtype.
+        ValueError: Shapes that do not fit; or, where ``indptr`` is on the CPU, numbers that do not ascend from 0, or
+            pass n.
     """
     for name, t in (("x", x), ("indptr", indptr)):
         if not isinstance(t, Tensor):
             raise argument_error(name, "a tensor", type(t).__name__, kind=TypeError)
+    check_indptr("indptr", indptr, x.numel())
     packed, ends = paged.segment_packbits(x.to(torch.bool), indptr.to(x.device), bitorder)
     return packed[: int(ends[-1])], ends.int()

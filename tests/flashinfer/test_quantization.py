@@ -41,3 +41,9 @@ def test_bad_input():
         packbits(torch.ones(3).bool(), "middle")
     with pytest.raises(ValueError, match="x: expected a flat tensor"):
         packbits(torch.ones(3, 3).bool())
+    x = torch.ones(9).bool()
+    for bad, message in (([0, 4, 20], "at most 9, got 20"), ([0, 5, 4], "ascend from 0"), ([1, 4], "ascend from 0")):
+        with pytest.raises(ValueError, match=f"indptr: expected numbers .*{message}"):
+            segment_packbits(x, torch.tensor(bad, dtype=torch.int32))
+    with pytest.raises(TypeError, match="indptr: expected an int32 tensor"):
+        segment_packbits(x, torch.tensor([0.0, 9.0]))

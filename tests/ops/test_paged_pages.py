@@ -170,6 +170,14 @@ def test_segments_start_their_own_bytes(bitorder: str, device: str):
     assert (packed[6:] == 0).all()
 
 
+def test_bits_that_nobody_gave_are_zeros(device: str):
+    """And hide, where they belong to a mask."""
+    ends = torch.tensor([0, 4, 20], dtype=torch.int32, device=device)
+    packed, starts = segment_packbits(torch.ones(9, dtype=torch.bool, device=device), ends, "little")
+    assert starts.tolist() == [0, 1, 3]
+    assert packed.tolist() == [0b1111, 0b11111, 0]
+
+
 def test_operator(device: str):
     cache = small_cache(device)
     source = torch.randn(3, 2, 8, device=device, dtype=torch.float16).view(torch.int16)

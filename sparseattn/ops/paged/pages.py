@@ -188,7 +188,7 @@ def segment_packbits(x: Tensor, indptr: Tensor, bitorder: str = "little") -> tup
 
     Args:
         x: bool ``[n]``.
-        indptr: int32 or int64 ``[B + 1]``, ascending from 0 to n.
+        indptr: int32 or int64 ``[B + 1]``, ascending from 0 to n. Entries past n are zeros.
         bitorder: As in ``packbits``.
 
     Returns:
@@ -205,7 +205,7 @@ def segment_packbits(x: Tensor, indptr: Tensor, bitorder: str = "little") -> tup
     byte = torch.arange(x.shape[0] // 8 + segments, device=x.device)
     segment = torch.searchsorted(ends[1:], byte, right=True).clamp(max=segments - 1)
     entry = (indptr[segment] + (byte - ends[segment]) * 8)[:, None] + torch.arange(8, device=x.device)
-    inside = entry < indptr[segment + 1][:, None]
+    inside = entry < indptr[segment + 1].clamp(max=x.shape[0])[:, None]  # what x does not have is 0
     bits = x[entry.clamp(0, x.shape[0] - 1)].to(torch.uint8).masked_fill(~inside, 0)
     return (bits << _shifts(bitorder, x.device)).sum(-1, dtype=torch.uint8), ends.to(indptr.dtype)
 
