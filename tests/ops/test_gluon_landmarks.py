@@ -157,6 +157,32 @@ def test_given_features_of_complete_blocks() -> None:
     assert torch.equal(landmark_scores(q, k, block_size=64, rows=64, features=f, impl="gluon"), expected)
 
 
+def check_chunks(q: Tensor, k: Tensor, chunks: tuple[tuple[int, int], ...], **options: Any) -> None:
+    """Rows of the prompt's lists are those of its chunks, to the bit."""
+    size = options["block_size"]
+    whole = lists(*landmark_blocks(q, k, impl="gluon", floor=2, **options))
+    for start, stop in chunks:
+        part = lists(*landmark_blocks(q[:, start:stop], k[:, :stop], impl="gluon", floor=2, **options))
+        for of_part, of_whole in zip(part, whole, strict=True):
+            for chunk, prompt in zip(of_part, of_whole, strict=True):
+                assert chunk == prompt[start // size : -(-stop // size)]
+
+
+@pytest.mark.parametrize("options", [{"rows": 32}, {"rows": 64, "group_shared": True}], ids=["half", "shared"])
+def test_chunks_select_what_the_prompt_does(options: dict) -> None:
+    q, k = make(400, 400, 2, 1, 64)
+    check_chunks(q, k, ((192, 400), (128, 320)), block_size=64, tau=0.2, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"rows": 128}, {"group_shared": True}], ids=["half", "all", "shared"])
+def test_gpu_chunks_select_what_the_prompt_does(options: dict) -> None:
+    """However many programs share the keys: few rows of a chunk, all of a prompt."""
+    q, k = (x.bfloat16() for x in make(8192, 8192, 8, 2, 128))
+    chunks = ((0, 2048), (2048, 2176), (4096, 8192), (8064, 8192))
+    check_chunks(q, k, chunks, block_size=128, tau=0.02, **options)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
