@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from block_sparse_cases import CASES, Case, Problem, build, dense_result, with_gradients, worst_eager
+from torch import Tensor
 
-from sparseattn.ops.block_sparse import block_sparse_attention, library
+from sparseattn.masks import BlockMask
+from sparseattn.ops.block_sparse import block_sparse_attention, library, reference
 from sparseattn.ops.block_sparse.checks import make_geometry
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.sequences import resolve_sequences
-from sparseattn.testing import assert_close_to_oracle, poison_unselected
+from sparseattn.testing import assert_close_to_oracle, make_qkv, poison_unselected, random_block_mask
 
 pytest.importorskip("triton", reason="needs Triton")
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -105,6 +107,25 @@ def test_padding_may_hold_nan(emulated) -> None:
             t[b, last:] = torch.nan
     poisoned = emulated().forward(*problem[:3], None, g)
     assert all(torch.equal(a, b) for a, b in zip(clean, poisoned, strict=True))
+
+
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_one_side_alone_may_be_ragged(side: str, emulated) -> None:
+    q, k, v = make_qkv(2, 200, 300, 4, 2, 64, dtype=F16, device=DEVICE)
+    rows = {"q": [(3, 190), (0, 70)], "k": [(20, 290), (0, 130)]}[side]
+    ranges = {f"ranges_{side}": torch.tensor(rows, dtype=torch.int32, device=DEVICE)}
+    mask = random_block_mask((200, 300), (64, 128), 2, density=0.7, device=DEVICE)
+
+    def geometry(mask: BlockMask | None, q: Tensor, k: Tensor, v: Tensor, **layout: Tensor) -> Geometry:
+        sequences = resolve_sequences(q, k, **layout)
+        return make_geometry(q, k, v, mask, None, None, None, None, None, "auto", sequences)
+
+    for chosen in (mask, None):
+        o, lse = emulated().forward(q, k, v, None, geometry(chosen, q, k, v, **ranges))
+        expected = reference.forward(q.double(), k.double(), v.double(), None, geometry(chosen, q, k, v, **ranges))
+        eager = reference.forward(q, k, v, None, geometry(chosen, q, k, v, **ranges))
+        for name, actual, exact, low in zip(("o", "lse"), (o, lse), expected, eager, strict=True):
+            assert_close_to_oracle(actual, exact, low, name=name)
 
 
 def test_the_order_of_copies_changes_no_bit(emulated) -> None:
