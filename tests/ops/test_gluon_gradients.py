@@ -13,7 +13,7 @@ from sparseattn.ops.block_sparse import reference
 from sparseattn.ops.block_sparse.checks import make_geometry
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.sequences import resolve_sequences
-from sparseattn.testing import assert_close_to_oracle
+from sparseattn.testing import assert_close_to_oracle, make_qkv
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -159,6 +159,24 @@ def test_fused_keys_and_values_are_the_same_bits_in_any_order_of_copies(kernels)
     do, _ = _upstream(o, lse)
     first, second = (kernels(order).backward(do, None, *problem[:3], o, lse, None, g) for order in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first[1:3], second[1:3], strict=True))
+
+
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_one_side_alone_may_be_ragged(side: str, kernels) -> None:
+    q, k, v = make_qkv(2, 200, 300, 4, 2, 64, dtype=F16, device=DEVICE)
+    rows = {"q": [(3, 190), (0, 70)], "k": [(20, 290), (0, 130)]}[side]
+    ranges = {f"ranges_{side}": torch.tensor(rows, dtype=torch.int32, device=DEVICE)}
+    sequences = resolve_sequences(q, k, **ranges)
+    g = make_geometry(q, k, v, None, None, None, None, None, None, "auto", sequences)
+    results = []
+    for tensors in ((q, k, v), tuple(t.double() for t in (q, k, v))):
+        o, lse = reference.forward(*tensors, None, g)
+        do, dlse = (t.to(o) for t in _upstream(o.to(F16), lse.float()))
+        if not results:
+            results.append(kernels().backward(do, dlse, *tensors, o, lse, None, g))
+        results.append(reference.backward(do, dlse, *tensors, o, lse, None, g))
+    for name, actual, eager, oracle in zip(("dq", "dk", "dv"), *results, strict=False):
+        assert_close_to_oracle(actual, oracle, eager, name=name)
 
 
 def test_expanded_upstream_gradients_are_copied(kernels) -> None:
