@@ -56,6 +56,7 @@ CASES = {
     "two-clusters-no-sink": (64, 650, 2, 2, 64, {"block_size": 64, "clusters": 2, "keep_sink": False, "rows": 64}),
     "two-sided": (100, 500, 2, 1, 64, {"block_size": 64, "causal": False}),
     "shared": (200, 400, 4, 2, 64, {"block_size": 64, "rows": 64, "group_shared": True}),
+    "many-tiles": (70, 2150, 2, 1, 64, {"block_size": 64, "clusters": 16, "rows": 64}),
     "negative-scale": (100, 400, 2, 1, 64, {"block_size": 64, "rows": 64, "scale": -0.1}),
     "no-scale": (64, 300, 1, 1, 64, {"block_size": 64, "rows": 64, "scale": 0.0}),
     "batch-more-queries": (500, 300, 2, 1, 64, {"block_size": 64, "rows": 64}),
