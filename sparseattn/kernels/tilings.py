@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.launches import launch, repeatedly
+from sparseattn.kernels.usual import empty
 
 _COLUMNS = 64
 _TILES = 32
@@ -204,7 +205,7 @@ def cut_tiles(
     number = min(length_q, (length_q + (rows + 1) * (size_q - 1)) // size_q)
     slots = length_k // size_k + (cols + 1) // 2
     pieces, counts, tiles = (
-        torch.empty(shape, dtype=torch.int32, device=blocks.device)
+        empty(shape, torch.int32, blocks.device)
         for shape in ((heads, number, 3), (batch, heads, rows + 1, 2), (batch, heads, rows + 1, slots, 2))
     )
 

@@ -71,12 +71,22 @@ def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     make = _quick_empty(device.type)
     if make is None:
         return lambda: torch.empty(shape, dtype=dtype, device=device)
+    form = shape, _strides(shape), dtype
+    return lambda: make(*form)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``torch.empty`` on the current device of its kind, in half the time; where nobody traces calls."""
+    make = _quick_empty(device.type)
+    return torch.empty(shape, dtype=dtype, device=device) if make is None else make(shape, _strides(shape), dtype)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
         step *= max(1, size)
-    form = shape, tuple(reversed(strides)), dtype
-    return lambda: make(*form)
+    return tuple(reversed(strides))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparseattn.kernels import usual as module
 from sparseattn.kernels.launches import Launches, Recorded, launch, of_fixed, recording, scratch
-from sparseattn.kernels.usual import Usual, UsualCalls, allocator, same_form
+from sparseattn.kernels.usual import Usual, UsualCalls, allocator, empty, same_form
 
 CPU = torch.device("cpu")
 
@@ -249,5 +249,5 @@ def test_threads_do_not_mix_addresses(way: str) -> None:
 
 def test_outputs(way: str) -> None:
     for shape in ((3, 4), (0, 4), (5,), (1, 2, 3)):
-        t = allocator(shape, torch.bfloat16, CPU)()
-        assert (tuple(t.shape), t.dtype, t.is_contiguous()) == (shape, torch.bfloat16, True)
+        for t in (allocator(shape, torch.bfloat16, CPU)(), empty(shape, torch.bfloat16, CPU)):
+            assert (tuple(t.shape), t.dtype, t.is_contiguous()) == (shape, torch.bfloat16, True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.launches import launch, repeatedly
+from sparseattn.kernels.usual import empty
 
 _BLOCK = 128
 _OTHERS = 32
@@ -95,8 +96,8 @@ def lists(bounds: Tensor, indices: Tensor, num_blocks: int, width: int) -> tuple
     """
     csr = indices.dim() == 1
     rows, nnz = bounds.shape[2] - csr, indices.shape[-1]
-    counts = torch.empty((*bounds.shape[:2], rows), dtype=torch.int32, device=indices.device)
-    made = torch.empty((*counts.shape, width), dtype=torch.int32, device=indices.device)
+    counts = empty((*bounds.shape[:2], rows), torch.int32, indices.device)
+    made = empty((*counts.shape, width), torch.int32, indices.device)
 
     def call(bounds: Tensor, indices: Tensor, counts: Tensor, made: Tensor) -> None:
         launch(

@@ -176,8 +176,10 @@ def _check_shapes(indptr: Tensor, indices: Tensor, rows: int) -> tuple[Tensor, T
     if not csr and (indices.dim() != 4 or indices.shape[:3] != indptr.shape):
         expected = f"[nnz], or lists {[*indptr.shape]} + [K]"
         raise argument_error("indices", expected, f"shape {tuple(indices.shape)}")
-    bounds = indptr[(None,) * (3 - indptr.dim())]
-    return bounds.contiguous(), indices.contiguous()
+    bounds = indptr.contiguous()
+    if bounds.dim() < 3:
+        bounds = bounds.view((1,) * (3 - bounds.dim()) + tuple(bounds.shape))
+    return bounds, indices.contiguous()
 
 
 def _check_mask(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.launches import launch, repeatedly
+from sparseattn.kernels.usual import empty
 from sparseattn.ops.dispatch import triton_device_reason
 
 
@@ -24,7 +25,7 @@ def lengths_kernel(indptr_ptr, count_ptr, lens_ptr, batch, page_size, BLOCK: tl.
 
 def lengths(indptr: Tensor, last_page_len: Tensor, page_size: int) -> Tensor:
     """See ``lengths_from_last_pages``; contiguous tensors of one device, of at least one sequence."""
-    out = torch.empty(last_page_len.shape, dtype=torch.int32, device=indptr.device)
+    out = empty(tuple(last_page_len.shape), torch.int32, indptr.device)
 
     def call(indptr: Tensor, last: Tensor, out: Tensor) -> None:
         batch = out.shape[0]
