@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.flashinfer._common import Table, csr_table
+from sparseattn.ops.paged import copy_vectors
 
 
 def fill(name: str, buffer: Tensor, value: Tensor, non_blocking: bool = True) -> None:
@@ -71,7 +72,8 @@ class TableBuffers:
         for name, value in given.items():
             check_fits(f"{self._prefix}{name}", buffers[name], value, exact=name != "indices")
         planned = csr_table(indptr, indices, last_page_len, page_size, self.indptr.device, non_blocking, self._prefix)
-        self.seq_lens.copy_(planned.seq_lens)
-        for name, value in given.items():
-            fill(f"{self._prefix}{name}", buffers[name], value, non_blocking)
+        assert planned.indptr is not None
+        assert planned.indices is not None
+        pairs = ((planned.seq_lens, self.seq_lens), (planned.indptr, self.indptr), (planned.indices, self.indices))
+        copy_vectors((*pairs, (last_page_len, self.last_page_len)), non_blocking)
         return Table(self.seq_lens, None, self.indptr, self.indices)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.flashinfer._buffers import check_fits, fill
+from sparseattn.flashinfer._buffers import check_fits
 from sparseattn.flashinfer._common import (
     FLOAT8,
     Table,
@@ -31,7 +31,7 @@ from sparseattn.flashinfer._mla_fronts import (
 from sparseattn.flashinfer._wrapper import Wrapper, as_results, check_results, query_rows
 from sparseattn.kernels.launches import form_of
 from sparseattn.kernels.usual import UsualCalls
-from sparseattn.ops.paged import RepeatedAttention
+from sparseattn.ops.paged import RepeatedAttention, copy_vectors
 
 #: DeepSeek's: 128 columns of a head before absorption, and 64 rotary ones.
 DEFAULT_SCALE = (128 + 64) ** -0.5
@@ -183,8 +183,8 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
             planned = {"qo_indptr": rows, "kv_indptr": table.indptr, "kv_len_arr": table.seq_lens}
             for name, t in planned.items():
                 check_fits(name, self._buffers[name], t, exact=True)
-            for name, t in {"kv_indices": table.indices, **planned}.items():
-                fill(name, self._buffers[name], t)
+            check_fits("kv_indices", self._buffers["kv_indices"], table.indices)
+            copy_vectors([(t, self._buffers[n]) for n, t in {"kv_indices": table.indices, **planned}.items()])
             rows, longest, total = self._buffers["qo_indptr"], None, None
             table = Table(self._buffers["kv_len_arr"], None, self._buffers["kv_indptr"], self._buffers["kv_indices"])
         self._accepted.clear()

@@ -132,3 +132,33 @@ def test_variable_blocks_are_cut_at_once(started: Started) -> None:
         assert started.names == ["tiling_kernel"]
         checks.tiling_of(mask, (64, 64), transposed=True)
     assert started.names == ["tiling_kernel"] * 2
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_buffers_of_graphs_are_filled_by_one_launch(host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launches a plan, of lengths and of copies; what lies on the CPU is copied by itself."""
+    from sparseattn.ops.paged import pages, pages_triton
+
+    names: list[str] = []
+    launch = pages_triton.launch
+
+    def noted(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(kernel.fn.__name__)
+        return launch(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(pages_triton, "launch", noted)
+    monkeypatch.setattr(pages, "launchable", lambda *tensors: not host)
+    buffers = [torch.full((n,), -7, dtype=torch.int32) for n in (4, 2000, 3)]
+    wrapper = fi.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(torch.empty(8, dtype=torch.uint8), *buffers)
+    pages_of = torch.randperm(1500, dtype=torch.int32)
+    given = torch.tensor([0, 700, 700, 1500], dtype=torch.int32), pages_of, torch.tensor([3, 1, 16], dtype=torch.int32)
+    for _ in range(2):
+        wrapper.plan(*given, 8, 2, 64, 16)
+    for buffer, t in zip(buffers, given, strict=True):
+        assert torch.equal(buffer[: len(t)], t)
+    assert (buffers[1][1500:] == -7).all()
+    assert wrapper._planned.table.seq_lens.tolist() == [699 * 16 + 3, 0, 800 * 16]
+    wrapper.plan(*buffers, 8, 2, 64, 16)
+    assert wrapper._planned.table.seq_lens.tolist() == [699 * 16 + 3, 0, 800 * 16], "what is in its place stays there"
+    expected = ["lengths_kernel", "copies_kernel"]
+    assert names == ([] if host else expected * 3)

@@ -10,6 +10,7 @@ from sparseattn.ops.paged.options import PageLists as PageLists
 from sparseattn.ops.paged.options import RoPE as RoPE
 from sparseattn.ops.paged.pages import append_kv as append_kv
 from sparseattn.ops.paged.pages import appended_positions as appended_positions
+from sparseattn.ops.paged.pages import copy_vectors as copy_vectors
 from sparseattn.ops.paged.pages import lengths_from_last_pages as lengths_from_last_pages
 from sparseattn.ops.paged.pages import packbits as packbits
 from sparseattn.ops.paged.pages import segment_packbits as segment_packbits

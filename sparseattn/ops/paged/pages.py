@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -166,6 +166,29 @@ def lengths_from_last_pages(indptr: Tensor, last_page_len: Tensor, page_size: in
 def _lengths() -> Callable[[Tensor, Tensor, int], Tensor]:
     """The kernel of ``lengths_from_last_pages``."""
     return on_its_device(importlib.import_module("sparseattn.ops.paged.pages_triton").lengths)
+
+
+def copy_vectors(pairs: Sequence[tuple[Tensor, Tensor]], non_blocking: bool = True) -> None:
+    """Copy int32 vectors into the beginnings of others, which hold them; by one launch where all are on one GPU.
+
+    Args:
+        pairs: Up to four pairs of a vector and where it goes; where that is where it lies already, nothing happens.
+        non_blocking: For what is copied from the CPU.
+    """
+    pairs = [(source, target) for source, target in pairs if source.data_ptr() != target.data_ptr()]
+    tensors = [t for pair in pairs for t in pair]
+    alike = len({(t.dtype, t.device, t.is_contiguous()) for t in tensors}) == 1
+    if alike and launchable(*tensors) and tensors[0].is_contiguous() and all(source.numel() for source, _ in pairs):
+        _copies()(*tensors)
+        return
+    for source, target in pairs:
+        target[: source.shape[0]].copy_(source, non_blocking=non_blocking)
+
+
+@functools.cache
+def _copies() -> Callable[..., None]:
+    """``copy_vectors`` of int32 ones on one GPU."""
+    return on_its_device(importlib.import_module("sparseattn.ops.paged.pages_triton").copies)
 
 
 def packbits(x: Tensor, bitorder: str = "little") -> Tensor:

@@ -35,6 +35,42 @@ def lengths(indptr: Tensor, last_page_len: Tensor, page_size: int) -> Tensor:
     return out
 
 
+@triton.jit
+def _copy(source_ptr, target_ptr, at, count):
+    tl.store(target_ptr + at, tl.load(source_ptr + at, mask=at < count, other=0), mask=at < count)
+
+
+@triton.jit(do_not_specialize=["count_a", "count_b", "count_c", "count_d"])
+def copies_kernel(
+    a_ptr, to_a, b_ptr, to_b, c_ptr, to_c, d_ptr, to_d, count_a, count_b, count_c, count_d, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program: ``BLOCK`` numbers of one of four vectors, copied. Grid (longest / BLOCK, vectors)."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(1) == 0:
+        _copy(a_ptr, to_a, at, count_a)
+    elif tl.program_id(1) == 1:
+        _copy(b_ptr, to_b, at, count_b)
+    elif tl.program_id(1) == 2:
+        _copy(c_ptr, to_c, at, count_c)
+    else:
+        _copy(d_ptr, to_d, at, count_d)
+
+
+def copies(*pairs: Tensor) -> None:
+    """Copy up to four vectors: every even tensor into the beginning of the next, all int32 and contiguous."""
+
+    def call(**given: Tensor) -> None:
+        tensors = list(given.values())
+        counts = [t.shape[0] for t in tensors[::2]]
+        tensors += tensors[:2] * (4 - len(counts))
+        launch(
+            copies_kernel, (triton.cdiv(max(counts), 1024), len(counts)), *tensors, *counts, *(0,) * (4 - len(counts)),
+            BLOCK=1024, **LAUNCH,
+        )  # fmt: skip
+
+    repeatedly(call, ("copies",), **{f"t{i}": t for i, t in enumerate(pairs)})
+
+
 @triton.jit(do_not_specialize=["batch", "table_width", "num_pages"])
 def append_kernel(
     source_ptr, target_ptr, batch_ptr, position_ptr, table_ptr, indptr_ptr, stride_source, stride_target, stride_table,
