@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -155,6 +156,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:  # a cached kernel would come without its ptxas log
         os.environ["TRITON_CACHE_DIR"] = cache
         os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+        gc.disable()  # garbage is little beside what is imported, which every collection would walk
         for name in [] if arguments.only else forgotten():
             print(json.dumps({"name": name, "target": None, "triton": None, "error": "no compile case"}), flush=True)
         for row in compile_all(tuple(arguments.target), arguments.jobs, arguments.only, arguments.skip):
