@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import types
 
 import pytest
 import torch
+from quick_interpreter import quicken
 
 if not torch.cuda.is_available():
     # Read when a kernel is decorated, so it must be set before any test imports one.
@@ -16,34 +15,8 @@ if not torch.cuda.is_available():
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
-def _quicken_interpreter() -> None:
-    """Take out of Triton's interpreter what costs more than the kernels and changes nothing here.
-
-    It replaces its language at every launch and again at every call of a device function; nothing in this process
-    compiles, so once is enough. It works out whether integers overflow and, unless it debugs, drops the answer. It
-    builds its table of dtypes at every look.
-    """
-    try:
-        import triton.experimental.gluon.language  # noqa: F401  takes over parts of the language as they are before the change
-        import triton.language as tl
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    patch, done = interpreter._patch_lang, []
-
-    def patch_once(fn: object) -> object:
-        if not done:
-            done.append(patch(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})))
-        return interpreter._LangPatchScope()
-
-    interpreter._patch_lang = patch_once
-    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
-    look = functools.cache(interpreter._get_np_dtype)
-    interpreter._get_np_dtype = lambda dtype: look(tl.uint64 if dtype.scalar.is_ptr() else dtype.scalar)
-
-
 if os.environ.get("TRITON_INTERPRET") == "1":
-    _quicken_interpreter()
+    quicken()
 
 # Warnings of other people's code that no change of ours can mend.
 FOREIGN_WARNINGS = (
