@@ -35,6 +35,7 @@ from sparseattn.masks import BlockMask
 from sparseattn.ops.paged import CustomMask, PagedCache, PageLists, RepeatedAttention, paged_attention
 
 _MOST_VARIANTS = 16
+_PLAIN = frozenset((type(None), bool, int, float, str))
 # Scales of layers that a plan remembers, and how many of them the next one does, which takes time.
 _MOST_SCALES, _MOST_FOLLOWED = 512, 8
 
@@ -319,7 +320,7 @@ class PagedPlan:
 
 def plain_options(options: Options) -> bool:
     """Whether options can be compared: a tensor among them would have to be waited for."""
-    return all(x is None or isinstance(x, str | numbers.Real) for x in options)
+    return _PLAIN.issuperset(map(type, options))
 
 
 def attend(
