@@ -57,7 +57,7 @@ from sparseattn.kernels.hopper_boxes import (
 # Arrivals of a warpgroup whose threads gather rows.
 GATHERED: gl.constexpr = gl.constexpr(128)
 NUMBERS = ["mask_stride_b", "mask_stride_h", "idx_width", "k_rows", "k_rope_rows", "total_q", "sums_stride"]
-NUMBERS += ["part_stride", "window_left", "window_right", "num_pages", "k_stride", "k_rope_stride"]
+NUMBERS += ["part_stride", "window_left", "window_right", "num_pages", "fetched", "k_stride", "k_rope_stride"]
 
 
 @gluon.jit
@@ -133,8 +133,38 @@ def load_panels(desc, row, count, col: gl.constexpr, full, tile):
 
 
 @gluon.jit
-def load_page(descs, keys, token, page, end, stage, phase, F: gl.constexpr):
-    """``load_latent`` of a key tile that lies in one page; nothing is left to compute when its memory is free."""
+def fetch_page(rows_of, token, page, end, F: gl.constexpr):
+    """Have L2 fetch a key tile that lies in one page.
+
+    Where latent and rotary parts lie in the same rows, all of these at once; nothing where rows lie far apart.
+    """
+    k_ptr, k_rope_ptr, k_rows, k_rope_rows, k_stride, k_rope_stride, fetched = rows_of
+    count = gl.where(page >= 0, gl.minimum(end - token, F.TILE_N), 0) * fetched
+    inner = gl.where(page >= 0, token % F.PAGE, 0)
+    page = gl.maximum(page, 0).to(gl.int64)
+    k_at = k_ptr + (page * k_rows + inner) * (k_stride * 8)
+    rope_at = k_rope_ptr + (page * k_rope_rows + inner) * (k_rope_stride * 8)
+    k_bytes = gl.where((count > 0) & (k_stride * 8 <= 2 * F.DV), (count - 1) * (k_stride * 16) + 2 * F.DV, 0)
+    rope_bytes = gl.where((count > 0) & (k_rope_stride == 8), count * 128, 0)
+    gl.inline_asm_elementwise(
+        """{
+            .reg .pred p, q, r; .reg .b32 lane;
+            mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0;
+            setp.gt.and.s32 q, $3, 0, p; setp.gt.and.s32 r, $4, 0, p;
+            @q cp.async.bulk.prefetch.L2.global [$1], $3;
+            @r cp.async.bulk.prefetch.L2.global [$2], $4;
+            mov.u32 $0, 0; }""",
+        "=r,l,l,r,r", [k_at, rope_at, k_bytes, rope_bytes], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_page(descs, rows_of, keys, token, page, end, ahead, stage, phase, F: gl.constexpr):
+    """``load_latent`` of a key tile that lies in one page; nothing is left to compute when its memory is free.
+
+    ``ahead``: token and page of the tile after it. There is less time between the end of a product and the next that
+    needs its memory than DRAM takes to answer.
+    """
     k_desc, k_rope_desc, k_rows, k_rope_rows = descs
     latent, rotary, left, right, columns = keys
     count = gl.where(page >= 0, gl.minimum(end - token, F.TILE_N), 0)
@@ -152,6 +182,7 @@ def load_page(descs, keys, token, page, end, stage, phase, F: gl.constexpr):
     load_panels(k_rope_desc, rope_row, count, 0, full, rotary.index(stage))
     post_columns(columns, stage, cols, gl.where(count == F.TILE_N, token + F.TILE_N - 1, HIDDEN), 1)
     mbarrier.arrive(full, count=1)
+    fetch_page(rows_of, ahead[0], ahead[1], end, F)
     mbarrier.wait(right[1].index(stage), phase)
     for part in gl.static_range(2):
         full = right[0].index(2 * stage + part)
@@ -163,7 +194,7 @@ def load_page(descs, keys, token, page, end, stage, phase, F: gl.constexpr):
 @gluon.jit
 def row_pointers(rows_of, tokens, page, F: gl.constexpr):
     """Where a key tile's rows begin, [TILE_N, 1] of the latent part and of the rotary one."""
-    k_ptr, k_rope_ptr, k_rows, k_rope_rows, k_stride, k_rope_stride = rows_of
+    k_ptr, k_rope_ptr, k_rows, k_rope_rows, k_stride, k_rope_stride, fetched = rows_of
     inner = gl.where(page >= 0, tokens % F.PAGE, 0)
     page = gl.maximum(page, 0)
     k_at = (page.to(gl.int64) * k_rows + inner) * (k_stride * 8)
@@ -247,17 +278,21 @@ def latent_producer(call, F: gl.constexpr):
             last = first + gl.maximum(count, 1) - 1
             if not BOXES:
                 tokens, page = tile_pages(list_ptr, first, entries, source, F)
+                next_tokens, next_page = tile_pages(list_ptr, gl.minimum(first + 1, last), entries, source, F)
             for i in range(0, gl.maximum(count, 1)):
                 if BOXES:
                     load_latent(descs, keys, list_ptr, first + i, entries, source, stage, phase, F)
-                else:  # the next tile's page numbers travel while this one waits for room
-                    next_tokens, next_page = tile_pages(list_ptr, gl.minimum(first + i + 1, last), entries, source, F)
+                else:  # page numbers of later tiles travel while this one waits for room
+                    far_tokens, far_page = tile_pages(list_ptr, gl.minimum(first + i + 2, last), entries, source, F)
                     if F.BOX < 8:
                         gather_latent(rows_of, keys, tokens, page, stage, phase, q_desc.dtype, F)
                     else:
-                        load_page(descs, keys, tokens, page, source[1], stage, phase, F)
+                        ahead = (next_tokens, next_page)
+                        load_page(descs, rows_of, keys, tokens, page, source[1], ahead, stage, phase, F)
                     tokens = next_tokens
                     page = next_page
+                    next_tokens = far_tokens
+                    next_page = far_page
                 if i == 0:
                     at = (q_start * F.HEADS, bound, m * F.TOKENS * F.HEADS + head_q)
                     load_queries(q_desc, q_rope_desc, queries, at, turn, F)
@@ -505,12 +540,13 @@ def latent_kernel(
     q_desc, q_rope_desc, k_desc, k_rope_desc, o_desc, part_ptr, sums_ptr, lse_ptr, sinks_ptr, record_ptr, counter_ptr,
     count_ptr, index_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr, table_ptr, k_ptr, k_rope_ptr,
     mask_stride_b, mask_stride_h, idx_width, k_rows, k_rope_rows, k_stride, k_rope_stride, total_q,
-    sums_stride, part_stride, window_left, window_right, num_pages, qk_scale, softcap, F: gl.constexpr,
+    sums_stride, part_stride, window_left, window_right, num_pages, fetched, qk_scale, softcap, F: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: row tiles of 64 rows as the schedule hands them out, until none is left.
 
     Rows are tokens times heads, ``PACK`` of these in a tile and ``TOKENS`` tokens. Grid (programs,). Records, spans,
     pages and shares are those of ``forward_kernel`` with ``PAGE``; strides of k and k_rope are of rows, in 8 elements.
+    ``fetched`` 1: key tiles that lie in one page are fetched to L2 before there is room for them.
     """
     dtype: gl.constexpr = q_desc.dtype
     layout: gl.constexpr = tile_layout(2)
@@ -544,7 +580,7 @@ def latent_kernel(
     )  # fmt: skip
     loads = (
         q_desc, q_rope_desc, (k_desc, k_rope_desc, k_rows, k_rope_rows),
-        (k_ptr, k_rope_ptr, k_rows, k_rope_rows, k_stride, k_rope_stride), queries, keys, turns, record_ptr,
+        (k_ptr, k_rope_ptr, k_rows, k_rope_rows, k_stride, k_rope_stride, fetched), queries, keys, turns, record_ptr,
         counter_ptr, count_ptr, index_ptr, spans, (table_ptr, num_pages),
         (mask_stride_b, mask_stride_h, idx_width),
     )  # fmt: skip
