@@ -91,7 +91,7 @@ def contents(name: str, change: Callable[[dict[str, Any]], dict[str, Any]], mess
             lambda n: {"qo_indptr": n["qo_indptr"].flip(0)},
             "(actual_seq_lens|batch_offsets)_q: expected",
         ),
-        contents("merge_state-real", lambda n: {"s_b": n["s_b"].int()}, "s: expected a float tensor"),
+        contents("merge_state-real", lambda n: {"s_b": n["s_b"].int()}, "s_b: expected a float tensor"),
         contents("get_batch_indices_positions-real", lambda n: {"nnz": -1}, "nnz: expected"),
         contents(
             "BatchAttentionWithAttentionSinkWrapper-real", lambda n: {"scale": torch.ones(1)}, "sm_scale: expected"
