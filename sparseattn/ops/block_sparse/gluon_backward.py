@@ -6,7 +6,8 @@ tensor-map additions into float32 tiles. Without dQ it is the first of the deter
 
 Three partitions: a loading warp, and two warpgroups of 64 keys (or, in ``dq_kernel``, query rows) each. The loader
 alone walks the lists; it hands over a record a tile and two numbers a step, steps with element masks first, so that
-the warpgroups run two plain loops. Every ring has two stages, of which step ``it`` takes ``it & 1``.
+the warpgroups run two plain loops. Every ring has two stages, of which step ``it`` takes ``it & 1``, but that of the
+queries may have three (``query_stages``).
 """
 
 # Layouts are parameters of kernels here, so annotations must stay objects: no ``from __future__ import annotations``.
@@ -56,6 +57,16 @@ NEVER: gl.constexpr = gl.constexpr(1 << 30)
 # A tile of dQ beyond any sum's end, where additions go that are none: the map bounds them. (Additions at negative
 # coordinates stop the kernel with an illegal instruction.)
 NOWHERE: gl.constexpr = gl.constexpr(1 << 24)
+
+
+@gluon.constexpr_function
+def query_stages(with_dq, float32):
+    """Tiles of queries in flight.
+
+    Queries stay until the end of their step, so with two stages the next but one have a step to arrive. A third, 2 %
+    faster, takes the place of one of the two tiles that a warpgroup has for results, where both are not float32.
+    """
+    return 3 if with_dq and not float32 else 2
 
 
 @gluon.jit
@@ -127,18 +138,19 @@ def post_tile(record_ptr, tiles, full, empty, turn):
 @gluon.jit
 def load_query_step(
     q_desc, do_desc, numbers_desc, q_s, do_s, numbers_s, steps_s, q_full, q_empty, do_full, do_empty,
-    it, q_start, do_start, q_len, row, head, tile,
+    it, q_start, do_start, q_len, row, head, tile, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Ask for the 64 query rows at ``row`` of one head: Q and the row numbers together, dO on its own."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     stage = it & 1
     parity = ((it >> 1) & 1) ^ 1
-    mbarrier.wait(q_empty.index(stage), parity)
+    held = it % STAGES
+    mbarrier.wait(q_empty.index(held), (it // STAGES & 1) ^ 1)
     steps_s.index(2 * (it & 3)).store(gl.full([1], tile, gl.int32, one))
     steps_s.index(2 * (it & 3) + 1).store(gl.full([1], row, gl.int32, one))
-    mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + numbers_desc.block_type.nbytes)
-    load_rows(q_desc, q_start, q_len, row, head, q_full.index(stage), q_s.index(stage))
-    async_load(numbers_desc, [tile * 128], q_full.index(stage), numbers_s.index(stage))
+    mbarrier.expect(q_full.index(held), q_desc.block_type.nbytes + numbers_desc.block_type.nbytes)
+    load_rows(q_desc, q_start, q_len, row, head, q_full.index(held), q_s.index(held))
+    async_load(numbers_desc, [tile * 128], q_full.index(held), numbers_s.index(held))
     mbarrier.wait(do_empty.index(stage), parity)
     mbarrier.expect(do_full.index(stage), do_desc.block_type.nbytes)
     load_rows(do_desc, do_start, q_len, row, head, do_full.index(stage), do_s.index(stage))
@@ -159,6 +171,7 @@ def gradients_loader(
     q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
     record_ptr, ranges_ptr, counter_ptr, index_ptr, total, mask_stride_b, mask_stride_h, idx_width, row_tiles,
     q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv, MASKED: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The loading warp of ``gradients_kernel``: claims tiles, and feeds K and V once and query rows step by step."""
     it = 0
@@ -194,7 +207,7 @@ def gradients_loader(
                 load_query_step(
                     q_desc, do_desc, numbers_desc, q_s, do_s, numbers_s, steps_s, q_full, q_empty, do_full, do_empty,
                     it, b * q_rows + q_start, b * do_rows + q_start, q_len, row, head,
-                    head * row_tiles + base + row // 64,
+                    head * row_tiles + base + row // 64, STAGES,
                 )  # fmt: skip
                 it += 1
         turn += 1
@@ -250,6 +263,7 @@ def gradient_step(
     q_full, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free, ds_release, dq_desc,
     it, first_row, last_row, qk_scale, softcap,
     CID: gl.constexpr, MASK: gl.constexpr, WITH_DQ: gl.constexpr, SHARED: gl.constexpr, SOFTCAP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """One step: S and dP, then dV, then dK, and dQ of the step before.
 
@@ -264,16 +278,17 @@ def gradient_step(
     stage = it & 1
     other = stage ^ 1
     parity = (it >> 1) & 1
+    held = it % STAGES
     zero = opaque_zero()
-    mbarrier.wait(q_full.index(stage), parity)
+    mbarrier.wait(q_full.index(held), it // STAGES & 1)
     s = warpgroup_mma(
-        k_s.index(CID + zero), q_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
+        k_s.index(CID + zero), q_s.index(held).permute((1, 0)), zeros, use_acc=False, is_async=True
     )  # [keys, rows]
     mbarrier.wait(do_full.index(stage), parity)
     dp = warpgroup_mma(
         v_s.index(CID + zero), do_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
     )  # [keys, rows]
-    norm = numbers_s.index(stage).slice(0, 64, 0).load(COLS)
+    norm = numbers_s.index(held).slice(0, 64, 0).load(COLS)
     tile = field(steps_s.index(2 * (it & 3)), 0)
     s = warpgroup_mma_wait(1, deps=(s,))
     p, slope = probabilities(s, norm[None, :], qk_scale, softcap, SOFTCAP)
@@ -285,13 +300,13 @@ def gradient_step(
         p = p * slope
     dp = warpgroup_mma_wait(0, deps=(dp,))
     dv = warpgroup_mma(pa, do_s.index(stage), dv, is_async=True)
-    delta = numbers_s.index(stage).slice(64, 64, 0).load(COLS)
+    delta = numbers_s.index(held).slice(64, 64, 0).load(COLS)
     ds = (p * (dp - delta[None, :])).to(dtype)
     dsa = gl.convert_layout(ds, A_LAYOUT)
     if WITH_DQ:
         mbarrier.wait(ds_other.index(other), ((it - 1) >> 1) & 1)
         dq = issue_dq(ds_s, k_s, other, zeros, zero, CID, SHARED)
-    dk = warpgroup_mma(dsa, q_s.index(stage), dk, is_async=True)
+    dk = warpgroup_mma(dsa, q_s.index(held), dk, is_async=True)
     if WITH_DQ:
         mbarrier.wait(ds_free.index(stage), parity ^ 1)
         ds_s.index(2 * stage + CID).store(ds)
@@ -306,7 +321,7 @@ def gradient_step(
         dv, pa = warpgroup_mma_wait(1, deps=(dv, pa))
         mbarrier.arrive(do_empty.index(stage), count=1)
     dk, dsa = warpgroup_mma_wait(0, deps=(dk, dsa))
-    mbarrier.arrive(q_empty.index(stage), count=1)
+    mbarrier.arrive(q_empty.index(held), count=1)
     return dk, dv, tile
 
 
@@ -360,8 +375,9 @@ def next_probabilities(s, numbers, steps_s, count_s, it, first_row, last_row, qk
 
 @gluon.jit
 def half(results_s, i: gl.constexpr):
-    """16 KB of the 32 that a warpgroup has for results: the first takes dV, the second dQ and dK."""
-    return view(results_s, results_s.dtype, [2, 64, 128], tile_layout(2)).index(i)
+    """16 KB of a warpgroup's memory for results: where it has 32, the first take dV, the second dQ and dK."""
+    HALVES: gl.constexpr = results_s.shape[0] // 64
+    return view(results_s, results_s.dtype, [HALVES, 64, 128], tile_layout(2)).index(i % HALVES)
 
 
 @gluon.jit
@@ -375,7 +391,7 @@ def put_rows(x, desc, start, length, row, head, results_s, i: gl.constexpr, FLOA
             tile = view(half(results_s, i), gl.float32, [64, COLS], tile_layout(2, 32))
         tile.store(x)
     else:
-        tile = view(results_s, results_s.dtype, [256 // COLS, 64, COLS], tile_layout(2)).index(i * 128 // COLS)
+        tile = view(half(results_s, i), results_s.dtype, [128 // COLS, 64, COLS], tile_layout(2)).index(0)
         tile.store(x.to(results_s.dtype))
     fence_async_shared()
     store_rows(desc, start, length, row, head, tile)
@@ -393,6 +409,7 @@ def gradients_consumer(
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     SHARED: gl.constexpr = BLOCK_D == 128
     AHEAD: gl.constexpr = not WITH_DQ and not SOFTCAP
+    STAGES: gl.constexpr = query_stages(WITH_DQ, FLOAT32)
     zeros = gl.zeros([64, 64], gl.float32, S_LAYOUT)
     out_s = half(results_s, 1)
     it = 0
@@ -437,12 +454,14 @@ def gradients_consumer(
                     dk, dv, tile, zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s, count_s,
                     q_full, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free, ds_release, dq_desc,
                     it + i, first_row, last_row, qk_scale, softcap, CID, True, WITH_DQ, SHARED, SOFTCAP,
+                    STAGES,
                 )  # fmt: skip
             for i in range(masked, steps):
                 dk, dv, tile = gradient_step(
                     dk, dv, tile, zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s, count_s,
                     q_full, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free, ds_release, dq_desc,
                     it + i, first_row, last_row, qk_scale, softcap, CID, False, WITH_DQ, SHARED, SOFTCAP,
+                    STAGES,
                 )  # fmt: skip
             it += steps
         # V is free, K once dQ is done: the next tile's travel while this one's results are written.
@@ -461,7 +480,7 @@ def gradients_consumer(
         out_row = field(record, OUT_ROW)
         k_len = field(record, X_LENGTH)
         mbarrier.arrive(tile_empty.index(turn & 1), count=1)
-        if FLOAT32:
+        if FLOAT32 or STAGES > 2:
             tma.store_wait(0)
         put_rows(dv, dv_desc, out_row, k_len, x0, head, results_s, 0, FLOAT32)
         if WITH_DQ:
@@ -510,13 +529,14 @@ def gradients_kernel(
     dtype: gl.constexpr = q_desc.dtype
     tile_2d: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_s, q_full, q_empty = ring(dtype, 2, [64, BLOCK_D], tile_2d, 1, 2)
+    STAGES: gl.constexpr = query_stages(WITH_DQ, FLOAT32)
+    q_s, q_full, q_empty = ring(dtype, STAGES, [64, BLOCK_D], tile_2d, 1, 2)
     do_s, do_full, do_empty = ring(dtype, 2, [64, BLOCK_D], tile_2d, 1, 2)
     tiles_s, tile_full, tile_empty = ring(gl.int32, 2, [RECORD], plain, 1, 2)
     k_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], tile_2d)
     v_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], tile_2d)
-    results_s = gl.allocate_shared_memory(dtype, [2, 128, 128], tile_2d)
-    numbers_s = gl.allocate_shared_memory(gl.float32, [2, 128], numbers_desc.layout)
+    results_s = gl.allocate_shared_memory(dtype, [2, 64 if STAGES > 2 else 128, 128], tile_2d)
+    numbers_s = gl.allocate_shared_memory(gl.float32, [STAGES, 128], numbers_desc.layout)
     steps_s = gl.allocate_shared_memory(gl.int32, [8, 1], plain)
     # 0 .. 63: read where they are needed; computed, they would stay in registers throughout.
     count_s = gl.allocate_shared_memory(gl.int32, [64], plain)
@@ -556,6 +576,6 @@ def gradients_kernel(
             q_desc, do_desc, numbers_desc, k_desc, v_desc, q_s, do_s, numbers_s, k_s, v_s, steps_s, tiles_s,
             q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
             record_ptr, ranges_ptr, counter_ptr, index_ptr, total, mask_stride_b, mask_stride_h, idx_width, row_tiles,
-            q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv, MASKED,
+            q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv, MASKED, STAGES,
         )),
     ], [4, 1], [240, 24])  # fmt: skip

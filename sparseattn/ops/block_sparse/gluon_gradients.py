@@ -66,22 +66,20 @@ def _batch_rows(t: Tensor, packed: bool) -> int:
     return 0 if packed or t.shape[0] == 1 else t.stride(0) // t.stride(1)
 
 
-def heads_per_program(group: int, tiles: int, processors: int, dense: bool) -> int:
+def heads_per_program(group: int, tiles: int, processors: int) -> int:
     """Query heads of a group that one program walks; the others' partial dK and dV are summed afterwards.
 
     Longer walks amortise a tile's keys and need no sums, shorter ones balance better and keep programs on the same
-    heads: as many heads as leave each processor some tiles. (On an H200 with four heads a group and 128-blocks: at 16K
-    with a tenth of the blocks two heads cost 5 % more than four, mostly for sums; at 32K with every block four cost 4 %
-    more than two.)
+    heads: as many heads as leave each processor some tiles. (On an H200 with four heads a group and 128-blocks two
+    cost 5 % more than four at 16K with a tenth of the blocks, mostly for sums, and 1 % at 32K with every block.)
 
     Args:
         group: Query heads of a KV head.
         tiles: Tiles of 128 keys, over all KV heads and sequences.
         processors: Programs that share them.
-        dense: No mask: nothing is skipped but for the diagonal.
     """
     for heads in range(group, 1, -1):
-        enough = 4 if heads <= 2 else 24 if dense else 6
+        enough = 4 if heads <= 2 else 6
         if group % heads == 0 and tiles * (group // heads) >= enough * processors:
             return heads
     return 1
@@ -234,7 +232,7 @@ def _keys_pass(
     processors = _processors(q)
     if heads is None:
         tiles = g.batch * heads_k * triton.cdiv(g.max_k, 128)
-        heads = heads_per_program(group, tiles, processors, g.kv_num_blocks is None) if sums is not None else group
+        heads = heads_per_program(group, tiles, processors) if sums is not None else group
     parts = group // heads
     dk_part, dv_part = dk, dv
     if parts > 1:  # in float32, so that sums are rounded once
