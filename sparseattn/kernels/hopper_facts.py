@@ -42,6 +42,8 @@ class Facts:
         SCALED: Scores and outputs have a factor for each KV head.
         VARIABLE: Row tiles and key tiles begin and end anywhere, as ``piece_walks_kernel`` says.
         DEPTH: Columns of queries and keys that are multiplied: BLOCK_D, or 192 of 256 where the others are zeros.
+        MERGE: Rows of a row tile, a power of two, whose shares the program that ends last merges (``PAGE`` with one
+            consumer); 0: shares are left as they are.
         BITS: Bits say what queries see of listed blocks (see ``hopper_bits``), which are no smaller than a key tile.
         PAGED: Keys lie in pages.
         BOXED: The rows of a key tile come from ``key_boxes``.
@@ -83,6 +85,7 @@ class Facts:
     VARIABLE: bool = False
     BITS: bool = False
     DEPTH: int = 0
+    MERGE: int = 0
 
     PAGED: Any = field(init=False, default=False)
     BOXED: Any = field(init=False, default=False)

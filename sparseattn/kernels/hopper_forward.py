@@ -26,7 +26,6 @@ from sparseattn.kernels.hopper import (
     read_record,
     receive,
     ring,
-    sequence_span,
     store_rows,
     tile_layout,
 )
@@ -44,48 +43,16 @@ from sparseattn.kernels.hopper_attention import (
 from sparseattn.kernels.hopper_bits import bits_of, keep_bits, load_bits
 from sparseattn.kernels.hopper_boxes import box_columns, found_boxes, gather_rows, load_key_boxes, seek_boxes
 from sparseattn.kernels.hopper_facts import Facts as Facts
+from sparseattn.kernels.hopper_merge import merge_by_last
+from sparseattn.kernels.hopper_records import first_head, row_span, tile_spans, walk_of
 
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
 NUMBERS = [
     "mask_stride_b", "mask_stride_h", "idx_width", "max_q", "max_k", "num_tiles", "q_rows", "k_rows", "v_rows",
     "o_rows", "lse_stride_b", "lse_stride_h", "window_left", "window_right", "lse_split_stride", "o_split_stride",
     "num_pages", "bit_rows", "bit_groups", "k_stride", "v_stride", "k_head", "v_head", "bit_queries",
+    "out_stride", "out_head",
 ]  # fmt: skip
-
-
-@gluon.jit
-def first_head(head, F: gl.constexpr):
-    """The first query head of a tile head."""
-    if F.GROUP % F.PACK == 0:
-        first = head * F.PACK
-    else:
-        first = head // F.CHUNKS * F.GROUP + head % F.CHUNKS * F.PACK
-    return first
-
-
-@gluon.jit
-def walk_of(m, head_q, b, lists, F: gl.constexpr):
-    """The walk of a row tile of variable blocks; see ``piece_walks_kernel``."""
-    walk_ptr, stride_b, stride_h = lists
-    return walk_ptr + (b.to(gl.int64) * stride_b + head_q // F.MASK_GROUP * stride_h + m) * 8
-
-
-@gluon.jit
-def row_span(m, head_q, b, q_len, lists, F: gl.constexpr):
-    """First query of a row tile, one past the last, and the list row of its keys."""
-    count_ptr, mask_stride_b, mask_stride_h = lists
-    list_row = b.to(gl.int64)
-    if F.VARIABLE:
-        walk = walk_of(m, head_q, b, lists, F)
-        first = gl.load(walk)
-        bound = gl.load(walk + 1)
-        list_row = gl.load(walk + 2).to(gl.int64)
-    else:
-        first = m * F.TOKENS
-        bound = gl.minimum(q_len, m * F.TOKENS + F.TOKENS)
-        if F.MASKED:
-            list_row = list_row * mask_stride_b + head_q // F.MASK_GROUP * mask_stride_h + m * F.TOKENS // F.BLOCK_Q
-    return first, bound, list_row
 
 
 @gluon.jit
@@ -169,8 +136,7 @@ def producer(call, F: gl.constexpr):
         spans, mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_tiles, q_rows, k_rows, v_rows, cache,
         scattered,
     ) = call  # fmt: skip
-    q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr = spans
-    table_ptr, held_ptr, num_pages = cache
+    table_ptr, details_ptr, num_pages = cache
     k_rows_of, v_rows_of = scattered
     if F.PAGED:
         num_tiles = gl.load(counter_ptr + 1)
@@ -186,8 +152,9 @@ def producer(call, F: gl.constexpr):
         claimed = gl.atomic_add(counter_ptr, 1, sem="relaxed")
         if count >= 0:
             post(info, turn, position, F.WARPS)
-            q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, F.RAGGED_Q)
-            k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, F.RAGGED_K)
+            q_start, q_len, k_start, k_len, mapped, _place, _shares = tile_spans(
+                details_ptr, position, b, spans, max_q, max_k, F
+            )
             q_start += b * q_rows
             k_row0 = k_start + b * k_rows
             v_row0 = k_start + b * v_rows
@@ -213,7 +180,7 @@ def producer(call, F: gl.constexpr):
             if F.PAGED:
                 k_row0 = k_rows
                 v_row0 = v_rows
-                pages = (table_ptr + k_start, gl.where(nothing, 0, gl.load(held_ptr + b)), num_pages)
+                pages = (table_ptr + k_start, gl.where(nothing, 0, mapped), num_pages)
             if F.VARIABLE:
                 walk = walk_of(m, head_q, b, lists, F)
                 pages = (gl.load(walk + 3), gl.load(walk + 6), gl.where(nothing, 0, idx_width))
@@ -383,14 +350,13 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
     (
         o_desc, queries, keys, values, info, cols_s, o_s, o_ptr, lse_ptr, sinks_ptr, record_ptr, spans, max_q, max_k,
         o_rows, lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window, scale, softcap, sums_ptr,
-        scales_ptr, lists, listed,
+        scales_ptr, lists, listed, details_ptr, out,
     ) = call  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.TILE_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_DV, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr = spans
     q_s, q_full, q_empty = queries
     zeros = gl.zeros([64, F.TILE_N], gl.float32, S_LAYOUT)
     ks = 0
@@ -401,8 +367,9 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
     position = receive(info, 0)
     m, head, b, share, count, first, late, early = read_record(record_ptr, gl.maximum(position, 0))
     while position >= 0:
-        q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, max_q, F.RAGGED_Q)
-        k_start, k_len = sequence_span(k_start_ptr, k_end_ptr, b, max_k, F.RAGGED_K)
+        q_start, q_len, k_start, k_len, _mapped, place, shares = tile_spans(
+            details_ptr, position, b, spans, max_q, max_k, F
+        )
         offset = k_len - q_len
         row = gl.arange(0, 64, ROWS)  # of a tile: all its heads' first tokens, then their second ones
         head_q = first_head(head, F)
@@ -489,6 +456,11 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
                 at = (tokens - q_first) * F.PACK + row // F.SLOTS
                 leave_sums(sums_ptr, at, share, lse_split_stride, m_i, l_i, inside, qk_scale)
                 leave_part(o_ptr, gl.convert_layout(at, O_ROWS) * F.DV, share, o_split_stride, acc, inside, F)
+                if F.MERGE:
+                    merge_by_last(
+                        details_ptr + place.to(gl.int64) * 8 + 7, o_ptr, sums_ptr, place, shares, lse_split_stride,
+                        out, lse_ptr, lse_stride_h, sinks_ptr, (q_start + q_first, bound - q_first, head, head_q), F,
+                    )  # fmt: skip
             else:
                 factor = finish_sums(lse_ptr, lse_at, sinks_ptr, heads, m_i, l_i, inside, qk_scale, F)
                 store_output(o_desc, o_s.index(CID), acc, factor, q_start, bound, row0, head_q, F)
@@ -518,22 +490,24 @@ def forward_kernel(
     mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_tiles, q_rows, k_rows, v_rows, o_rows,
     lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window_left, window_right, qk_scale, softcap,
     F: gl.constexpr, REGISTERS: gl.constexpr,
-    table_ptr=None, held_ptr=None, num_pages=None, sums_ptr=None, scales_ptr=None,
+    table_ptr=None, details_ptr=None, num_pages=None, sums_ptr=None, scales_ptr=None,
     bits_ptr=None, bit_rows=None, bit_groups=None, bit_queries=None,
     k_ptr=None, v_ptr=None, k_stride=None, v_stride=None, k_head=None, v_head=None,
+    out_ptr=None, out_stride=None, out_head=None,
 ):  # fmt: skip
     """One program a multiprocessor (or half of one): row tiles as the schedule hands them out, until none is left.
 
     ``CONSUMERS`` warpgroups of 64 rows make a row tile: ``PACK`` heads of a group, ``TOKENS`` query tokens each. Grid
     (programs,). ``SPLIT`` leaves unnormalised float32 sums of a share of the keys at ``o_ptr`` and ``lse_ptr``.
 
-    ``PAGE``: row p * k_rows + i of k is token i of page p; ``table_ptr`` has the page numbers, ``held_ptr`` int32
-    [batch] how many tokens of a sequence can have one, ``counter_ptr`` behind the counter the number of tiles. A share
-    that is not negative is a place for sums in ``o_ptr``, float32 [places, o_split_stride], and ``sums_ptr``, float32
-    [places, 2, lse_split_stride]: the rows of the tile, token by token. ``SCALED``: ``scales_ptr``, float32 [2, KV
-    heads], has factors for scores and outputs. ``VARIABLE``: ``count_ptr`` has walks, ``index_ptr`` the tiles of a
-    ``Tiling``, of which ``idx_width`` are in a list. ``BITS``: ``bits_ptr`` has words of bits, a row for
-    ``bit_queries`` queries, ``bit_rows`` rows a list in groups of 16, ``bit_groups`` groups of 128 keys a row.
+    ``PAGE``: row p * k_rows + i of k is token i of page p; ``table_ptr`` has the page numbers, ``details_ptr`` int32
+    [tiles, 8] more of each record (see ``paged_schedule_kernel``), ``counter_ptr`` behind the counter their number. A
+    share that is not negative is a place for sums in ``o_ptr``, float32 [places, o_split_stride], and ``sums_ptr``,
+    float32 [places, 2, lse_split_stride]: the rows of the tile, token by token. ``MERGE``: the program that ends last
+    merges them, to ``out_ptr``, whose strides count 8 elements. ``SCALED``: ``scales_ptr``, float32 [2, KV heads], has
+    factors for scores and outputs. ``VARIABLE``: ``count_ptr`` has walks, ``index_ptr`` the tiles of a ``Tiling``, of
+    which ``idx_width`` are in a list. ``BITS``: ``bits_ptr`` has words of bits, a row for ``bit_queries`` queries,
+    ``bit_rows`` rows a list in groups of 16, ``bit_groups`` groups of 128 keys a row.
     """
     dtype: gl.constexpr = q_desc.dtype
     layout: gl.constexpr = tile_layout(2)
@@ -558,12 +532,13 @@ def forward_kernel(
         o_desc, queries, keys, values, info, cols_s, o_s, o_ptr, lse_ptr, sinks_ptr, record_ptr, spans, max_q, max_k,
         o_rows, lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window, qk_scale, softcap, sums_ptr,
         scales_ptr, (count_ptr, mask_stride_b, mask_stride_h),
-        (index_ptr, idx_width, bits_ptr, bit_rows, bit_groups, bit_queries),
+        (index_ptr, idx_width, bits_ptr, bit_rows, bit_groups, bit_queries), details_ptr,
+        (out_ptr, out_stride, out_head),
     )  # fmt: skip
     loads = (
         q_desc, k_desc, v_desc, queries, keys, values, info, cols_s, record_ptr, counter_ptr, count_ptr, index_ptr,
         spans, mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_tiles, q_rows, k_rows, v_rows,
-        (table_ptr, held_ptr, num_pages), scattered,
+        (table_ptr, details_ptr, num_pages), scattered,
     )  # fmt: skip
     if F.CONSUMERS == 2:
         gl.warp_specialize(

@@ -107,9 +107,10 @@ def offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
     )  # fmt: skip
     boxes = dict(zip(("q_desc", "k_desc", "v_desc", "o_desc"), f.boxes(), strict=True))
     floats = {"lse_ptr", "sinks_ptr", "sums_ptr", "scales_ptr"}
-    given = {"table_ptr", "held_ptr", "num_pages", "sums_ptr"} if f.PAGED else set()
+    given = {"table_ptr", "details_ptr", "num_pages", "sums_ptr"} if f.PAGED else set()
     given |= {"scales_ptr"} if f.SCALED else set()
     given |= {"k_ptr", "v_ptr", "k_stride", "v_stride", "k_head", "v_head"} if f.SCATTERED else set()
+    given |= {"out_ptr", "out_stride", "out_head"} if f.MERGE else set()
     given |= {"bits_ptr", "bit_rows", "bit_groups", "bit_queries"} if f.BITS else set()
     signature: dict[str, Any] = {}
     constexprs: dict[Any, Any] = {}
@@ -126,7 +127,7 @@ def offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
             signature[param.name] = f"tensordesc<bf16[{shape}],{tile_layout()!r}>"
         elif param.name.endswith("_ptr"):
             part = param.name == "o_ptr" and (f.SPLIT or f.PAGED)
-            kind = "bf16" if param.name in ("o_ptr", "k_ptr", "v_ptr") else "i32"
+            kind = "bf16" if param.name in ("o_ptr", "k_ptr", "v_ptr", "out_ptr") else "i32"
             kind = "fp32" if part or param.name in floats else kind
             signature[param.name] = f"*{kind}"
             attributes[(i,)] = [["tt.divisibility", 16]]

@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia import hopper as hopper_module
 
 from sparseattn.kernels import hopper as ours
 from sparseattn.kernels import hopper_latent as latent
+from sparseattn.kernels import hopper_merge
 
 _DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int32": torch.int32, "int64": torch.int64,
@@ -805,6 +806,7 @@ _SUBSTITUTES: list[tuple[Any, Any]] = [
     (hopper_module.warpgroup_mma_wait, warpgroup_mma_wait), (ours.async_load, async_load),
     (ours.async_store, async_store), (latent.copy_rows, copy_rows), (latent.async_copy, async_copy),
     (ours.async_reduce_add, async_reduce_add), (ours.view, view),
+    (hopper_merge.thread_barrier, lambda: None),  # a partition is one thread here
 ]  # fmt: skip
 _translated: dict[int, Callable[..., Any]] = {}
 

@@ -317,7 +317,7 @@ def test_every_key_tile_has_one_share(
     tile_n = cut.tiles.tile_n
     walks: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
     places = []
-    for m, head, b, place, tiles, first, late, early in records[:count].tolist():
+    for m, head, b, place, tiles, first, late, early in records[0, :count].tolist():
         assert 0 <= late + early <= tiles
         walks.setdefault((b, head, m), []).append((first, first + tiles))
         places += [place] if place >= 0 else []
@@ -335,8 +335,16 @@ def test_every_key_tile_has_one_share(
         assert walked == (list(range(tiles[0], tiles[-1] + 1)) if tiles else [])
         assert spans[4, b] == c
     shared = {key for key, parts in walks.items() if len(parts) > 1 or cut.merged}
-    assert merged == len(shared)
-    assert sorted(merges[:merged, 4].tolist()) == sorted(len(walks[key]) for key in shared)
+    if cut.fused:
+        assert cut.merges == 0
+        for (m, head, b, place, *_), (*_, origin, shares, arrivals) in records[:, :count].transpose(0, 1).tolist():
+            assert arrivals == 0
+            if place >= 0:
+                assert shares == len(walks[b, head, m])
+                assert place in range(origin, origin + shares)
+    else:
+        assert merged == len(shared)
+        assert sorted(merges[:merged, 4].tolist()) == sorted(len(walks[key]) for key in shared)
 
 
 @pytest.mark.parametrize(("lengths", "whole"), [((900, 900), True), ((2560, 64, 64, 640), False)])
@@ -349,7 +357,7 @@ def test_latent_shares_end_together(lengths: tuple[int, ...], whole: bool) -> No
     p, q, _ = make_problem(problem.q, problem.cache, None, None, True, 0.1, *[None] * 8, "gluon")
     cut = gluon.gluon_latent.plan(q, p, 4)
     records, counter, *_ = gluon.gluon_plans.schedule(q, p, cut, careful=True)
-    tiles = records[: int(counter[1]), 4].tolist()
+    tiles = records[0, : int(counter[1]), 4].tolist()
     assert sum(tiles) == 2 * sum(-(-n // 64) for n in lengths)
     assert (int(counter[2]) == 0) == whole
     busy = [0] * 4

@@ -90,16 +90,16 @@ def attend(q: Tensor, q_rope: Tensor | None, out: Tensor, lse: Tensor, p: PagedP
         gluon_latent.attend(q, q_rope, o, lse, p, processors_of(q.device))
     else:
         cut = plan(q, p, processors_of(q.device))
-        _launch(q, o, lse, p, cut, *gluon_plans.schedule(q, p, cut))
+        records, counter, merges, _spans = gluon_plans.schedule(q, p, cut)
+        _launch(q, o, lse, p, cut, records, counter, merges)
     if o is not out:
         out.copy_(o)
 
 
 def _launch(
-    q: Tensor, o: Tensor, lse: Tensor, p: PagedProblem, cut: Plan, records: Tensor, counter: Tensor, merges: Tensor,
-    spans: Tensor,
-) -> None:  # fmt: skip
-    """The kernel over the tiles of a schedule, and the merge of its shares."""
+    q: Tensor, o: Tensor, lse: Tensor, p: PagedProblem, cut: Plan, records: Tensor, counter: Tensor, merges: Tensor
+) -> None:
+    """The kernel over the tiles of a schedule, and the merge of its shares if it leaves any."""
     heads, heads_k, dim_v = q.shape[1], p.k.shape[2], o.shape[-1]
     tiles = cut.tiles
     part, sums = gluon_plans.places(cut, dim_v, q.device)
@@ -111,18 +111,21 @@ def _launch(
         padded(q.shape[-1]), dim_v, padded(dim_v), tiles.consumers, tiles.tile_n, tiles.k_stages, tiles.v_stages,
         tiles.q_registers, tiles.o_in_q, p.list_indices is not None, p.causal, windowed(p), p.softcap > 0,
         p.sinks is not None, False, True, True, p.page_size, scales is not None, DEPTH=depth(q.shape[-1]),
+        MERGE=cut.fused,
     )  # fmt: skip
     rows: dict[str, Any] = {}
     if facts.SCATTERED:  # strides count 8 elements, by which they are divisible
         rows = {"k_ptr": p.k, "v_ptr": p.v, "k_stride": p.k.stride(1) // 8, "v_stride": p.v.stride(1) // 8}
         rows |= {"k_head": p.k.stride(2) // 8, "v_head": p.v.stride(2) // 8}
+    if cut.fused:
+        rows |= {"out_ptr": o, "out_stride": o.stride(0) // 8, "out_head": o.stride(1) // 8}
     descriptors = (row_tiles(t, *box) for t, box in zip((q, p.k, p.v, o), facts.boxes(), strict=True))
     launch(
         forward_kernel, (cut.programs,),
-        *descriptors, part, lse, sinks, records, counter, counts, indices, *spans[:4], *strides, 0, 0, 0,
+        *descriptors, part, lse, sinks, records, counter, counts, indices, *[counter] * 4, *strides, 0, 0, 0,
         0, batch_rows(p.k), batch_rows(p.v), 0, 0, q.shape[0], cut.rows, cut.rows * dim_v,
         p.window_left, p.window_right, p.scale * math.log2(math.e), p.softcap,
-        facts, consumer_registers(facts), gluon_plans.table_of(p), spans[4], p.k.shape[0], sums, scales,
+        facts, consumer_registers(facts), gluon_plans.table_of(p), records[1], p.k.shape[0], sums, scales,
         **rows, num_warps=4, maxnreg=128 if tiles.programs == 2 else None, launch_pdl=gluon_plans.begins_early(q),
         **LAUNCH,
     )  # fmt: skip
@@ -143,7 +146,7 @@ def _scales(p: PagedProblem) -> Tensor | None:
 def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[Any, Any], int, int, dict[str, Any]]]:
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages, options), to compile offline."""
     ragged = {"CAUSAL": True, "RAGGED_Q": True, "RAGGED_K": True, "PACK": 4}
-    decode, listed = {"consumers": 1}, {"MASKED": True, "BLOCK_KV": 64}
+    decode, listed = {"consumers": 1, "MERGE": 4}, {"MASKED": True, "BLOCK_KV": 64}
     options = dict.fromkeys(("WINDOW", "SOFTCAP", "SINKS", "SCALED"), True)
     shapes: list[tuple[str, tuple[int, int], dict[str, Any]]] = [
         ("prefill16-128x128", (128, 128), {"PAGE": 16}),

@@ -36,7 +36,8 @@ class Plan(NamedTuple):
         merged: Every row tile leaves sums, even one of one share.
         records: Row tiles and shares, at most.
         places: Shares that leave sums, at most.
-        merges: Row tiles of several shares, at most.
+        merges: Row tiles of several shares, at most, for ``merge``.
+        fused: Rows of a row tile, a power of two, whose shares the kernel itself merges; 0: ``merge`` does.
         programs: Size of the grid.
         even: Shares are cut to end together, however few that makes.
     """
@@ -52,6 +53,7 @@ class Plan(NamedTuple):
     records: int
     places: int
     merges: int
+    fused: int
     programs: int
     even: bool
 
@@ -122,8 +124,13 @@ def make_plan(
     merged = group % pack > 0  # a tensor map would store the heads of the next group, too
     places = records if merged else min(2 * target, records)
     merges = row_tiles_ if merged else min(target, row_tiles_)
+    fused = 0
+    if merges and rows <= FEW_ROWS and not even:  # the sums of a few rows are read in less time than a launch takes
+        merges, fused = 0, triton.next_power_of_2(rows)
     programs = min(programs, records)
-    return Plan(tiles, pack, tokens, rows, target, least, limit, merged, records, places, merges, programs, even)
+    return Plan(
+        tiles, pack, tokens, rows, target, least, limit, merged, records, places, merges, fused, programs, even
+    )  # fmt: skip
 
 
 def lists_of(p: PagedProblem, stand_in: Tensor) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
@@ -141,7 +148,7 @@ def schedule(q: Tensor, p: PagedProblem, cut: Plan, careful: bool = False) -> tu
     """Records, counter, merges and spans of ``paged_schedule_kernel``; ``careful`` kernels hide keys in every tile."""
     heads, heads_k = q.shape[1], p.k.shape[2]
     # Rows of whole 16 bytes: pointers of another alignment would be another kernel.
-    sizes = ((cut.records, 8), (3,), (max(1, cut.merges), 8), (5, triton.cdiv(p.batch, 4) * 4))
+    sizes = ((2, cut.records, 8), (3,), (max(1, cut.merges), 8), (5, triton.cdiv(p.batch, 4) * 4))
     records, counter, merges, spans = (scratch(s, torch.int32, q.device) for s in sizes)
     cu, indptr = (counter if t is None else t for t in (p.cu_seqlens_q, p.indptr))
     table = table_of(p)

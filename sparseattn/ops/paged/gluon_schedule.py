@@ -144,8 +144,10 @@ def paged_schedule_kernel(
     """One program: ``TILES`` records of the Hopper forward kernel, those of a sequence's KV head side by side.
 
     Grid (records / TILES,). ``HEADS`` tiles heads (a packed group is one) of each of ``sections`` KV heads, late rows
-    first. Besides the records: ``counter`` int32 [3]: 0, records, merges; ``span`` int32 [5, span_stride]: first and
-    end of the queries, where page numbers begin and that plus the keys, keys that can have a page; ``merge`` int32
+    first. ``record`` int32 [2, max_records, 8]: the records, and of each: first query of the sequence, queries, where
+    page numbers begin, keys, keys that can have a page, first place and shares of the row tile, and at the first place
+    how many of these have arrived. ``counter`` int32 [3]: 0, records, merges; ``span`` int32 [5, span_stride]: first
+    and end of the queries, where page numbers begin and that plus the keys, keys that can have a page; ``merge`` int32
     [.., 8]: first row, rows, tile head, first place and shares of a row tile whose keys were cut; with ``MERGED`` of
     every row tile. Without ``GAPS`` (see ``page_gaps_kernel``) every key tile counts as one that may hide a key.
     ``SPREAD``: heads of a share lie side by side, as their keys do, rather than shares of a head.
@@ -250,6 +252,8 @@ def paged_schedule_kernel(
     merged = (shares > 1) | MERGED
     place = tl.where(merged, places_before + tile * shares + share, -1)
     length = tl.where(place < max_places, length, -1)  # bounds out of order could ask for more
+    origin = tl.where(merged, places_before + tile * shares, 0)
+    known = tl.where(origin + shares <= max_places, shares, 0)
     record = record_ptr + e.to(tl.int64) * 8
     tl.store(record, m, mask=inside)
     tl.store(record + 1, head, mask=inside)
@@ -259,6 +263,15 @@ def paged_schedule_kernel(
     tl.store(record + 5, start, mask=inside)
     tl.store(record + 6, late, mask=inside)
     tl.store(record + 7, early, mask=inside)
+    detail = record + max_records.to(tl.int64) * 8
+    tl.store(detail, q_start, mask=inside)
+    tl.store(detail + 1, q_len, mask=inside)
+    tl.store(detail + 2, table_at, mask=inside)
+    tl.store(detail + 3, k_len, mask=inside)
+    tl.store(detail + 4, held, mask=inside)
+    tl.store(detail + 5, origin, mask=inside)
+    tl.store(detail + 6, known, mask=inside)
+    tl.store(detail + 7, 0, mask=inside)
     one = inside & (local == 0)
     tl.store(span_ptr + b, q_start, mask=one)
     tl.store(span_ptr + span_stride + b, q_start + q_len, mask=one)
@@ -268,8 +281,7 @@ def paged_schedule_kernel(
     if SPLIT or MERGED:
         merge = merges_before + tile
         one = inside & (share == 0) & merged & (merge < max_merges)
-        shares = tl.where(place + shares <= max_places, shares, 0)
-        store_merge(merge_ptr + merge.to(tl.int64) * 8, q_start + m0, m1 + 1 - m0, head, place, shares, one)
+        store_merge(merge_ptr + merge.to(tl.int64) * 8, q_start + m0, m1 + 1 - m0, head, place, known, one)
 
 
 @triton.jit(do_not_specialize=[*NUMBERS[:5], "num_pages"])
