@@ -151,7 +151,8 @@ def paged_schedule_kernel(
     [.., 8]: first row, rows, tile head, first place and shares of a row tile whose keys were cut; with ``MERGED`` of
     every row tile. Without ``GAPS`` (see ``page_gaps_kernel``) every key tile counts as one that may hide a key.
     ``SPREAD``: heads of a share lie side by side, as their keys do, rather than shares of a head.
-    ``EARLY``: the next kernel may be launched, and wait for this one's end. ``EVEN``: shares as ``balanced_keys`` says.
+    ``EARLY``: the next kernel may be launched, and wait for this one's end. ``EVEN``: shares as ``balanced_keys`` says,
+    and records end in where page numbers begin and keys that can have a page.
     """
     if EARLY:
         gdc_launch_dependents()
@@ -246,7 +247,7 @@ def paged_schedule_kernel(
             MASKED, WINDOW, False,
         )  # fmt: skip
 
-    if EVEN:  # kernels of long computations hide keys in every tile, and find their pages here
+    if EVEN:  # kernels of long computations do not ask for cut tiles, and find their pages with the first load
         late = table_at
         early = held
     merged = (shares > 1) | MERGED
