@@ -27,11 +27,8 @@ _ALIGNMENT = 512
 # Tensor maps kept of one argument: caches of many layers recur, and so do places that the allocator hands out.
 _MOST_MAPS = 4096
 
-# Bytes of scratch memory that is kept for the next call.
-_MOST_KEPT = 1 << 26
-
-#: By stream, memory that calls may use one after the other, and where its kinds begin.
-Kept = dict[int, tuple[list[Tensor], dict[str, int]]]
+# Bytes of scratch memory that is kept for the next call, and for all calls that share a ``Room``.
+_MOST_KEPT, _MOST_TOGETHER = 1 << 26, 1 << 28
 
 _open = threading.local()
 
@@ -110,6 +107,37 @@ def form_of(t: Tensor) -> tuple[Any, ...]:
     return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15
 
 
+class Room:
+    """How much scratch memory calls of one plan may keep: layers with scales of their own are calls of their own."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_TOGETHER
+
+    def take(self, size: int) -> bool:
+        """Whether so many bytes may be kept; they are counted then."""
+        if size > min(self._left, _MOST_KEPT):
+            return False
+        self._left -= size
+        return True
+
+
+class Kept(dict[int, tuple[list[Tensor], dict[str, int]]]):
+    """By stream, memory that calls may use one after the other, and where its kinds begin.
+
+    Args:
+        room: For scratch memory; None: nobody shares it.
+    """
+
+    def __init__(self, room: Room | None = None) -> None:
+        super().__init__()
+        self._room = Room() if room is None else room
+
+    def keep(self, stream: int, memory: dict[str, Tensor], addresses: dict[str, int]) -> None:
+        """Keep what the launches of ``of_fixed`` left, and scratch memory as long as there is room."""
+        kinds = [k for k, t in memory.items() if k == "kept" or (k == "scratch" and self._room.take(t.nbytes))]
+        self[stream] = [memory[kind] for kind in kinds], {kind: addresses[kind] for kind in kinds}
+
+
 class _Move(NamedTuple):
     """Where the addresses of one moving tensor stand: arguments ``(values, at, offset)``, and maps likewise."""
 
@@ -136,7 +164,8 @@ class Launches:
         self.launches: list[Again] = []
         self._hooked: list[Any] = []
         self._complete = True
-        self._lock = threading.Lock()
+        #: Held from placing addresses to the last launch, which may use memory that other calls of the record use, too.
+        self.lock = threading.Lock()
         self._moves: list[_Move] | None = None
         self._places: list[int] = []
 
@@ -247,7 +276,7 @@ class Launches:
                 if held is None or not one.once:
                     start_slowly(one, addresses)
         else:
-            with self._lock:  # arguments stay where they are from one call to the next, for most are the same
+            with self.lock:  # arguments stay where they are from one call to the next, for most are the same
                 self._place(addresses)
                 for start, values, _slots, _maps, stream_at, once in self.launches:
                     if held is None or not once:
@@ -255,9 +284,7 @@ class Launches:
                             values[stream_at] = stream
                         start(*values)
         if kept is not None and held is None:
-            small = {kind: t for kind, t in memory.items() if kind == "kept" or t.nbytes <= _MOST_KEPT}
-            small.pop("zeros", None)
-            kept[stream] = list(small.values()), {kind: addresses[kind] for kind in small}
+            kept.keep(stream, memory, addresses)
         return True
 
     def _memory(self, device: torch.device, addresses: dict[str, int]) -> dict[str, Tensor]:

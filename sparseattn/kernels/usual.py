@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparseattn.kernels.launches import Recorded, differentiable, make_map, repeatable
+from sparseattn.kernels.launches import Kept, Recorded, differentiable, make_map, repeatable
 from sparseattn.kernels.starts import Again, hooked
 
 # Forms of calls that one plan remembers.
@@ -112,7 +111,7 @@ class _Ready(NamedTuple):
             ``(values, argument, where it begins, offset, what makes one, those made)``.
         places: Addresses that stand in the values now.
         memory: Kinds of memory that must be allocated anew, and their bytes.
-        lock: Held from placing addresses to the last launch.
+        lock: The record's, which whoever else makes its launches holds, too.
         held: Tensors that the values point to.
     """
 
@@ -164,7 +163,7 @@ class Usual:
     def moved(self, places: dict[str, int]) -> Usual:
         """The same for common tensors that lie elsewhere, with other contents: their addresses by name."""
         other = copy.copy(self)
-        other._fixed, other._kept, other._ready = self._fixed | places, {}, {}
+        other._fixed, other._kept, other._ready = self._fixed | places, Kept(), {}
         return other
 
     def fits(self, *tensors: Tensor) -> bool:
@@ -230,7 +229,7 @@ class Usual:
         moving |= {kind: (len(given) + 1 + n, 0) for n, (kind, _size) in enumerate(fresh)}
         starts, moves = _bind(record.launches, stream, standing, moving, len(given) + 1 + len(fresh))
         wanted = [(kind == "zeros", size) for kind, size in fresh]
-        self._ready[stream] = _Ready(starts, moves, [-1] * len(moves), wanted, threading.Lock(), (sums, memory))
+        self._ready[stream] = _Ready(starts, moves, [-1] * len(moves), wanted, record.lock, (sums, memory))
         return True
 
     def _tied(self, tie: tuple[str, str, int]) -> bool:

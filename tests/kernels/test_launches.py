@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparseattn.kernels.launches import Launches, launch, of_fixed, recording, scratch
+from sparseattn.kernels import launches as module
+from sparseattn.kernels.launches import Kept, Launches, Room, launch, of_fixed, recording, scratch
 
 
 class Kernel:
@@ -135,7 +136,7 @@ def test_what_follows_from_common_tensors_is_computed_once():
         launch(kernel, (1,), q, order, 2)
     assert record.complete
     kernel.launched.clear()
-    kept: dict[int, torch.Tensor] = {}
+    kept = Kept()
     for _ in range(3):
         assert record.repeat(CPU, addresses(q=q, table=table), kept)
     assert [args[2] for args in kernel.launched] == [1, 2, 2, 2]
@@ -143,6 +144,24 @@ def test_what_follows_from_common_tensors_is_computed_once():
     kernel.launched.clear()
     assert record.repeat(CPU, addresses(q=q, table=table))
     assert [args[2] for args in kernel.launched] == [1, 2], "others keep nothing"
+
+
+def test_calls_of_a_plan_keep_no_more_memory_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch):
+    """Layers with scales of their own are calls of their own; those that come late allocate their memory each time."""
+    monkeypatch.setattr(module, "_MOST_TOGETHER", 1500)
+    kernel, room, q = Kernel(), Room(), torch.zeros(4)
+    kept = [Kept(room) for _ in range(3)]
+    for mine in kept:
+        record = Launches({"q": q})
+        with recording(record):
+            with of_fixed():
+                order = scratch((9,), torch.int32, CPU)
+                launch(kernel, (1,), order, q, 1)
+            launch(kernel, (1,), q, order, scratch((5,), torch.float32, CPU))
+        for _ in range(2):
+            assert record.repeat(CPU, addresses(q=q), mine)
+    assert [sorted(mine[0][1]) for mine in kept] == [["kept", "scratch"], ["kept", "scratch"], ["kept"]]
+    assert len(kernel.launched) == 3 * (2 + 2 + 1)
 
 
 def test_the_function_beneath_the_launcher_is_given_what_the_launcher_gives_it(monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.kernels import usual as module
-from sparseattn.kernels.launches import Launches, Recorded, launch, of_fixed, recording, scratch
+from sparseattn.kernels.launches import Kept, Launches, Recorded, launch, of_fixed, recording, scratch
 from sparseattn.kernels.usual import Usual, UsualCalls, allocator, empty, same_form
 
 CPU = torch.device("cpu")
@@ -23,10 +24,12 @@ class Kernel:
 
     def __init__(self) -> None:
         self.launched: list[tuple[Any, ...]] = []
+        self.pause = 0.0
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def start(*args: Any) -> Kernel:
             self.launched.append(args)
+            time.sleep(self.pause)
             return self
 
         return start
@@ -58,7 +61,7 @@ def recorded(
     assert record.close() is record
     kernel.launched.clear()
     origins = {"q": (0, 0), "k": (1, 0), "v": (1, v.data_ptr() - cache.data_ptr())}
-    return Recorded(record, q.shape[-1], {}), origins
+    return Recorded(record, q.shape[-1], Kept()), origins
 
 
 def usual_of(kernel: Kernel, zeros: bool = False) -> tuple[Usual, Tensor, Tensor, Tensor]:
@@ -191,7 +194,7 @@ def test_tensors_that_overlapped_take_the_slow_way(way: str) -> None:
     origins = {"q": (0, 0), "k": (1, 0), "v": (2, 0)}
 
     def make() -> Usual:
-        return Usual(Recorded(record, 8, {}), (q, k, k[:]), origins, {}, (4, 8), ("out", "lse"), 4)
+        return Usual(Recorded(record, 8, Kept()), (q, k, k[:]), origins, {}, (4, 8), ("out", "lse"), 4)
 
     kernel.launched.clear()
     calls = UsualCalls()
@@ -216,7 +219,7 @@ def test_starts_and_ends_of_one_tensor(way: str) -> None:
     calls = UsualCalls()
     places = {"start": offsets.data_ptr(), "end": offsets[1:].data_ptr()}
     origins = {"q": (0, 0), "k": (1, 0)}
-    calls.learn((q, k), lambda: Usual(Recorded(record, 8, {}), (q, k), origins, places, (4, 8), ("out", "lse"), 4))
+    calls.learn((q, k), lambda: Usual(Recorded(record, 8, Kept()), (q, k), origins, places, (4, 8), ("out", "lse"), 4))
     for _ in range(2):
         assert calls(q, k) is not None
         assert kernel.launched[-1][2:4] == tuple(places.values())
@@ -245,6 +248,32 @@ def test_threads_do_not_mix_addresses(way: str) -> None:
     attended = kernel.launched[::2]
     assert len(attended) == 800
     assert {args[:2] for args in attended} == {(q.data_ptr(), cache.data_ptr()) for q, cache in pairs}
+
+
+def test_other_ways_to_make_the_call_wait_for_memory_that_it_uses(way: str) -> None:
+    """Who wants the LSE, too, has the record itself make the launches, in the memory that is kept for them."""
+    kernel = Kernel()
+    q, cache, table = torch.zeros(4, 8), torch.zeros(2, 6, 8), torch.zeros(7)
+    known, origins = recorded(kernel, q, cache, table)
+    places = {"table": table.data_ptr()}
+    usual = Usual(known, (q, cache), origins, places, (4, 8), ("out", "lse"), 4)
+    assert usual(q, cache) is not None
+    kernel.launched.clear()
+    kernel.pause = 0.001
+    out, lse = torch.zeros(4, 8), torch.zeros(4)
+    given = {"q": q, "k": cache[0], "v": cache[1], "out": out, "lse": lse}
+
+    def wanting_sums() -> None:
+        for _ in range(20):
+            known.launches.repeat(CPU, {name: t.data_ptr() for name, t in given.items()} | places, known.kept)
+
+    other = threading.Thread(target=wanting_sums)
+    other.start()
+    for _ in range(20):
+        usual(q, cache)
+    other.join()
+    steps = [args[3] == table.data_ptr() for args in kernel.launched]
+    assert steps == [False, True] * 40
 
 
 def test_outputs(way: str) -> None:

@@ -8,13 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseattn.kernels.launches import (
-    Launches,
-    Recorded,
-    Store,
-    form_of,
-    recording,
-)
+from sparseattn.kernels.launches import Kept, Launches, Recorded, Room, Store, form_of, recording
 from sparseattn.kernels.rehearsal import rehearse
 from sparseattn.kernels.usual import Usual
 from sparseattn.ops.block_sparse.geometry import Geometry
@@ -42,7 +36,7 @@ class RepeatedBlocks:
     """
 
     def __init__(self, g: Geometry, impl: str, fixed: bool = False) -> None:
-        self._g, self._impl, self._kept = g, impl, fixed
+        self._g, self._impl, self._room = g, impl, Room() if fixed else None
         self._fixed = {name: x for name, x in zip(g._fields, g, strict=True) if isinstance(x, Tensor)}
         self._places = {name: t.data_ptr() for name, t in self._fixed.items()}
         self._form = (impl, *(form_of(x) if isinstance(x, Tensor) else x for x in g))
@@ -106,8 +100,8 @@ class RepeatedBlocks:
         known = self._known.get(key) or _recorded.get((self._form, key))
         if known is None:
             return self._first(key, q, k, v, sinks, out)
-        if self._kept and known.kept is None:
-            known = known._replace(kept={})
+        if self._room and known.kept is None:
+            known = known._replace(kept=Kept(self._room))
         self._known[key] = known
         o, lse = empty_results(q, known.dim) if out is None else (out, empty_lse(q))
         places = {name: t.data_ptr() for name, t in _moving(q, k, v, sinks, o, lse).items()} | self._places
@@ -139,7 +133,7 @@ class RepeatedBlocks:
         if closed is not None:
             found = Recorded(closed, v.shape[-1])
             _recorded.keep((self._form, key), found)
-            self._known[key] = found._replace(kept={}) if self._kept else found
+            self._known[key] = found._replace(kept=Kept(self._room)) if self._room else found
         return o, lse
 
 

@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.kernels.launches import Launches, Recorded, Store, differentiable, recording, repeatable
+from sparseattn.kernels.launches import (
+    Kept,
+    Launches,
+    Recorded,
+    Room,
+    Store,
+    differentiable,
+    recording,
+    repeatable,
+)
 from sparseattn.kernels.rehearsal import rehearse
 from sparseattn.kernels.usual import Usual
 from sparseattn.ops.arguments import check_apart, starts_with
@@ -86,7 +95,7 @@ class RepeatedAttention:
     ) -> None:
         self._table = (seq_lens, page_table, indptr, indices)
         self._layout = layout
-        self._kept = fixed
+        self._room = Room() if fixed else None
         self._options: dict[str, Any] = {
             "cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q, "causal": causal, "window": window,
             "softcap": softcap, "positions": positions, "custom_mask": custom_mask, "mask": mask, "impl": impl,
@@ -212,8 +221,8 @@ class RepeatedAttention:
             known = None
         if known is None:
             return self._first(key, q, k, v, q_rope, k_rope, scales, sinks, out)
-        if isinstance(known, Recorded) and self._kept and known.kept is None:
-            known = known._replace(kept={})
+        if isinstance(known, Recorded) and self._room and known.kept is None:
+            known = known._replace(kept=Kept(self._room))
         self._known[key] = known
         if isinstance(known, Recorded):
             tensors = moving_tensors(q, q_rope, k, v, k_rope, sinks, *self._results(q, known.dim, out))
@@ -286,7 +295,7 @@ class RepeatedAttention:
         recorded = launches.close()
         if recorded is not None:
             found = Recorded(recorded, v.shape[-1])
-            self._known[key] = found._replace(kept={}) if self._kept else found
+            self._known[key] = found._replace(kept=Kept(self._room)) if self._room else found
             if self._form:
                 _recorded.keep((self._form, key), found)
             return out, lse
