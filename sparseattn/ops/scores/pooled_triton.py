@@ -18,6 +18,7 @@ from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.attention import LOG2E, sequence_span
 from sparseattn.ops.scores.chunks import ScoreChunks, chunk_rows
 from sparseattn.ops.scores.pooled_problem import PooledProblem
+from sparseattn.ops.scores.pooled_triton_values import running_lse, score_of
 from sparseattn.ops.scores.problem import row_bounds
 from sparseattn.ops.scores.rules_problem import ListBounds, Rule
 from sparseattn.ops.scores.rules_triton import choose_chunks, empty_lists
@@ -189,82 +190,6 @@ def _logits(
     return s
 
 
-@triton.jit
-def _running_lse(s, m_i, l_i):
-    """One step of a running base-2 log-sum-exp over columns."""
-    m_new = tl.maximum(m_i, tl.max(s, 1))
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    l_i = l_i * tl.exp2(m_i - m_safe) + tl.sum(tl.exp2(s - m_safe[:, None]), 1)
-    return m_new, l_i
-
-
-@triton.jit
-def _peaks(s, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_BLOCK: tl.constexpr):
-    """The largest of the rows' values of a block (base 2) ``[BLOCK_N / PER_BLOCK]``, from logits of rows and pages."""
-    if PER_BLOCK == 1:
-        return tl.max(s, 0)
-    else:
-        pages = tl.reshape(s, [BLOCK_M, BLOCK_N // PER_BLOCK, PER_BLOCK])
-        m = tl.max(pages, 2)
-        m_safe = tl.where(m == float("-inf"), 0.0, m)
-        total = tl.sum(tl.exp2(pages - m_safe[:, :, None]), 2)
-        return tl.max(tl.where(total > 0, m_safe + tl.log2(tl.where(total > 0, total, 1.0)), m), 0)
-
-
-@triton.jit
-def _sums(s, factor, BLOCK_N: tl.constexpr, PER_BLOCK: tl.constexpr, MAX: tl.constexpr):
-    """Blocks' values (base 2) ``[BLOCK_N / PER_BLOCK]`` from products ``s [BLOCK_N, BLOCK_M]`` of pages and rows.
-
-    ``factor`` (positive) makes logits of products. The log-sum-exp over rows and pages; MAX (one page): the largest.
-    Pages are rows of the tile, so that a thread sums most of what belongs together by itself.
-    """
-    m = tl.max(s, 1)
-    value = m * factor
-    if not MAX:
-        top = tl.where(m == float("-inf"), 0.0, value)
-        total = tl.sum(tl.exp2(s * factor - top[:, None]), 1)
-        value = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), value)
-    if PER_BLOCK > 1:
-        value = tl.reshape(value, [BLOCK_N // PER_BLOCK, PER_BLOCK])
-        m = tl.max(value, 1)
-        top = tl.where(m == float("-inf"), 0.0, m)
-        total = tl.sum(tl.exp2(value - top[:, None]), 1)
-        value = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), m)
-    return value
-
-
-@triton.jit
-def _totals(s, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_BLOCK: tl.constexpr):
-    """As :func:`_sums`, from logits (base 2) ``s [BLOCK_M, BLOCK_N]``."""
-    if PER_BLOCK == 1:
-        m = tl.max(s, 0)
-        top = tl.where(m == float("-inf"), 0.0, m)
-        total = tl.sum(tl.exp2(s - top[None, :]), 0)
-    else:
-        pages = tl.reshape(s, [BLOCK_M, BLOCK_N // PER_BLOCK, PER_BLOCK])
-        m = tl.max(tl.max(pages, 2), 0)
-        top = tl.where(m == float("-inf"), 0.0, m)
-        total = tl.sum(tl.sum(tl.exp2(pages - top[None, :, None]), 2), 0)
-    return tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), m)
-
-
-@triton.jit
-def _score_of(
-    s, z, factor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_BLOCK: tl.constexpr, MAX: tl.constexpr,
-    ROW_SOFTMAX: tl.constexpr, BY_PAGE: tl.constexpr,
-):  # fmt: skip
-    """Blocks' values (base 2) of a tile of :func:`_logits`; ``z``: what ROW_SOFTMAX takes from each row's logits."""
-    if BY_PAGE:
-        return _sums(s, factor, BLOCK_N, PER_BLOCK, MAX)
-    else:
-        if ROW_SOFTMAX:
-            s -= z[:, None]
-        if MAX:
-            return _peaks(s, BLOCK_M, BLOCK_N, PER_BLOCK)
-        else:
-            return _totals(s, BLOCK_M, BLOCK_N, PER_BLOCK)
-
-
 @triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_VIEWS)
 def _pooled_scores_kernel(
     q_ptr, f_ptr, visible_ptr, scores_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
@@ -321,12 +246,12 @@ def _pooled_scores_kernel(
             s = _logits(q, q_rows, inside, f_ptr, n, pages, limit, stride_q[3], stride_f[0],
                         stride_f[2], scale, D, BLOCK_D, STEP, BLOCK_M, BLOCK_N, BOUND, LOW, PRECISION, False,
                         BY_PAGE)  # fmt: skip
-            m_i, l_i = _running_lse(s, m_i, l_i)
+            m_i, l_i = running_lse(s, m_i, l_i)
         for n in range(whole, seen, BLOCK_N):
             s = _logits(q, q_rows, inside, f_ptr, n, pages, limit, stride_q[3], stride_f[0],
                         stride_f[2], scale, D, BLOCK_D, STEP, BLOCK_M, BLOCK_N, BOUND, LOW, PRECISION, True,
                         BY_PAGE)  # fmt: skip
-            m_i, l_i = _running_lse(s, m_i, l_i)
+            m_i, l_i = running_lse(s, m_i, l_i)
         z = tl.where(l_i > 0, m_i + tl.log2(tl.where(l_i > 0, l_i, 1.0)), 0.0)
 
     BLOCKS: tl.constexpr = BLOCK_N // PER_BLOCK
@@ -347,7 +272,7 @@ def _pooled_scores_kernel(
             tl.debug_barrier()
             if n >= whole:
                 s = tl.where((n + tl.arange(0, BLOCK_N))[:, None] < limit[None, :], s, float("-inf"))
-            score = _score_of(s, z, factor, BLOCK_M, BLOCK_N, PER_BLOCK, MAX, ROW_SOFTMAX, BY_PAGE)
+            score = score_of(s, z, factor, BLOCK_M, BLOCK_N, PER_BLOCK, MAX, ROW_SOFTMAX, BY_PAGE)
             block = n // PER_BLOCK + tl.arange(0, BLOCKS)
             tl.store(scores_ptr + block, (score - shift) * LN2, mask=block < visible)
     else:
@@ -355,14 +280,14 @@ def _pooled_scores_kernel(
             s = _logits(q, q_rows, inside, f_ptr, n, pages, limit, stride_q[3], stride_f[0],
                         stride_f[2], scale, D, BLOCK_D, STEP, BLOCK_M, BLOCK_N, BOUND, LOW, PRECISION, False,
                         BY_PAGE)  # fmt: skip
-            score = _score_of(s, z, factor, BLOCK_M, BLOCK_N, PER_BLOCK, MAX, ROW_SOFTMAX, BY_PAGE)
+            score = score_of(s, z, factor, BLOCK_M, BLOCK_N, PER_BLOCK, MAX, ROW_SOFTMAX, BY_PAGE)
             block = n // PER_BLOCK + tl.arange(0, BLOCKS)
             tl.store(scores_ptr + block, (score - shift) * LN2, mask=block < visible)
         for n in range(whole, visible * PER_BLOCK, BLOCK_N):
             s = _logits(q, q_rows, inside, f_ptr, n, pages, limit, stride_q[3], stride_f[0],
                         stride_f[2], scale, D, BLOCK_D, STEP, BLOCK_M, BLOCK_N, BOUND, LOW, PRECISION, True,
                         BY_PAGE)  # fmt: skip
-            score = _score_of(s, z, factor, BLOCK_M, BLOCK_N, PER_BLOCK, MAX, ROW_SOFTMAX, BY_PAGE)
+            score = score_of(s, z, factor, BLOCK_M, BLOCK_N, PER_BLOCK, MAX, ROW_SOFTMAX, BY_PAGE)
             block = n // PER_BLOCK + tl.arange(0, BLOCKS)
             tl.store(scores_ptr + block, (score - shift) * LN2, mask=block < visible)
 
