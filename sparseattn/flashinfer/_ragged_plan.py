@@ -111,7 +111,7 @@ class RaggedPlan:
             got = ", ".join(type(t).__name__ for t in (q, k, v))
             raise argument_error("q, k, v", "tensors", got, kind=TypeError)
         given = None
-        if scales[0] is scales[1] is scales[2] is out is lse is None and not return_lse:
+        if scales[0] is scales[1] is scales[2] is out is lse is None and not (return_lse or self.follows):
             given = q, k, v
         if self.kv_layout == "HND":
             k, v = k.transpose(0, 1), v.transpose(0, 1)

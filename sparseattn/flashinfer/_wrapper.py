@@ -275,7 +275,7 @@ class PagedPlan:
             out=out if o_dtype == queries.dtype else None,
         )  # fmt: skip
         direct = queries is q and (o.dtype == o_dtype if out is None else o is out)
-        if direct and sinks is lse is None and not return_lse:
+        if direct and sinks is lse is None and not (return_lse or self.follows):
             self._learn(q, paged_kv_cache, k, v, scales, (q_scale, k_scale, v_scale), out)
         return as_results(o, natural, o_dtype, out, lse, return_lse)
 
