@@ -141,7 +141,7 @@ class RaggedPlan:
         if out is not None or lse is not None:
             check_results(q, self.dims[1], o_dtype, out, lse)
         arguments = {**self._plain_arguments, "scale": scale, "impl": self.impl}
-        form = (q.dtype, v.dtype, q.device, q.shape, k.shape, v.shape, scale)
+        form = (q.dtype, v.dtype, q.device, k.device, v.device, q.shape, k.shape, v.shape, scale)
         if not repeatable(q, k, v) or differentiable(q, k, v):
             o, natural = block_sparse_attention(q, k, v, **arguments, **self._lengths(q, k), return_lse=True)
             return as_results(o, natural, o_dtype, out, lse, return_lse)

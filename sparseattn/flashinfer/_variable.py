@@ -132,7 +132,7 @@ class VariablePlan:
         """What makes the call of these tensors again and again; None where it must be an ordinary one."""
         if self.gathered or not repeatable(q, k, v) or differentiable(q, k, v):
             return None
-        form = (q.dtype, q.device, q.shape, k.shape, v.shape)
+        form = (q.dtype, q.device, k.device, v.device, q.shape, k.shape, v.shape)
         if form not in self._blocks:
             a = {n: self._arguments[n] for n in ("causal", "scale", "softcap")}
             mask = self.pattern.mask((q.shape[1], k.shape[1]))

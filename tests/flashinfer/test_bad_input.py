@@ -113,3 +113,45 @@ def test_a_draft_mask_has_a_row_for_every_query() -> None:
         flashinfer.trtllm_batch_decode_with_kv_cache(
             q, cache, None, table, lens, 16, mask=mask, cum_seq_lens_q=starts, max_q_len=2
         )
+
+
+def numbers(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def planned(name: str) -> tuple[Callable[..., Any], tuple[Tensor, Tensor, Tensor]]:
+    """A wrapper's ``run`` of q, k and v, and these."""
+    wrapper = getattr(flashinfer, name)(torch.empty(8, dtype=torch.uint8))
+    q, k, v = torch.randn(3, 64, 2, 64, dtype=torch.float16)
+    if name == "BatchPrefillWithRaggedKVCacheWrapper":
+        wrapper.plan(numbers(0, 40, 64), numbers(0, 40, 64), 2, 2, 64)
+    elif name == "BlockSparseAttentionWrapper":
+        wrapper.plan(numbers(0, 1, 2), numbers(0, 1), 64, 64, 32, 32, 2, 2, 64)
+    elif name == "VariableBlockSparseAttentionWrapper":
+        sizes = numbers(40, 24).expand(2, 2)
+        wrapper.plan(torch.ones(2, 2, 2, dtype=torch.bool), sizes, sizes, 2, 2, 64)
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+    else:
+        wrapper.plan(numbers(0, 2, 4), numbers(0, 1, 3, 2), numbers(16, 16), 2, 2, 64, 16)
+        return lambda q, k, v: wrapper.run(q, (k, v)), (q[:2], k.view(4, 16, 2, 64), v.view(4, 16, 2, 64))
+    return wrapper.run, (q, k, v)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BatchPrefillWithRaggedKVCacheWrapper",
+        "BlockSparseAttentionWrapper",
+        "VariableBlockSparseAttentionWrapper",
+        "BatchDecodeWithPagedKVCacheWrapper",
+    ],
+)
+def test_a_tensor_on_another_device_after_calls_that_were_right(name: str) -> None:
+    """What a plan has accepted before is not looked at in full again, but kernels must not get such an address."""
+    run, tensors = planned(name)
+    run(*tensors)
+    for i in range(3):
+        moved = [t.to("meta") if i == j else t for j, t in enumerate(tensors)]
+        with pytest.raises(ValueError, match="expected .*(device|on) (meta|cpu)"):
+            run(*moved)
+    run(*tensors)
