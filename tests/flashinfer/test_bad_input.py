@@ -152,6 +152,6 @@ def test_a_tensor_on_another_device_after_calls_that_were_right(name: str) -> No
     run(*tensors)
     for i in range(3):
         moved = [t.to("meta") if i == j else t for j, t in enumerate(tensors)]
-        with pytest.raises(ValueError, match="expected .*(device|on) (meta|cpu)"):
+        with pytest.raises(ValueError, match=r"expected .*(device|on) (meta|cpu)"):
             run(*moved)
     run(*tensors)
