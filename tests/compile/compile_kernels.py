@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from typing import Any
 
 MODULES = (
+    "sparseattn.kernels.tilings",
     "sparseattn.ops.block_sparse.triton",
     "sparseattn.ops.block_sparse.gluon",
     "sparseattn.ops.block_sparse.gluon_gradients",

@@ -18,7 +18,7 @@ from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.clear import clear_rows, clear_rows_kernel
 from sparseattn.kernels.launches import launch, scratch
 from sparseattn.ops.dispatch import triton_device_reason
-from sparseattn.ops.paged.pages_triton import append_kernel, lengths_kernel
+from sparseattn.ops.paged.pages_triton import append_kernel, copies_kernel, lengths_kernel
 from sparseattn.ops.paged.problem import PagedProblem
 from sparseattn.ops.paged.triton_forward import paged_combine_kernel, paged_kernel
 
@@ -343,6 +343,11 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     cases.append(("clear-rows", *_offline(clear_rows_kernel, (128, 0, 128), {"ROWS": 32, "CHUNK": 128}, "bf16"), 4, 1))
     cases.append(("paged-lengths", *_offline(lengths_kernel, (128, 0, 128), {"BLOCK": 256}, "bf16"), 4, 1))
     cases.append(("paged-append", *_offline(append_kernel, (128, 0, 128), {"BLOCK": 1024, "H": 8}, "u8"), 4, 1))
+    copied = {p.name: "i32" if p.name.startswith("count") else "*i32" for p in copies_kernel.params}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(copied.values()) if kind == "*i32"}
+    block = len(copied) - 1
+    del aligned[(block,)]
+    cases.append(("paged-copies", copies_kernel, {**copied, "BLOCK": "constexpr"}, {(block,): 1024}, aligned, 4, 1))
     return cases
 
 
