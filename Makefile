@@ -22,7 +22,7 @@ test: lint
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
-	MYPY_NUM_WORKERS=2 $(BIN)/python -m mypy
+	$(BIN)/python -m mypy
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build --wheel --no-isolation
