@@ -7,9 +7,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+
+import sparseattn
 
 pytest.importorskip("triton", reason="compiling kernels needs Triton")
 
@@ -31,6 +37,35 @@ def test_a_rehearsal_compiles_and_launches_nothing(triton: str, tmp_path: Path) 
     assert done.returncode == 0, done.stderr[-4000:]
     said = json.loads(done.stdout)
     assert said == {"compiled": ["double_kernel", "negate_kernel"], "times": 1, "beside": True}
+
+
+def test_each_pass_is_rehearsed_by_who_will_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hopper's kernels take forward passes whose gradients are Triton's."""
+    from sparseattn.ops.block_sparse import library
+
+    ran: list[str] = []
+
+    def required(q: Any, k: Any, v: Any, g: Any, impl: str, gradients: str | None = None) -> Any:
+        who = "triton" if gradients else "gluon"
+
+        def forward(*_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            ran.append(f"{who} forward")
+            return torch.empty_like(q), torch.empty(q.shape[0], q.shape[2], q.shape[1])
+
+        return SimpleNamespace(forward=forward, backward=lambda *_, **__: ran.append(f"{who} backward"))
+
+    def rehearse(module: Any, kind: tuple[Any, ...], device: torch.device, *calls: Callable[[], Any]) -> None:
+        for call in calls:
+            call()
+        ran.append("rehearsed")
+        raise InterruptedError
+
+    monkeypatch.setattr(library, "_require", required)
+    monkeypatch.setattr(library, "rehearse", rehearse)
+    q = torch.zeros(1, 64, 1, 16, requires_grad=True)
+    with pytest.raises(InterruptedError):
+        sparseattn.block_sparse_attention(q, q, q)
+    assert ran == ["triton backward", "gluon forward", "rehearsed"]
 
 
 def test_rehearsed_calls_launch_nothing_of_their_own() -> None:

@@ -149,7 +149,7 @@ def attend(
     if mask is not None and implementations(impl, q) != ("reference",):
         g = with_transposed(g, mask)
     if module is not None and repeatable(q, k, v, sinks):
-        _rehearse_gradients(module, q, k, v, sinks, g, deterministic)
+        _rehearse_gradients(module, q, k, v, sinks, g, impl, deterministic)
     return BlockSparse.apply(q, k, v, sinks, impl, deterministic, *g)
 
 
@@ -160,17 +160,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, impl: str, g:
     return _forward_op(q, k, v, sinks, impl, *g)
 
 
+@on_its_device
 def _rehearse_gradients(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry, deterministic: bool
+    module: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, g: Geometry, impl: str, deterministic: bool
 ) -> None:
-    """Compile the kernels of both passes side by side; see ``rehearse``."""
+    """Compile the kernels of both passes side by side; see ``rehearse``. ``module`` is the backward pass's."""
+    alone = g._replace(q_num_blocks=None, q_indices=None, key_pieces=None)
 
     def backward() -> None:
         o, lse = empty_results(q, v.shape[-1])
         module.backward(torch.empty_like(o), None, q, k, v, o, lse, sinks, g, deterministic=deterministic)
 
     def forward() -> None:
-        module.forward(q, k, v, sinks, g._replace(q_num_blocks=None, q_indices=None, key_pieces=None))
+        _require(q, k, v, alone, impl).forward(q, k, v, sinks, alone)
 
     if not g.extra_keys and q.numel() > 0 and k.numel() > 0:
         rehearse(module, (deterministic, *kind_of(q, k, v, sinks, g)), q.device, backward, forward)
