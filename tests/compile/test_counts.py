@@ -21,8 +21,9 @@ OLDEST = Path(sys.prefix) / "triton-3.6"
 # Kernels of which calls of one kind may need several, by the name of the kind. No call needs more than one, and what
 # decides is a number of a few values.
 SEVERAL = {
-    # Few row tiles leave sums, which are combined; without a mask few rows make tiles of their own.
-    "forward_kernel": {"blocks": 2, "dense": 3, "ragged": 3},
+    # Few row tiles leave sums, which are combined; without a mask few rows make tiles of their own. A decode whose keys
+    # are cut merges their sums itself.
+    "forward_kernel": {"blocks": 2, "dense": 3, "ragged": 3, "paged decode": 2},
     "schedule_kernel": {"dense": 2, "ragged": 2},
     # Query heads that one program of the fused backward walks, divisors of the group; all walk alone in dQ's pass.
     "walk_kernel": {"blocks": 3, "dense": 3, "ragged": 3},
