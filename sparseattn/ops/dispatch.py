@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -139,6 +139,12 @@ def triton_missing() -> str | None:
 def launchable(*tensors: Tensor) -> bool:
     """Whether Triton kernels may take the place of PyTorch's operators on these tensors: nobody traces the call."""
     return tensors[0].is_cuda and repeatable(*tensors) and _kernels_run(tensors[0].device)
+
+
+@functools.cache
+def launcher(module: str, name: str) -> Callable[..., Any]:
+    """A function that launches kernels, on the GPU of its first tensor; for ``launchable`` ones. Imports its module."""
+    return on_its_device(getattr(importlib.import_module(module), name))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparseattn.flashinfer as fi
 from sparseattn import BlockMask
-from sparseattn.ops.block_sparse import checks
+from sparseattn.ops.block_sparse import tiles
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -57,7 +57,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     mode = Started()
     for module in (lists_triton, pages_triton, tilings):
         monkeypatch.setattr(module, "launch", lambda kernel, *args, **kwargs: mode.names.append(kernel.fn.__name__))
-    for module in (rows, pages, checks):
+    for module in (rows, pages, tiles):
         monkeypatch.setattr(module, "launchable", lambda *tensors: True)
     return mode
 
@@ -128,9 +128,9 @@ def test_variable_blocks_are_cut_at_once(started: Started) -> None:
     mask = BlockMask.from_variable_blocks(chosen, numbers(2, 4), numbers(2, 5), seq_lens=(300, 400))
     with started:
         for _ in range(2):
-            checks.tiling_of(mask, (64, 64))
+            tiles.tiling_of(mask, (64, 64))
         assert started.names == ["tiling_kernel"]
-        checks.tiling_of(mask, (64, 64), transposed=True)
+        tiles.tiling_of(mask, (64, 64), transposed=True)
     assert started.names == ["tiling_kernel"] * 2
 
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
-
 from torch import Tensor, bfloat16, float16, float32, float64
 
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask, VariableBlockMask
-from sparseattn.masks.tilings import Tiling, make_tiling
 from sparseattn.ops.arguments import check_number, check_sinks, check_softcap, check_window, narrower
 from sparseattn.ops.block_sparse.geometry import Geometry
-from sparseattn.ops.dispatch import launchable, on_its_device
+from sparseattn.ops.block_sparse.tiles import tile_size, tiling_of
 from sparseattn.ops.sequences import Sequences
 
 IMPLEMENTATIONS = ("gluon", "triton", "reference")
@@ -60,7 +55,7 @@ def make_geometry(
         is_causal = bool(causal) or mask.causal
         if isinstance(mask, VariableBlockMask):
             _check_variable(seq, mean_correction)
-            block_q, block_kv = _tile_size(mask)
+            block_q, block_kv = tile_size(mask)
             tiling = tiling_of(mask, (block_q, block_kv))
             pieces, lists = tiling.pieces, (tiling.counts, tiling.tiles)
         else:
@@ -161,33 +156,3 @@ def _check_variable(seq: Sequences, mean_correction: bool) -> None:
     if mean_correction:
         hint = "Means are taken over blocks of one size."
         raise argument_error("mean_correction", "False with a VariableBlockMask", True, hint)
-
-
-def _tile_size(mask: VariableBlockMask) -> tuple[int, int]:
-    """Queries and keys of a tile: powers of two in 16..128, not below the average block unless that is larger.
-
-    What is left at the end of a block costs a whole tile, and small tiles are slow: both want tiles about as large as
-    blocks. Lengths and numbers of blocks alone decide, so nothing waits, and a pattern's contents recompile nothing.
-    """
-
-    def fit(length: int, blocks: int) -> int:
-        return next((size for size in (16, 32, 64) if size * blocks >= length), 128)
-
-    return fit(mask.seq_lens[0], mask.num_q_blocks), fit(mask.seq_lens[1], mask.num_kv_blocks)
-
-
-def tiling_of(mask: VariableBlockMask, size: tuple[int, int], *, transposed: bool = False) -> Tiling:
-    """``mask.tiling``; by one kernel where kernels run."""
-    return mask.tiling(size, transposed=transposed, cut=_cut if launchable(mask.blocks) else make_tiling)
-
-
-def _cut(
-    blocks: Tensor, row_sizes: Tensor, col_sizes: Tensor, seq_lens: tuple[int, int], size: tuple[int, int]
-) -> Tiling:
-    """``make_tiling`` by a kernel."""
-    return Tiling(*_kernel()(blocks, row_sizes, col_sizes, seq_lens, size))
-
-
-@functools.cache
-def _kernel() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return on_its_device(importlib.import_module("sparseattn.kernels.tilings").cut_tiles)

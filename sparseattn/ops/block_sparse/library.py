@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from sparseattn.kernels.launches import repeatable
 from sparseattn.kernels.rehearsal import rehearse
 from sparseattn.masks import BlockMask, VariableBlockMask
-from sparseattn.ops.block_sparse.checks import tiling_of
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.block_sparse.repeat import PACKAGE, RepeatedBlocks, kind_of
+from sparseattn.ops.block_sparse.tiles import tiling_of
 from sparseattn.ops.dispatch import implementations, on_its_device, require, resolve
 from sparseattn.ops.results import empty_results
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +10,7 @@ from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.masks import BlockMask
-from sparseattn.ops.dispatch import launchable, on_its_device, triton_missing
+from sparseattn.ops.dispatch import launchable, launcher, triton_missing
 from sparseattn.ops.paged.options import CustomMask
 
 if TYPE_CHECKING:
@@ -232,15 +229,10 @@ def _block_mask(rows: BlockRows, ascending: bool) -> BlockMask | None:
         return None
     if ascending:
         return BlockMask(bounds, rows.indices[..., :width], rows.block_size, rows.seq_lens)
-    make = _lists() if launchable(bounds, rows.indices) else ascending_lists
+    kernel = launchable(bounds, rows.indices)
+    make = launcher("sparseattn.ops.bsr.lists_triton", "lists") if kernel else ascending_lists
     counts, indices = make(bounds, rows.indices, nb, width)
     return BlockMask(counts, indices, rows.block_size, rows.seq_lens)
-
-
-@functools.cache
-def _lists() -> Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]:
-    """``ascending_lists`` by one kernel."""
-    return on_its_device(importlib.import_module("sparseattn.ops.bsr.lists_triton").lists)
 
 
 def ascending_lists(bounds: Tensor, indices: Tensor, num_blocks: int, width: int) -> tuple[Tensor, Tensor]:

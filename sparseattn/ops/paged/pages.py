@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.ops.dispatch import check_impl, launchable, on_its_device
+from sparseattn.ops.dispatch import check_impl, launchable, launcher, on_its_device
 from sparseattn.ops.paged.cache import FLOAT8, PagedCache, check_int32
 from sparseattn.ops.paged.options import check_bitorder
 
+_KERNELS = "sparseattn.ops.paged.pages_triton"
 _WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -157,15 +157,10 @@ def lengths_from_last_pages(indptr: Tensor, last_page_len: Tensor, page_size: in
     if launchable(indptr, last_page_len):  # one launch in the place of six
         plain = indptr.dtype == last_page_len.dtype == torch.int32 and last_page_len.device == indptr.device
         if plain and indptr.is_contiguous() and last_page_len.is_contiguous() and last_page_len.shape[0] > 0:
-            return _lengths()(indptr, last_page_len, page_size)
+            lengths: Tensor = launcher(_KERNELS, "lengths")(indptr, last_page_len, page_size)
+            return lengths
     pages = indptr.diff()
     return torch.where(pages > 0, (pages - 1) * page_size + last_page_len, 0).int()
-
-
-@functools.cache
-def _lengths() -> Callable[[Tensor, Tensor, int], Tensor]:
-    """The kernel of ``lengths_from_last_pages``."""
-    return on_its_device(importlib.import_module("sparseattn.ops.paged.pages_triton").lengths)
 
 
 def copy_vectors(pairs: Sequence[tuple[Tensor, Tensor]], non_blocking: bool = True) -> None:
@@ -179,16 +174,10 @@ def copy_vectors(pairs: Sequence[tuple[Tensor, Tensor]], non_blocking: bool = Tr
     tensors = [t for pair in pairs for t in pair]
     alike = len({(t.dtype, t.device, t.is_contiguous()) for t in tensors}) == 1
     if alike and launchable(*tensors) and tensors[0].is_contiguous() and all(source.numel() for source, _ in pairs):
-        _copies()(*tensors)
+        launcher(_KERNELS, "copies")(*tensors)
         return
     for source, target in pairs:
         target[: source.shape[0]].copy_(source, non_blocking=non_blocking)
-
-
-@functools.cache
-def _copies() -> Callable[..., None]:
-    """``copy_vectors`` of int32 ones on one GPU."""
-    return on_its_device(importlib.import_module("sparseattn.ops.paged.pages_triton").copies)
 
 
 def packbits(x: Tensor, bitorder: str = "little") -> Tensor:
@@ -270,7 +259,7 @@ def _append_impl(
     if source.numel() == 0 or target.numel() == 0:
         return
     if impl == "triton" or (impl == "auto" and target.is_cuda):
-        module = importlib.import_module("sparseattn.ops.paged.pages_triton")
+        module = importlib.import_module(_KERNELS)
         reason = module.unsupported_reason(target)
         if reason is not None:
             raise argument_error("impl", "an implementation that can run this call", f"{impl!r}: {reason}")
