@@ -241,6 +241,11 @@ def base2(lse: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mul(turned, LOG2_E, out=out)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured: what is made from tensors now has contents when the graph is replayed."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 # ---- caches and page tables ----
 
 

@@ -16,6 +16,7 @@ from sparseattn.flashinfer._common import (
     Options,
     Scales,
     as_queries,
+    capturing,
     check_dtype,
     check_heads,
     fold_scales,
@@ -147,7 +148,7 @@ class RaggedPlan:
             return as_results(o, natural, o_dtype, out, lse, return_lse)
         blocks = self._blocks.get(form)
         # What is made from lengths while a graph is captured is the graph's.
-        own = not self._known and q.is_cuda and torch.cuda.is_current_stream_capturing()
+        own = not self._known and capturing(q.device)
         if blocks is None or own:
             blocks = repeated_blocks(q, k, v, **arguments, **self._lengths(q, k), fixed=not self.follows)
         if not own:
@@ -194,8 +195,8 @@ class RaggedPlan:
 
     def _attention(self, pages: int) -> RepeatedAttention:
         """The call that all runs make, over at least so many pages that lie one after the other."""
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not capturing and self._calls is not None and self._calls[0] >= pages:
+        own = capturing(self.device)
+        if not own and self._calls is not None and self._calls[0] >= pages:
             return self._calls[1]
         numbers = torch.arange(pages, dtype=torch.int32, device=self.device)
         call = RepeatedAttention(
@@ -203,7 +204,7 @@ class RaggedPlan:
             max_seqlen_q=self.rows.longest, custom_mask=self.mask, impl=self.impl, fixed=not self.follows,
             **self._arguments,
         )  # fmt: skip
-        if not capturing:  # a graph owns what it allocates, and outlives plans
+        if not own:  # a graph owns what it allocates, and outlives plans
             self._calls = pages, call
         return call
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
-from sparseattn.flashinfer._common import Options, base2, check_dtype, check_heads, check_output
+from sparseattn.flashinfer._common import Options, base2, capturing, check_dtype, check_heads, check_output
 from sparseattn.kernels.launches import differentiable, repeatable
 from sparseattn.kernels.usual import UsualCalls
 from sparseattn.masks import BlockMask, VariableBlockMask
@@ -109,7 +109,7 @@ class VariablePlan:
                 result = torch.empty_like(out)
             view = result if batched else _batched(result)
             _, natural = blocks(*tensors, None, view)
-            if out is lse is None and not return_lse:
+            if out is lse is None and not return_lse and blocks in self._blocks.values():
                 self.again.learn((q, k, v), lambda: blocks.usual((q, k, v), *tensors, view, result, natural))
             result = result if out is None or result is out else out.copy_(result)
         natural = natural if batched else natural[0].transpose(0, 1)
@@ -129,14 +129,20 @@ class VariablePlan:
         return result
 
     def _repeated(self, q: Tensor, k: Tensor, v: Tensor) -> RepeatedBlocks | None:
-        """What makes the call of these tensors again and again; None where it must be an ordinary one."""
+        """What makes the call of these tensors again and again; None where it must be an ordinary one.
+
+        Tiles that are cut while a graph is captured are the graph's: other calls cut their own.
+        """
         if self.gathered or not repeatable(q, k, v) or differentiable(q, k, v):
             return None
         form = (q.dtype, q.device, k.device, v.device, q.shape, k.shape, v.shape)
         if form not in self._blocks:
             a = {n: self._arguments[n] for n in ("causal", "scale", "softcap")}
             mask = self.pattern.mask((q.shape[1], k.shape[1]))
-            self._blocks[form] = repeated_blocks(q, k, v, mask, **a, impl=self.impl, fixed=True)
+            blocks = repeated_blocks(q, k, v, mask, **a, impl=self.impl, fixed=True)
+            if capturing(q.device):
+                return blocks
+            self._blocks[form] = blocks
         return self._blocks[form]
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -281,3 +281,21 @@ def test_bad_wrappers_name_the_argument() -> None:
         wrapper(kv_layout="HND")
     with pytest.raises(ValueError, match="backend"):
         wrapper(backend="fa9")
+
+
+def test_tiles_of_a_graph_serve_no_other_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have contents when the graph is replayed; a call that is made before cuts its own."""
+    from sparseattn.flashinfer import _variable
+
+    w = wrapper()
+    w.plan(blocks(), ROWS, COLS, 4, 2, 16, q_data_type=F16)
+    learnt: list[Any] = []
+    monkeypatch.setattr(w._planned.again, "learn", lambda given, make: learnt.append(given))
+    with monkeypatch.context() as captured:
+        captured.setattr(_variable, "capturing", lambda device: True)
+        first = w.run(*tensors())
+    assert w._planned._blocks == {}
+    assert learnt == []
+    second = w.run(*tensors())
+    assert len(w._planned._blocks) == len(learnt) == 1
+    assert torch.equal(first, second)
