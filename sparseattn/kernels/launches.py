@@ -307,12 +307,12 @@ class Launches:
             address = addresses[name]
             if places[n] == address:
                 continue
-            places[n] = address
             for values, at, offset in slots:
                 values[at] = address + offset
             for values, at, offset, make, made in maps:
                 described = made.get(address)
                 values[at] = make_map(made, address, make, offset) if described is None else described
+            places[n] = address
 
 
 def make_map(made: dict[int, Any], address: int, make: Callable[[int], Any], offset: int) -> Any:

@@ -304,7 +304,6 @@ def _place(moves: list[tuple[Any, Any]], places: list[int], addresses: list[int]
     """Put the addresses that differ from those of the last call into the arguments."""
     for n, address in enumerate(addresses):
         if places[n] != address:
-            places[n] = address
             slots, maps = moves[n]
             for values, at, offset in slots:
                 values[at] = address + offset
@@ -313,3 +312,4 @@ def _place(moves: list[tuple[Any, Any]], places: list[int], addresses: list[int]
                 if described is None:
                     described = make_map(made, address + begin, make, offset)
                 values[at] = described
+            places[n] = address  # not before: making a map may fail

@@ -276,6 +276,21 @@ def test_other_ways_to_make_the_call_wait_for_memory_that_it_uses(way: str) -> N
     assert steps == [False, True] * 40
 
 
+def test_a_map_that_could_not_be_made_is_made_by_the_next_call() -> None:
+    values, failures = [0], [RuntimeError("busy")]
+
+    def make(address: int) -> str:
+        if failures:
+            raise failures.pop()
+        return f"map of {address}"
+
+    places, moves = [-1], [([], [(values, 0, 0, 16, make, {})])]
+    with pytest.raises(RuntimeError, match="busy"):
+        module._place(moves, places, [512])
+    module._place(moves, places, [512])
+    assert values == ["map of 528"]
+
+
 def test_outputs(way: str) -> None:
     for shape in ((3, 4), (0, 4), (5,), (1, 2, 3)):
         for t in (allocator(shape, torch.bfloat16, CPU)(), empty(shape, torch.bfloat16, CPU)):
