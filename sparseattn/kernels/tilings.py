@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.launches import launch, repeatedly
+from sparseattn.kernels.offline import offline_case
 from sparseattn.kernels.usual import empty
 
 _COLUMNS = 64
@@ -228,15 +229,8 @@ def cut_tiles(
 
 def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[Any, Any], int, int]]:
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
-    params = list(enumerate(tiling_kernel.params))
     constants = {"COLUMNS": _COLUMNS, "TILES": _TILES}
-    known = {
+    types = {
         "block_ptr": "*i1", "block_stride": ("i32",) * 4, "row_stride": ("i32",) * 2, "col_stride": ("i32",) * 2
     }  # fmt: skip
-    signature = {
-        p.name: "constexpr" if p.is_constexpr else known.get(p.name, "*i32" if p.name.endswith("_ptr") else "i32")
-        for _, p in params
-    }
-    constexprs = {(i,): constants[p.name] for i, p in params if p.is_constexpr}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, p in params if p.name.endswith("_ptr")}
-    return [("tiling", tiling_kernel, signature, constexprs, attributes, 4, 1)]
+    return [("tiling", *offline_case(tiling_kernel, constants, types), 4, 1)]

@@ -32,6 +32,7 @@ from sparseattn.kernels.hopper_tiles import (
     unmappable,
 )
 from sparseattn.kernels.launches import launch, scratch
+from sparseattn.kernels.offline import Offline, offline_case
 from sparseattn.kernels.schedule import piece_walks, piece_walks_kernel, schedule_kernel, tile_schedule
 from sparseattn.ops.block_sparse.extra import prepare_extra
 from sparseattn.ops.block_sparse.geometry import Geometry, list_arguments
@@ -235,17 +236,11 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     return [*cases, *((f"{name}-sm90", *_offline_schedule(kernel), 4, 1, {}) for name, kernel in schedules)]
 
 
-def _offline_schedule(kernel: Any) -> tuple[Any, dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+def _offline_schedule(kernel: Any) -> Offline:
     """Kernel, signature, constexprs and attributes of the schedule of a masked, ragged, windowed call."""
     constants = {
         "TOKENS": 32, "BLOCK_Q": 128, "BLOCK_KV": 128, "TILE_N": 128, "HEADS": 1, "MASK_GROUP": 1, "TILES": 32,
         "OTHERS": 256, "MASKED": True, "CAUSAL": True, "WINDOW": True, "RAGGED_Q": True, "RAGGED_K": True,
         "VARIABLE": False,
     }  # fmt: skip
-    params = list(enumerate(kernel.params))
-    return (
-        kernel,
-        {p.name: "constexpr" if p.is_constexpr else "*i32" if p.name.endswith("_ptr") else "i32" for _, p in params},
-        {(i,): constants[p.name] for i, p in params if p.is_constexpr},
-        {(i,): [["tt.divisibility", 16]] for i, p in params if p.name.endswith("_ptr")},
-    )
+    return offline_case(kernel, constants)

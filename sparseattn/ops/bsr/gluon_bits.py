@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
+from sparseattn.kernels.offline import offline_case
 from sparseattn.masks.lists import compact
 
 # Queries and keys of a tile.
@@ -130,17 +131,6 @@ def row_bits(bounds: Tensor, indices: Tensor, block_size: tuple[int, int], seq_l
 def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[Any, Any], int, int]]:
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
     constants = {"COLUMNS": 1, "BLOCK": 1024, "TILE": TILE, "GROUPS": _GROUPS, "ROWS": _ROWS}
-    cases = []
-    for kernel in (bits_kernel, tiles_kernel):
-        params = list(enumerate(kernel.params))
-        kinds = {"tile_ptr": "*u8"}
-        signature = {
-            p.name: "constexpr" if p.is_constexpr else kinds.get(p.name, "*i32") if p.name.endswith("_ptr") else "i32"
-            for _, p in params
-        }
-        constexprs = {(i,): constants[p.name] for i, p in params if p.is_constexpr}
-        attributes = {(i,): [["tt.divisibility", 16]] for i, p in params if p.name.endswith("_ptr")}
-        cases.append(
-            (f"bsr-{kernel.__name__.removesuffix('_kernel')}", kernel, signature, constexprs, attributes, 4, 1)
-        )
-    return cases
+    types = {"tile_ptr": "*u8"}
+    kernels = {"bsr-bits": bits_kernel, "bsr-tiles": tiles_kernel}
+    return [(name, *offline_case(kernel, constants, types), 4, 1) for name, kernel in kernels.items()]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.launches import launch, repeatedly
+from sparseattn.kernels.offline import offline_case
 from sparseattn.kernels.usual import empty
 
 _BLOCK = 128
@@ -111,10 +112,5 @@ def lists(bounds: Tensor, indices: Tensor, num_blocks: int, width: int) -> tuple
 
 def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[Any, Any], int, int]]:
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
-    params = list(enumerate(lists_kernel.params))
     constants = {"CSR": True, "BLOCK": _BLOCK, "OTHERS": _OTHERS}
-    kind = {True: "constexpr", False: "i32"}
-    signature = {p.name: "*i32" if p.name.endswith("_ptr") else kind[p.is_constexpr] for _, p in params}
-    constexprs = {(i,): constants[p.name] for i, p in params if p.is_constexpr}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, p in params if p.name.endswith("_ptr")}
-    return [("bsr-lists", lists_kernel, signature, constexprs, attributes, 4, 1)]
+    return [("bsr-lists", *offline_case(lists_kernel, constants), 4, 1)]

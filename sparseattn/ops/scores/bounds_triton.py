@@ -10,6 +10,7 @@ from torch import Tensor
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.attention import sequence_span
 from sparseattn.kernels.launches import launch
+from sparseattn.kernels.offline import offline_case
 from sparseattn.ops.sequences import Sequences
 
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
@@ -60,9 +61,4 @@ def diagonal_blocks(
 def compile_cases() -> list[tuple[str, object, dict, dict, dict, int, int]]:
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
     constants = {"BLOCK_SIZE": 128, "RAGGED_Q": True, "RAGGED_K": True, "BLOCK": _BLOCK}
-    parameters = list(enumerate(_diagonal_kernel.params))
-    signature = {
-        p.name: "constexpr" if p.is_constexpr else "*i32" if p.name.endswith("_ptr") else "i32" for _, p in parameters
-    }
-    values = {(i,): constants[p.name] for i, p in parameters if p.is_constexpr}
-    return [("diagonal-blocks", _diagonal_kernel, signature, values, {}, 4, 3)]
+    return [("diagonal-blocks", *offline_case(_diagonal_kernel, constants), 4, 3)]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.launches import launch
+from sparseattn.kernels.offline import offline_case
 from sparseattn.ops.scores.chunks import ScoreChunks
 
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
@@ -106,15 +107,4 @@ def batch_stride(bound: Tensor) -> int:
 def compile_cases() -> list[tuple[str, object, dict, dict, dict, int, int]]:
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
     types = {"scores_ptr": "*fp32", "prefix_ptr": "*i64"}
-    signature: dict[str, object] = {}
-    constexprs: dict[object, object] = {}
-    attributes: dict[object, object] = {}
-    for i, param in enumerate(histogram_kernel.params):
-        if param.is_constexpr:
-            signature[param.name] = "constexpr"
-            constexprs[(i,)] = 1024
-        else:
-            signature[param.name] = types.get(param.name, "*i32" if param.name.endswith("_ptr") else "i32")
-            if param.name.endswith("_ptr") and not param.do_not_specialize_on_alignment:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    return [("histogram", histogram_kernel, signature, constexprs, attributes, 4, 1)]
+    return [("histogram", *offline_case(histogram_kernel, {"BLOCK": 1024}, types), 4, 1)]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.launches import launch
+from sparseattn.kernels.offline import offline_case
 from sparseattn.ops.scores.landmark_problem import LandmarkFeatures
 
 # Landmarks of a tile of products.
@@ -69,16 +70,4 @@ def compile_cases() -> list[tuple[str, object, dict, dict, dict, int, int]]:
     """The kernel as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
     types = {"centroids_ptr": "*bf16", "ordered_ptr": "*bf16", "sizes_ptr": "*i32"}
     constants = {"D": 128, "CLUSTERS": 8, "FIRST": 1, "BLOCK_D": 128, "TILE": TILE}
-    signature: dict[str, object] = {}
-    constexprs: dict[object, object] = {}
-    attributes: dict[object, object] = {}
-    for i, param in enumerate(order_kernel.params):
-        if param.is_constexpr:
-            signature[param.name] = "constexpr"
-            constexprs[(i,)] = constants[param.name]
-        elif param.name.endswith("_ptr"):
-            signature[param.name] = types.get(param.name, "*fp32")
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[param.name] = "i32"
-    return [("landmark_order", order_kernel, signature, constexprs, attributes, 4, 1)]
+    return [("landmark_order", *offline_case(order_kernel, constants, types, "*fp32"), 4, 1)]

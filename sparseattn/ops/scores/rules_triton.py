@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.attention import LOG2E
+from sparseattn.kernels.offline import offline_case
 from sparseattn.ops.scores.chunks import ScoreChunks
 from sparseattn.ops.scores.cut_triton import batch_stride, find_cut
 from sparseattn.ops.scores.lists_triton import best_keys, count_from, ordered_keys, within_cap, write_list
@@ -216,24 +217,10 @@ def compile_cases() -> list[
     tuple[str, object, dict[str, object], dict[object, object], dict[object, object], int, int]
 ]:
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
+    types = dict.fromkeys(("visible_ptr", "recent_ptr", "budget_ptr", "counts_ptr", "indices_ptr"), "*i32")
+    types["whole_ptr"] = "*u8"
     cases = []
     for name, capped in (("relative", False), ("topk", False), ("cumulative", True)):
         constants: dict[str, object] = {"RULE": name, "CAPPED": capped, "BLOCK": 1024}
-        integers = {"visible_ptr", "recent_ptr", "budget_ptr", "counts_ptr", "indices_ptr"}
-        signature: dict[str, object] = {}
-        constexprs: dict[object, object] = {}
-        attributes: dict[object, object] = {}
-        for i, param in enumerate(_choose_kernel.params):
-            if param.is_constexpr:
-                signature[param.name] = "constexpr"
-                constexprs[(i,)] = constants[param.name]
-            elif param.name.endswith("_ptr"):
-                signature[param.name] = "*i32" if param.name in integers else "*fp32"
-                if param.name == "whole_ptr":
-                    signature[param.name] = "*u8"
-                if param.name not in _VIEWS:
-                    attributes[(i,)] = [["tt.divisibility", 16]]
-            else:
-                signature[param.name] = "i32"
-        cases.append((f"choose-{name}", _choose_kernel, signature, constexprs, attributes, 4, 1))
+        cases.append((f"choose-{name}", *offline_case(_choose_kernel, constants, types, "*fp32"), 4, 1))
     return cases
