@@ -19,6 +19,7 @@ import io
 import json
 import multiprocessing
 import os
+import pkgutil
 import re
 import sys
 import tempfile
@@ -47,6 +48,7 @@ MODULES = (
     "sparseattn.ops.paged.gluon",
     "sparseattn.ops.bsr.triton",
     "sparseattn.ops.bsr.gluon_bits",
+    "sparseattn.ops.bsr.lists_triton",
 )
 TARGETS = (80, 90, 100)
 
@@ -64,6 +66,9 @@ def belongs(case: tuple[Any, ...], target: int) -> bool:
 
 def forgotten() -> list[str]:
     """Kernels of this package (by convention ``..._kernel``) for which no module lists a case."""
+    for package in ("sparseattn.kernels", "sparseattn.ops"):  # some are imported when they are first launched
+        for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+            importlib.import_module(found.name)
     listed = {id(case[1]) for name in MODULES for case in importlib.import_module(name).compile_cases()}
     kernels = {
         f"{module.__name__}.{name}": function
