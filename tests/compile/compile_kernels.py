@@ -4,9 +4,9 @@
 
 One JSON line a kernel and target: ``name``, ``target``, ``triton``, ``registers``, ``spills`` (bytes stored and
 loaded), ``shared`` (bytes), ``warnings`` (ptxas's own), ``loose`` (see ``loose_arrivals``), ``seconds``; or ``error``
-where compilation failed. A script of
-its own because the test process imports Triton for its interpreter, which leaves nothing to compile, and because the
-oldest Triton allowed needs a process of its own, too. It must not run with ``TRITON_INTERPRET`` set.
+where compilation failed. A script of its own because the test process imports Triton for its interpreter, which leaves
+nothing to compile, and because the oldest Triton allowed needs a process of its own, too. It must not run with
+``TRITON_INTERPRET`` set.
 """
 
 from __future__ import annotations
