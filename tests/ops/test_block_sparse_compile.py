@@ -191,4 +191,6 @@ def test_tensors_past_two_to_the_31_elements():
     assert torch.equal(o[:, -tail // 2 :], o2[:, -tail // 2 :])
     assert torch.equal(lse[..., -tail // 2 :], lse2[..., -tail // 2 :])
     for whole, part in zip(gradients, torch.autograd.grad(o2, small, do[:, -tail:]), strict=True):
-        assert torch.equal(whole[:, -tail // 2 :], part[:, -tail // 2 :])
+        # The order of their sums is anybody's, and another one for another length.
+        near = 2**-6 * float(part.abs().max())
+        torch.testing.assert_close(whole[:, -tail // 2 :], part[:, -tail // 2 :], rtol=2**-6, atol=near)

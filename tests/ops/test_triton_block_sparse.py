@@ -9,6 +9,8 @@ import torch
 
 from sparseattn.masks import BlockMask
 from sparseattn.ops.block_sparse import block_sparse_attention, unsupported_reason
+from sparseattn.ops.block_sparse.checks import make_geometry
+from sparseattn.ops.sequences import resolve_sequences
 from sparseattn.testing import make_qkv, random_block_mask
 
 triton_impl = pytest.importorskip("sparseattn.ops.block_sparse.triton", reason="needs Triton")
@@ -180,6 +182,23 @@ def test_tiles_past_the_end_of_the_last_block_read_nothing(
         torch.testing.assert_close(got, expected, atol=4e-3, rtol=4e-3)
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq"])
+def test_tiles_that_fit_the_blocks_have_the_warps_they_were_given(kernel: str, dim: int) -> None:
+    """What is compiled in tests is what runs: with two warps in place of eight, wide heads spilled all they had."""
+    q, k, v = make_qkv(1, 256, 256, 1, 1, dim, dtype=torch.float16)
+    for size in (128, 16):
+        mask = BlockMask.causal((256, 256), block_size=size)
+        g = make_geometry(q, k, v, mask, True, None, None, None, None, "triton", resolve_sequences(q, k))
+        configured = triton_impl.config_for(kernel, dim, 2, 8)
+        tiles = triton_impl._tiles(kernel, q, v, g, None)
+        assert tiles.num_warps >= 1
+        if size == 128:
+            assert tiles == configured
+        else:
+            assert tiles.num_warps < configured.num_warps
+
+
 def test_packed_launches_are_as_large_as_the_rows_need(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """However long the longest sequence is said to be: a length that nobody gave would launch batch times as much."""
     programs = {}
@@ -191,6 +210,9 @@ def test_packed_launches_are_as_large_as_the_rows_need(monkeypatch: pytest.Monke
         def __getitem__(self, grid: tuple[int, ...]) -> object:
             programs[self.name] = math.prod(grid)
             return self.kernel[grid]
+
+        def warmup(self, *args: object, **kwargs: object) -> object:
+            return self.kernel.warmup(*args, **kwargs)
 
     names = ("forward_kernel", "preprocess_kernel", "dq_kernel", "dkdv_kernel")
     for name in names:

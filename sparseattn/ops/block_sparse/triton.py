@@ -87,8 +87,11 @@ def _tiles(kernel: str, q: Tensor, v: Tensor, g: Geometry, override: Tiles | Non
         return tiles
     block_m = min(tiles.block_m, _power_of_two_divisor(g.block_q))
     block_n = min(tiles.block_n, _power_of_two_divisor(g.block_kv))
-    # A warp holds 1024 scores of half precision; float32's unrolled products want them spread wider.
-    warps = max(1, block_m * block_n // (128 if q.element_size() == 4 else 1024))
+    # A warp of a smaller tile holds 1024 scores of half precision; float32's unrolled products want them spread wider.
+    # Wide heads keep their share of warps, which hold columns of accumulators rather than scores.
+    scores = block_m * block_n
+    warps = max(1, scores // (128 if q.element_size() == 4 else 1024))
+    warps = max(warps, tiles.num_warps * scores // (tiles.block_m * tiles.block_n))
     return Tiles(block_m, block_n, min(tiles.num_warps, warps), tiles.num_stages)
 
 
