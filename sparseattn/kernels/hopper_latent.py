@@ -2,8 +2,8 @@
 
 A row of the output is as wide as a warpgroup's accumulators allow for two, so two warpgroups share a row tile: one
 scores every key tile and weighs its left half, the other weighs the right half with the probabilities that it finds in
-shared memory. It does so while the next tile's
-probabilities are made, so that the tensor cores do not wait for these; the halves of a key tile come and go one by one.
+shared memory. It does so while the next tile's probabilities are made, so that the tensor cores do not wait for these;
+the halves of a key tile come and go one by one.
 
 Rows of pages too small for a tensor map's boxes are gathered by the threads of a loading warpgroup.
 """

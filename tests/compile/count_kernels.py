@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from sparseattn import BlockMask, PagedCache, block_sparse_attention, paged_attention
 from sparseattn.kernels.launches import recording
+from sparseattn.kernels.offline import HopperDriver
 from sparseattn.kernels.rehearsal import Rehearsal
 from sparseattn.ops.block_sparse import gluon, gluon_gradients, library
 from sparseattn.ops.block_sparse import repeat as blocks_repeat
@@ -51,19 +51,6 @@ BATCHES = (
 )  # fmt: skip
 
 
-class Hopper:
-    """What Triton asks its driver for before it launches."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-
 def pretend() -> set[tuple[str, str]]:
     """Have launches note their kernels in the result instead of compiling them; and the Hopper kernels be chosen."""
     noted: set[tuple[str, str]] = set()
@@ -71,7 +58,7 @@ def pretend() -> set[tuple[str, str]]:
     def note(self: Any, key: Any, *_: Any) -> None:
         noted.add((self.__name__, str(key)))
 
-    driver.set_active(Hopper())
+    driver.set_active(HopperDriver())
     replaced: list[tuple[Any, str, Any]] = [
         (JITFunction, "_do_compile", note),
         (gluon, "unsupported_reason", lambda q, k, v, g, _gradients=None: gluon.refusal(q, k, v, g)),

@@ -13,25 +13,12 @@ from types import ModuleType
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from sparseattn.kernels.launches import launch, scratch
+from sparseattn.kernels.offline import HopperDriver
 from sparseattn.kernels.rehearsal import rehearse
-
-
-class Hopper:
-    """What Triton asks its driver for before it launches."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
 
 
 @triton.jit
@@ -55,7 +42,7 @@ KERNELS = (double_kernel, negate_kernel, broken_kernel)
 
 
 def main() -> None:
-    driver.set_active(Hopper())
+    driver.set_active(HopperDriver())
     torch.cuda.device = lambda _device: contextlib.nullcontext()
     torch.cuda.is_current_stream_capturing = lambda: False
     threads: set[int] = set()

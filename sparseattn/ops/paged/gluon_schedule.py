@@ -121,6 +121,55 @@ def balanced_keys(
 
 
 @triton.jit
+def find_tiles(
+    e, keys, heads, batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, limit,
+    TOKENS: tl.constexpr, PAGE: tl.constexpr, CSR: tl.constexpr, RAGGED: tl.constexpr, SPLIT: tl.constexpr,
+    MERGED: tl.constexpr,
+):  # fmt: skip
+    """Of records ``e`` their sequences, and how many records, merges and places come before these; then all of them."""
+    b = e * 0
+    before = e * 0
+    merges_before = e * 0
+    places_before = e * 0
+    records = keys * 0
+    merges = keys * 0
+    for c in range(0, batch, CHUNK):
+        offs = c + tl.arange(0, CHUNK)
+        _start, q_len, _k_len, _first, held = sequence(
+            offs, offs < batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR,
+            RAGGED,
+        )  # fmt: skip
+        tiles = tl.cdiv(q_len, TOKENS) * heads
+        items = tiles
+        cut = tiles * (1 if MERGED else 0)
+        if SPLIT:
+            shares = tl.maximum(tl.cdiv(tl.minimum(held, limit), keys), 1)
+            items = tiles * shares
+            cut = tl.where((shares > 1) | MERGED, tiles, 0)
+        past = (records + tl.cumsum(items, 0))[None, :] <= e[:, None]
+        b += tl.sum((past & (offs < batch)[None, :]).to(tl.int32), 1)
+        before += tl.sum(tl.where(past, items[None, :], 0), 1)
+        merges_before += tl.sum(tl.where(past, cut[None, :], 0), 1)
+        places_before += tl.sum(tl.where(past & (cut > 0)[None, :], items[None, :], 0), 1)
+        records += tl.sum(items, 0)
+        merges += tl.sum(cut, 0)
+    return b, before, merges_before, places_before, records, merges
+
+
+@triton.jit
+def store_row(row, a, b, c, d, e, f, g, h, inside):
+    """Eight numbers side by side."""
+    tl.store(row, a, mask=inside)
+    tl.store(row + 1, b, mask=inside)
+    tl.store(row + 2, c, mask=inside)
+    tl.store(row + 3, d, mask=inside)
+    tl.store(row + 4, e, mask=inside)
+    tl.store(row + 5, f, mask=inside)
+    tl.store(row + 6, g, mask=inside)
+    tl.store(row + 7, h, mask=inside)
+
+
+@triton.jit
 def store_merge(merge, row, rows, head, place, shares, inside):
     """Note a row tile whose shares ``merge_shares_kernel`` has to merge."""
     tl.store(merge, row, mask=inside)
@@ -170,32 +219,10 @@ def paged_schedule_kernel(
                 least, TOKENS, TILE_N, PAGE, CSR, RAGGED,
             )  # fmt: skip
     e = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    b = e * 0
-    before = e * 0
-    merges_before = e * 0
-    places_before = e * 0
-    records = keys * 0
-    merges = keys * 0
-    for c in range(0, batch, CHUNK):
-        offs = c + tl.arange(0, CHUNK)
-        _start, q_len, _k_len, _first, held = sequence(
-            offs, offs < batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR,
-            RAGGED,
-        )  # fmt: skip
-        tiles = tl.cdiv(q_len, TOKENS) * heads
-        items = tiles
-        cut = tiles * (1 if MERGED else 0)
-        if SPLIT:
-            shares = tl.maximum(tl.cdiv(tl.minimum(held, limit), keys), 1)
-            items = tiles * shares
-            cut = tl.where((shares > 1) | MERGED, tiles, 0)
-        past = (records + tl.cumsum(items, 0))[None, :] <= e[:, None]
-        b += tl.sum((past & (offs < batch)[None, :]).to(tl.int32), 1)
-        before += tl.sum(tl.where(past, items[None, :], 0), 1)
-        merges_before += tl.sum(tl.where(past, cut[None, :], 0), 1)
-        places_before += tl.sum(tl.where(past & (cut > 0)[None, :], items[None, :], 0), 1)
-        records += tl.sum(items, 0)
-        merges += tl.sum(cut, 0)
+    b, before, merges_before, places_before, records, merges = find_tiles(
+        e, keys, heads, batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, limit, TOKENS,
+        PAGE, CSR, RAGGED, SPLIT, MERGED,
+    )  # fmt: skip
     records = tl.minimum(records, max_records)
     if tl.program_id(0) == 0:
         tl.store(counter_ptr, 0)
@@ -256,23 +283,9 @@ def paged_schedule_kernel(
     origin = tl.where(merged, places_before + tile * shares, 0)
     known = tl.where(origin + shares <= max_places, shares, 0)
     record = record_ptr + e.to(tl.int64) * 8
-    tl.store(record, m, mask=inside)
-    tl.store(record + 1, head, mask=inside)
-    tl.store(record + 2, b, mask=inside)
-    tl.store(record + 3, place, mask=inside)
-    tl.store(record + 4, length, mask=inside)
-    tl.store(record + 5, start, mask=inside)
-    tl.store(record + 6, late, mask=inside)
-    tl.store(record + 7, early, mask=inside)
+    store_row(record, m, head, b, place, length, start, late, early, inside)
     detail = record + max_records.to(tl.int64) * 8
-    tl.store(detail, q_start, mask=inside)
-    tl.store(detail + 1, q_len, mask=inside)
-    tl.store(detail + 2, table_at, mask=inside)
-    tl.store(detail + 3, k_len, mask=inside)
-    tl.store(detail + 4, held, mask=inside)
-    tl.store(detail + 5, origin, mask=inside)
-    tl.store(detail + 6, known, mask=inside)
-    tl.store(detail + 7, 0, mask=inside)
+    store_row(detail, q_start, q_len, table_at, k_len, held, origin, known, 0, inside)
     one = inside & (local == 0)
     tl.store(span_ptr + b, q_start, mask=one)
     tl.store(span_ptr + span_stride + b, q_start + q_len, mask=one)
