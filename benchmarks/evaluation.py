@@ -1,7 +1,7 @@
 """Rows and tables that compare methods by answers and by recall, for docs/evaluation.md.
 
-    python -m benchmarks.evaluation answers --out benchmarks/results/eval_cpu.jsonl    # hours on a CPU; resumes
-    python -m benchmarks.evaluation families --out benchmarks/results/families_cpu.jsonl
+    python -m benchmarks.evaluation answers --device cuda --dtype bfloat16    # minutes; hours on a CPU; resumes
+    python -m benchmarks.evaluation families --device cuda --dtype bfloat16
     python -m benchmarks.evaluation tables --docs docs/evaluation.md --plots docs
 
 ``answers`` is ``sparseattn eval`` over both shipped models. ``families`` puts every method to the head families of
@@ -39,8 +39,8 @@ METHODS = (
     "oracle:density",
 )  # fmt: skip
 DENSITIES = (0.1, 0.2, 0.4)
-#: Where the rows of ``answers`` are kept: a file a kind of machine.
-ANSWERS = (RESULTS / "eval_cpu.jsonl", RESULTS / "eval_gpu.jsonl")
+#: Where the rows of ``answers`` and ``families`` are kept.
+ANSWERS, FAMILIES = RESULTS / "eval.jsonl", RESULTS / "families.jsonl"
 KINDS = ("vertical", "slash", "block_topic", "needle", *families.KINDS, "vertical_slash_1000_6096")
 
 
@@ -75,7 +75,9 @@ def family_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     for kind in KINDS:
         heads = [
-            structured_qkv(args.length, 1, 1, args.head_dim, torch.float32, args.device, seed, kinds=(kind,))
+            structured_qkv(
+                args.length, 1, 1, args.head_dim, getattr(torch, args.dtype), args.device, seed, kinds=(kind,)
+            )
             for seed in range(args.seeds)
         ]
         rows = [_wanted_rows(args, kind, seed) for seed in range(args.seeds)]
@@ -91,8 +93,9 @@ def family_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     _recall(head, mask, at) for head, mask, at in zip(heads, masks(value), rows, strict=True)
                 ]  # fmt: skip
                 mean = {name: statistics.fmean(one[name] for one in found) for name in found[0]}
-                shape = {"length": args.length, "head_dim": args.head_dim, "seeds": args.seeds}
-                yield {"kind": kind, "method": spec, "target": density, "value": value, **shape, **mean}
+                names = ("length", "head_dim", "block_size", "seeds", "dtype")
+                said = {name: getattr(args, name) for name in names} | {"device": _place(args.device)}
+                yield {"kind": kind, "method": spec, "target": density, "value": value, **said, **mean}
 
 
 def _masks(contender: Contender, knob: Knob, heads: Sequence[QKV], value: float) -> list[BlockMask]:
@@ -103,6 +106,10 @@ def _masks(contender: Contender, knob: Knob, heads: Sequence[QKV], value: float)
 
 def _mean_density(masks: Callable[[float], list[BlockMask]], value: float) -> float:
     return statistics.fmean(mask.density for mask in masks(value))
+
+
+def _place(device: str) -> str:
+    return torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
 
 
 def _wanted_rows(args: argparse.Namespace, kind: str, seed: int) -> torch.Tensor:
@@ -183,9 +190,10 @@ def families_table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append([f"`{kind}`", *cells])
     head = rows[0]
     title = (
-        f"Recall of the rows that want what was planted, at {100 * head['target']:g} % of the blocks; heads of "
-        f"{head['length']:,} tokens and {head['head_dim']} dims, mean of {head['seeds']} seeds; in brackets the "
-        "density in percent where it missed by more than a tenth."
+        f"Recall of the rows that want what was planted, at {100 * head['target']:g} % of the blocks of "
+        f"{head['block_size']}; heads of {head['length']:,} tokens and {head['head_dim']} dims, mean of "
+        f"{head['seeds']} seeds, {head['dtype']}, {head['device']}; in brackets the density in percent where it missed "
+        "by more than a tenth."
     )
     return f"{title}\n\n{table(['head', *(m.split(':')[0] for m in methods)], lines)}"
 
@@ -227,32 +235,32 @@ def write(rows: Iterable[dict[str, Any]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description="Methods compared by answers.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, out in (("answers", "eval_cpu.jsonl"), ("families", "families_cpu.jsonl")):
+    for name, out in (("answers", ANSWERS), ("families", FAMILIES)):
         command = commands.add_parser(name)
-        command.add_argument("--out", type=Path, default=RESULTS / out)
+        command.add_argument("--out", type=Path, default=out)
         command.add_argument("--method", action="append", help=f"repeatable; default {', '.join(METHODS)}")
         command.add_argument("--length", type=int, default=4096)
         command.add_argument("--block-size", type=int, default=64)
         command.add_argument("--device", default="cpu")
+        command.add_argument("--dtype", default="float32")
         command.add_argument("--density", type=float, nargs="+", default=DENSITIES if name == "answers" else (0.1,))
         if name == "answers":
             command.add_argument("--model", action="append", help="repeatable; default every shipped model")
             command.add_argument("--task", nargs="+", default=("stream", "multiquery"))
             command.add_argument("--prompts", type=int, default=3)
-            command.add_argument("--dtype", default="float32")
         else:
             command.add_argument("--head-dim", type=int, default=128)
             command.add_argument("--seeds", type=int, default=2)
     report = commands.add_parser("tables")
-    report.add_argument("--rows", type=Path, nargs="+", default=ANSWERS)
-    report.add_argument("--families", type=Path, default=RESULTS / "families_cpu.jsonl")
+    report.add_argument("--rows", type=Path, default=ANSWERS)
+    report.add_argument("--families", type=Path, default=FAMILIES)
     report.add_argument("--docs", type=Path, help="rewrite the tables between the markers of this file")
     report.add_argument("--plots", type=Path, help="folder for the plots")
     args = parser.parse_args(argv)
     if args.command != "tables":
         write(answers(args) if args.command == "answers" else family_rows(args), args.out)
         return
-    rows = [row for path in args.rows for row in rows_of(path)]
+    rows = rows_of(args.rows)
     text = tables(rows, read_json(args.families))
     print(text)
     if args.docs:

@@ -36,7 +36,7 @@ def test_tables() -> None:
     assert "| xattention | 50 ± 5 at 20 % |  | 0.71 (0.80) |" in text
     kinds = [
         {"kind": "slash", "method": m, "target": 0.1, "density": d, "planted": 0.9, "length": 4096, "head_dim": 128,
-         "seeds": 2}
+         "block_size": 64, "seeds": 2, "dtype": "float32", "device": "CPU"}
         for m, d in (("landmark", 0.1), ("oracle:density", 0.2))
     ]  # fmt: skip
     text = evaluation.families_table(kinds)
@@ -59,9 +59,6 @@ def test_families_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_documents_show_the_committed_rows() -> None:
-    text = evaluation.tables(
-        [row for path in evaluation.ANSWERS for row in evaluation.rows_of(path)],
-        evaluation.read_json(evaluation.RESULTS / "families_cpu.jsonl"),
-    )
+    text = evaluation.tables(evaluation.rows_of(evaluation.ANSWERS), evaluation.read_json(evaluation.FAMILIES))
     document = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     assert evaluation.inject(document, text) == document, "run python -m benchmarks.evaluation tables --docs"
