@@ -18,6 +18,7 @@ OURS = {
 RIVALS = {
     "flashprefill_selection": "FlashPrefill's code",
     "flashprefill_prefill": "FlashPrefill's code",
+    "flashprefill_v1": "FlashPrefill's code, first version",
     "xattn_selection_16": "XAttention's code",
     "xattn_prefill_16": "XAttention's code",
     "xattn_selection_8": "XAttention's code",

@@ -52,8 +52,12 @@ class Rival:
     listed: Callable[[Problem, Any], sampled.Selected] | None = None
 
     def missing(self, device: torch.device) -> str | None:
-        """Why it does not run here, or None; imports nothing."""
-        if not find_spec(self.package):
+        """Why it does not run here, or None; imports no more than what the package lies in."""
+        try:
+            found = find_spec(self.package)
+        except ModuleNotFoundError:
+            found = None
+        if not found:
             return f"{self.package} is not installed"
         return None if device.type == "cuda" else f"{self.package} needs a CUDA GPU"
 
@@ -181,6 +185,22 @@ def _flashprefill_blocks(problem: Problem, index: Any) -> sampled.Selected:
     return sampled.Selected(blocks.view(1, problem.kv_heads, tiles, columns), (rows, keys))
 
 
+def _first_flashprefill(problem: Problem) -> Prepared:
+    """Its first version, in Triton: a repository without a package, found where its root is on the path."""
+    from ops.flashprefill_native_forward import flash_prefill
+
+    q, k, v = problem.qkv
+    o = torch.empty_like(q)
+
+    def both() -> Tensor:
+        flash_prefill(
+            q, k, v, o, block_size=128, attention_sink=2, window_size=4, alpha=0.1, last_n_block_full=2, min_budget=0
+        )
+        return o
+
+    return Prepared(both, {})
+
+
 # ---- FlexPrefill and MInference: selection and attention in one call ----
 
 
@@ -203,6 +223,9 @@ def _all() -> dict[str, Rival]:
     found = [
         Rival("flex_prefill", "flex_prefill", Setting("flexprefill"), "both", _flex_prefill),
         Rival("minference", "minference", Setting("minference"), "both", _minference),
+        Rival(
+            "flashprefill_v1", "ops.flashprefill_native_forward", Setting("flashprefill"), "both", _first_flashprefill
+        ),
     ]
     for phase, ending in (("selection", "selection"), ("both", "prefill")):
         own = partial(_flashprefill, phase=phase)

@@ -217,7 +217,11 @@ def fake_packages() -> dict[str, ModuleType]:
         padded = -(-q.shape[2] // chunk_size) * chunk_size // 128
         return None, torch.ones(1, q.shape[1], padded, padded, dtype=torch.bool).tril()
 
+    def in_place(q: Any, k: Any, v: Any, o: Any, *, alpha: float, **_: Any) -> None:
+        o.copy_(dense(q, k, v))
+
     contents = {
+        "ops.flashprefill_native_forward": {"flash_prefill": in_place},
         "flex_prefill": {"flex_prefill_attention": lambda q, k, v, gamma, tau, min_budget: dense(q, k, v)},
         "minference.modules.minference_forward": {"minference_prefill_forward": heads_first},
         "xattn.src.Xattention": {"Xattention_prefill": heads_first, "xattn_estimate": estimate},
