@@ -14,7 +14,7 @@ from sparseattn.masks.checks import check_columns, check_contents, check_fields,
 from sparseattn.masks.columns import scatter_columns, tidy_columns
 from sparseattn.masks.converters import Converters
 from sparseattn.masks.engines import to_block_sparse_tensors, to_minference
-from sparseattn.masks.lists import compact, listed_entries, scatter_blocks
+from sparseattn.masks.lists import compact, listed_entries, scatter_blocks, transpose_lists
 from sparseattn.masks.statistics import kept_and_visible
 from sparseattn.masks.visibility import Frame, visible_tokens
 
@@ -235,7 +235,7 @@ class BlockMask(Converters):
         )
         if keep and "_transposed" in self.__dict__:
             return self.__dict__["_transposed"]
-        lists = compact(scatter_blocks(self.kv_num_blocks, self.kv_indices, self.num_kv_blocks).transpose(-1, -2))
+        lists = transpose_lists(self.kv_num_blocks, self.kv_indices, self.num_kv_blocks)
         if keep:
             self.__dict__["_transposed"] = lists
         return lists

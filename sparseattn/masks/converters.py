@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
+from sparseattn.masks.checks import pair
 from sparseattn.masks.constructors import Constructors, Pair, Window, at_least_zero, make_frame
 from sparseattn.masks.engines import RUN, block_sparse_lists, minference_lists
 from sparseattn.masks.lists import compact, listed_entries, scatter_blocks
@@ -38,8 +39,9 @@ class Converters(Constructors, VariableBlocks):
         seqused_q: Tensor | None = None,
         seqused_k: Tensor | None = None,
         max_blocks: int | None = None,
+        repeat: Pair = 1,
     ) -> BlockMask:
-        """From one boolean a block. Never waits for the device.
+        """From one boolean a block, or a few. Never waits for the device.
 
         Args:
             blocks: bool ``[B|1, H, MB, NB]``, or without the leading dimensions.
@@ -51,6 +53,8 @@ class Converters(Constructors, VariableBlocks):
             seqused_k: int32 [B] true key lengths.
             max_blocks: Width of the lists when an upper bound on a row's blocks is known; NB otherwise, since finding
                 the longest row would have to wait for the device. Blocks past it are dropped.
+            repeat: Rows and columns of blocks that each boolean stands for, a pair or one number for both: for choices
+                among larger blocks. Then MB and NB are that much smaller, rounded up.
 
         Raises:
             TypeError: ``blocks`` is not a bool tensor.
@@ -58,15 +62,18 @@ class Converters(Constructors, VariableBlocks):
         """
         blocks = _booleans("blocks", blocks, "[B|1, H, MB, NB], [H, MB, NB] or [MB, NB]")
         frame = make_frame(seq_lens, block_size, causal, window, seqused_q, seqused_k, blocks.device)
-        if blocks.shape[2:] != frame.blocks:
+        repeat = pair("repeat", repeat)
+        if min(repeat) < 1:
+            raise argument_error("repeat", "numbers of at least 1", repeat)
+        if blocks.shape[2:] != tuple(-(-n // r) for n, r in zip(frame.blocks, repeat, strict=True)):
             raise argument_error(
                 "blocks",
                 f"{frame.blocks[0]} x {frame.blocks[1]} blocks for seq_lens={frame.seq_lens} "
-                f"and block_size={frame.block_size}",
+                f"and block_size={frame.block_size}" + (f", repeat={repeat}" if repeat != (1, 1) else ""),
                 f"shape {tuple(blocks.shape)}",
             )
         width = None if max_blocks is None else min(at_least_zero("max_blocks", max_blocks), frame.blocks[1])
-        return cls._build(*compact(blocks, width), frame)
+        return cls._build(*compact(blocks, width, size=frame.blocks, repeat=repeat), frame)
 
     @classmethod
     def from_dense(

@@ -111,7 +111,7 @@ class Problem:
 
     def build_mask(self) -> BlockMask | VariableBlockMask:
         """The mask, from ``blocks``: what a user pays whose pattern changes."""
-        blocks = self.blocks
+        repeat = (1, 1)
         if self.grid is not None:
             sizes, (block_q, block_kv) = self.drawn_size, self.block_size
             exact = (sizes[0] * self.grid[0], sizes[1] * self.grid[1]) == (self.queries, self.n)
@@ -119,9 +119,9 @@ class Problem:
                 return BlockMask.from_variable_blocks(
                     self.blocks[0], *self.drawn_sizes, seq_lens=(self.queries, self.n), causal=self.causal
                 )
-            blocks = blocks.repeat_interleave(sizes[0] // block_q, 2).repeat_interleave(sizes[1] // block_kv, 3)
+            repeat = (sizes[0] // block_q, sizes[1] // block_kv)
         return BlockMask.from_blocks(
-            blocks, block_size=self.block_size, seq_lens=(self.queries, self.n), causal=self.causal
+            self.blocks, block_size=self.block_size, seq_lens=(self.queries, self.n), causal=self.causal, repeat=repeat
         )
 
     @property

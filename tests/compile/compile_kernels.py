@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from typing import Any
 
 MODULES = (
+    "sparseattn.kernels.lists",
     "sparseattn.kernels.tilings",
     "sparseattn.ops.block_sparse.triton",
     "sparseattn.ops.block_sparse.gluon",
