@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -76,11 +77,24 @@ class BlockPlan:
 
     def after(self, before: BlockPlan | None) -> BlockPlan:
         """This plan, which knows from the one before it what calls come to, if only their contents differ."""
-        lists, alike = self.rows.lists, self._likeness
-        if before is not None and lists is not None and alike is not None and alike == before._likeness:
+        alike = self._likeness
+        if before is not None and alike is not None and alike == before._likeness:
+            self._take_over(before)
+        return self
+
+    def following(self, rows: BlockRows) -> BlockPlan:
+        """This plan over rows of ``follow_rows``."""
+        plan = copy.copy(self)
+        plan.rows, plan._attend = rows, self._attend.over(rows)
+        plan._take_over(self)
+        return plan
+
+    def _take_over(self, before: BlockPlan) -> None:
+        """Know what calls come to from a plan whose lists differ in their contents only."""
+        lists = self.rows.lists
+        if lists is not None:
             named = {"kv_num_blocks": lists.kv_num_blocks, "kv_indices": lists.kv_indices}
             self.again = before.again.moved({name: t.data_ptr() for name, t in named.items()})
-        return self
 
     def replaced(self, **options: Any) -> BlockPlan:
         """The plan with other options."""

@@ -20,7 +20,10 @@ from sparseattn.flashinfer._checks import described
 from sparseattn.flashinfer._common import FLOAT8, Options, check_heads, implementation, resolve_dtypes
 from sparseattn.flashinfer._wrapper import Wrapper
 from sparseattn.masks.lists import compact
-from sparseattn.ops.bsr import make_rows
+from sparseattn.ops.bsr import follow_rows, make_rows
+
+# Types of what two plans may say alike: a tensor's contents would have to be waited for.
+_PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device))
 
 
 class BlockSparseAttentionWrapper(Wrapper):
@@ -57,6 +60,8 @@ class BlockSparseAttentionWrapper(Wrapper):
     def __init__(self, float_workspace_buffer: Tensor, backend: str = "auto", kv_layout: str = "NHD") -> None:
         super().__init__(float_workspace_buffer, kv_layout)
         self._impl = implementation(backend)
+        # What the last plan of lists said besides these, and that plan.
+        self._said: tuple[tuple[Any, ...], BlockPlan | None] = ((), None)
 
     def plan(self, *args: Any, **kwargs: Any) -> None:
         """What ``run`` will compute, until the next plan; in one of two forms, told apart by the first argument.
@@ -136,6 +141,14 @@ class BlockSparseAttentionWrapper(Wrapper):
             gathered_causal: ``causal`` and positional encodings count along what a block row lists, as in FlashInfer:
                 its keys in the order of ``indices``, its queries at their end. N must be a multiple of C.
         """
+        said: tuple[Any, ...] = ()
+        if mask is packed_mask is block_mask is None:
+            said = (
+                M, N, R, C, num_qo_heads, num_kv_heads, head_dim, causal, pos_encoding_mode, logits_soft_cap, sm_scale,
+                rope_scale, rope_theta, q_data_type, kv_data_type, o_data_type, gathered_causal, self.device,
+            )  # fmt: skip
+            if self._follow(indptr, indices, said):
+                return
         check_heads(num_qo_heads, num_kv_heads)
         dtypes = resolve_dtypes(q_data_type, kv_data_type, o_data_type)
         options = Options(causal, pos_encoding_mode, -1, logits_soft_cap, sm_scale, rope_scale, rope_theta)
@@ -156,6 +169,23 @@ class BlockSparseAttentionWrapper(Wrapper):
         self._planned = BlockPlan(
             rows, shapes, options, gathered_causal, inside is not None, self._kv_layout, dtypes, self._impl
         ).after(self._planned)
+        self._said = said, self._planned
+
+    def _follow(self, indptr: Tensor | None, indices: Tensor | None, said: tuple[Any, ...]) -> bool:
+        """Plan what was ``said`` of the lists planned before, too, if these are like them; whether that was done."""
+        before, plan = self._said
+        if plan is None or plan is not self._planned or not _PLAIN.issuperset(map(type, said)):
+            return False
+        if not isinstance(indptr, Tensor) or not isinstance(indices, Tensor):
+            return False
+        if before != said or [*map(type, before)] != [*map(type, said)]:
+            return False
+        rows = follow_rows(plan.rows, indptr, indices)
+        if rows is None:
+            return False
+        self._planned = plan.following(rows)
+        self._said = said, self._planned
+        return True
 
     def plan_batch(
         self,

@@ -118,3 +118,44 @@ def test_blocks(changes: dict[str, Any]) -> None:
     else:
         expected = addresses(kv_num_blocks=lists.kv_num_blocks, kv_indices=lists.kv_indices)
         assert places(wrapper._planned.again) == expected
+
+
+NAMED: dict[str, Any] = {"M": 256, "N": 256, "R": 64, "C": 64, "num_qo_heads": 2, "num_kv_heads": 2, "head_dim": 64}
+DIFFERENT: dict[str, dict[str, Any]] = {
+    "number": {"sm_scale": 0.5},
+    "type": {"causal": 0},
+    "tensor": {"sm_scale": torch.tensor(0.5)},
+    "heads": {"num_qo_heads": 4},
+    "mask": {"mask": torch.ones(6, 64, 64, dtype=torch.bool)},
+    "longer": {"M": 320, "indptr": numbers(0, 2, 3, 4, 6, 6)},
+    "fewer": {"indices": numbers(0, 1, 3), "indptr": numbers(0, 1, 2, 3, 3)},
+}
+
+
+@pytest.mark.parametrize("which", ["same", *DIFFERENT])
+def test_only_plans_that_say_the_same_are_not_checked(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of another pattern, and of more blocks, need no checks; whatever else differs does."""
+    pytest.importorskip("triton", reason="needs Triton")
+    from sparseattn.flashinfer import block_sparse
+    from sparseattn.ops.bsr import rows
+
+    monkeypatch.setattr(rows, "launchable", lambda *tensors: True)
+    made = []
+    make = block_sparse.make_rows
+    monkeypatch.setattr(block_sparse, "make_rows", lambda *a, **k: made.append(1) or make(*a, **k))
+    wrapper = fi.BlockSparseAttentionWrapper(WORKSPACE)
+    wrapper.plan(indptr=numbers(0, 1, 2, 4, 5), indices=numbers(0, 1, 0, 2, 3), **NAMED)
+    following = {"indptr": numbers(0, 2, 3, 4, 6), "indices": numbers(3, 1, 0, 2, 3, 1), **NAMED}
+    wrapper.plan(**following | DIFFERENT.get(which, {}))
+    assert len(made) == (1 if which == "same" else 2)
+    fresh = fi.BlockSparseAttentionWrapper(WORKSPACE)
+    fresh.plan(**following | DIFFERENT.get(which, {}))
+    got, expected = wrapper._planned, fresh._planned
+    assert got.options == expected.options
+    assert got.shapes == expected.shapes
+    for x, y in ((got.rows.bounds, expected.rows.bounds), (got.rows.indices, expected.rows.indices)):
+        assert torch.equal(x, y)
+    if expected.rows.lists is not None:
+        assert torch.equal(got.rows.lists.to_blocks(), expected.rows.lists.to_blocks())
+    q, k, v = (torch.randn(got.shapes[n > 0], dtype=torch.float16) for n in range(3))
+    assert torch.equal(wrapper.run(q, k, v), fresh.run(q, k, v))

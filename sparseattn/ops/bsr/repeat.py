@@ -49,6 +49,10 @@ class RepeatedRows:
         self._sinks = sinks.contiguous() if isinstance(sinks, Tensor) else None
         self._known: dict[tuple[Any, ...], _Known] = {}
 
+    def over(self, rows: BlockRows) -> RepeatedRows:
+        """The same over another pattern."""
+        return RepeatedRows(rows, impl=self._impl, **self._options)
+
     @on_its_device
     def __call__(
         self,

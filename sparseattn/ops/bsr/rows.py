@@ -151,6 +151,33 @@ def make_rows(
     return BlockRows(bounds, indices, block_size, (m, n), mask, offsets, layout, blocks, bits)
 
 
+def follow_rows(rows: BlockRows, indptr: Tensor, indices: Tensor) -> BlockRows | None:
+    """``make_rows`` of a pattern that differs from that of ``rows`` in contents and nnz alone, without its checks.
+
+    None where it differs in more, and where block-sparse attention does not take such patterns.
+    """
+    before = rows.lists
+    if before is None or rows.mask is not None or indices.dim() != 1 or rows.indices.dim() != 1:
+        return None
+    nb, width = before.num_kv_blocks, before.kv_indices.shape[-1]
+    if not (
+        launchable(indptr, indices)
+        and indptr.shape == rows.bounds.shape[2:]
+        and rows.bounds.shape[:2] == (1, 1)
+        and min(nb, indices.shape[0]) == width
+        and indptr.dtype == indices.dtype == torch.int32
+        and indptr.device == indices.device == rows.device
+        and indptr.is_contiguous()
+        and indices.is_contiguous()
+    ):
+        return None
+    bounds = indptr.view(1, 1, -1)
+    counts, made = launcher("sparseattn.ops.bsr.lists_triton", "lists")(bounds, indices, nb, width)
+    lists = object.__new__(BlockMask)  # of the shapes of one that was checked
+    lists.__dict__.update(before.__getstate__(), kv_num_blocks=counts, kv_indices=made)
+    return BlockRows(bounds, indices, rows.block_size, rows.seq_lens, None, None, "", lists)
+
+
 def _pair(name: str, value: object, least: int) -> tuple[int, int]:
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise argument_error(name, "a pair of ints", repr(value), kind=TypeError)
