@@ -33,6 +33,17 @@ _MOST_KEPT, _MOST_TOGETHER = 1 << 26, 1 << 28
 _open = threading.local()
 
 
+class Number(int):
+    """A number that differs from call to call as addresses do, for an argument that kernels are not specialised on."""
+
+    name: str
+
+    def __new__(cls, name: str, value: int) -> Number:
+        number = super().__new__(cls, value)
+        number.name = name
+        return number
+
+
 class Recorder(Protocol):
     """Who does for a thread what ``launch`` and ``scratch`` are asked for."""
 
@@ -196,13 +207,15 @@ class Launches:
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
         """As the function, and recorded."""
-        compiled = kernel[grid](*args, **kwargs)
+        given = [int(value) if isinstance(value, Number) else value for value in args]
+        compiled = kernel[grid](*given, **kwargs)
         if compiled is None:
             self._complete = False
             return compiled
         names = kernel.arg_names[len(args) :]
-        values = [*args, *(kwargs[n] if n in kwargs else kernel.signature.parameters[n].default for n in names)]
-        slots, maps = [], []
+        values = [*given, *(kwargs[n] if n in kwargs else kernel.signature.parameters[n].default for n in names)]
+        slots = [(i, value.name, 0) for i, value in enumerate(args) if isinstance(value, Number)]
+        maps = []
         for i, value in enumerate(values):
             base = value if isinstance(value, Tensor) else getattr(value, "base", None)
             if not isinstance(base, Tensor):
@@ -358,19 +371,23 @@ class Store(dict[Any, Any]):
 _calls = Store()
 
 
-def repeatedly(call: Callable[..., None], key: tuple[Any, ...], **tensors: Tensor) -> None:
+def repeatedly(call: Callable[..., None], key: tuple[Any, ...], *numbers: Number, **tensors: Tensor) -> None:
     """``call(**tensors)``, which does nothing but launch; or the launches that it made the last time.
 
     Args:
         call: What launches.
         key: What else launches depend on, besides shapes, strides, dtypes, device and alignments of the tensors, and
             which call it is.
+        numbers: Positional arguments of its launches that may differ from one call to the next.
         tensors: All that it reads and writes, on the current device.
     """
     first = next(iter(tensors.values()))
     key = (key, *[form_of(t) for t in tensors.values()])
     record: Launches | None = _calls.get(key)
-    if record is not None and record.repeat(first.device, {name: t.data_ptr() for name, t in tensors.items()}):
+    places = {name: t.data_ptr() for name, t in tensors.items()}
+    for number in numbers:
+        places[number.name] = number
+    if record is not None and record.repeat(first.device, places):
         return
     record = Launches(tensors)
     with recording(record):

@@ -114,7 +114,8 @@ def transpose_lists(counts: Tensor, indices: Tensor, cols: int) -> tuple[Tensor,
 def transpose_by_operators(counts: Tensor, indices: Tensor, cols: int) -> tuple[Tensor, Tensor]:
     """:func:`transpose_lists` on any device."""
     blocks = scatter_blocks(counts, indices, cols).transpose(-1, -2)
-    return compact_by_operators(blocks, *blocks.shape[-2:], blocks.shape[-1], 1, 1)
+    rows = blocks.shape[-1]
+    return compact_by_operators(blocks, cols, rows, rows, 1, 1)
 
 
 def _alone(t: Tensor) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparseattn.kernels import launches as module
-from sparseattn.kernels.launches import Kept, Launches, Room, launch, of_fixed, recording, scratch
+from sparseattn.kernels.launches import Kept, Launches, Number, Room, launch, of_fixed, recording, repeatedly, scratch
 
 
 class Kernel:
@@ -46,6 +46,22 @@ def test_tensors_columns_and_scratch_move():
     first, second, third = kernel.launched[1]
     assert (first, second) == (other[:, 16:].data_ptr(), table.data_ptr())
     assert third not in (part.data_ptr(), other.data_ptr())
+
+
+def test_numbers_change_like_addresses():
+    kernel = Kernel()
+    made = []
+    for size in (3, 7):
+        x, number = torch.zeros(4), Number("size", size)
+
+        def call(x: torch.Tensor, number: Number = number) -> None:
+            made.append(number)
+            launch(kernel, (1,), x, number, 2)
+
+        repeatedly(call, ("numbers",), number, x=x)
+        assert kernel.launched[-1] == (x if size == 3 else x.data_ptr(), size, 2)
+        assert type(kernel.launched[-1][1]) is int
+    assert made == [3]
 
 
 @pytest.mark.parametrize("start", [0, 8])

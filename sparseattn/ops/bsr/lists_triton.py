@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
-from sparseattn.kernels.launches import launch, repeatedly
+from sparseattn.kernels.launches import Number, launch, repeatedly
 from sparseattn.kernels.offline import offline_case
 from sparseattn.kernels.usual import empty
 
@@ -100,13 +100,17 @@ def lists(bounds: Tensor, indices: Tensor, num_blocks: int, width: int) -> tuple
     counts = empty((*bounds.shape[:2], rows), torch.int32, indices.device)
     made = empty((*counts.shape, width), torch.int32, indices.device)
 
+    entries = Number("nnz", nnz)
+
     def call(bounds: Tensor, indices: Tensor, counts: Tensor, made: Tensor) -> None:
         launch(
-            lists_kernel, (counts.numel(),), bounds, indices, counts, made, rows, nnz, num_blocks, width,
+            lists_kernel, (counts.numel(),), bounds, indices, counts, made, rows, entries, num_blocks, width,
             CSR=csr, BLOCK=_BLOCK, OTHERS=_OTHERS, num_warps=4, **LAUNCH,
         )  # fmt: skip
 
-    repeatedly(call, ("lists", num_blocks), bounds=bounds, indices=indices, counts=counts, made=made)
+    # Patterns of another nnz are launched alike, where it is as wide a number.
+    key = ("lists", num_blocks, nnz >> 31)
+    repeatedly(call, key, entries, bounds=bounds, indices=indices[:1] if csr else indices, counts=counts, made=made)
     return counts, made
 
 
