@@ -65,13 +65,11 @@ class Converters(Constructors, VariableBlocks):
         repeat = pair("repeat", repeat)
         if min(repeat) < 1:
             raise argument_error("repeat", "numbers of at least 1", repeat)
-        if blocks.shape[2:] != tuple(-(-n // r) for n, r in zip(frame.blocks, repeat, strict=True)):
-            raise argument_error(
-                "blocks",
-                f"{frame.blocks[0]} x {frame.blocks[1]} blocks for seq_lens={frame.seq_lens} "
-                f"and block_size={frame.block_size}" + (f", repeat={repeat}" if repeat != (1, 1) else ""),
-                f"shape {tuple(blocks.shape)}",
-            )
+        rows, cols = (-(-n // r) for n, r in zip(frame.blocks, repeat, strict=True))
+        if blocks.shape[2:] != (rows, cols):
+            lengths = f"seq_lens={frame.seq_lens} and block_size={frame.block_size}"
+            expected = f"{rows} x {cols} blocks for {lengths}" + ("" if repeat == (1, 1) else f", repeat={repeat}")
+            raise argument_error("blocks", expected, f"shape {tuple(blocks.shape)}")
         width = None if max_blocks is None else min(at_least_zero("max_blocks", max_blocks), frame.blocks[1])
         return cls._build(*compact(blocks, width, size=frame.blocks, repeat=repeat), frame)
 
@@ -248,17 +246,9 @@ class Converters(Constructors, VariableBlocks):
         where = (indptr[..., :-1, None] + entry).clamp(min=0, max=max(indices.shape[0] - 1, 0))
         lists = indices[where.long()] if indices.shape[0] else torch.zeros_like(where)
         return cls.from_indices(
-            lists,
-            counts,
-            seq_lens=seq_lens,
-            block_size=block_size,
-            causal=causal,
-            window=window,
-            seqused_q=seqused_q,
-            seqused_k=seqused_k,
-            sort=sort,
-            validate=validate,
-        )
+            lists, counts, seq_lens=seq_lens, block_size=block_size, causal=causal, window=window, seqused_q=seqused_q,
+            seqused_k=seqused_k, sort=sort, validate=validate,
+        )  # fmt: skip
 
     @classmethod
     def from_flex(

@@ -116,3 +116,12 @@ def test_max_blocks_makes_lists_narrow():
     mask = BlockMask.from_blocks(blocks, seq_lens=128, block_size=16, max_blocks=1)
     assert mask.kv_indices.shape == (1, 1, 8, 1)
     assert torch.equal(mask.to_blocks()[0, 0], blocks)
+
+
+def test_booleans_may_stand_for_several_blocks():
+    """The last ones for as many as there are."""
+    coarse = torch.tensor([[True, False, True], [False, True, False]])
+    mask = BlockMask.from_blocks(coarse, seq_lens=(80, 112), block_size=16, repeat=(3, 3))
+    assert mask.kv_indices.shape == (1, 1, 5, 7)
+    assert torch.equal(mask.to_blocks()[0, 0], coarse.repeat_interleave(3, 0)[:5].repeat_interleave(3, 1)[:, :7])
+    assert torch.equal(mask.to_dense()[0, 0], coarse.repeat_interleave(48, 0)[:80].repeat_interleave(48, 1)[:, :112])

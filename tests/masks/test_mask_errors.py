@@ -159,6 +159,8 @@ bands = {"seq_lens": 64, "block_size": 16}
         (lambda: B.from_blocks(dense[0], **bands), ValueError, "blocks: expected .*MB, NB"),
         (lambda: B.from_blocks(dense, **bands), ValueError, "blocks: expected 4 x 4 blocks for seq_lens"),
         (lambda: B.from_blocks(dense[:4, :4], **bands, max_blocks=-1), ValueError, "max_blocks: .*at least 0"),
+        (lambda: B.from_blocks(dense[:4, :4], **bands, repeat=(1, 0)), ValueError, "repeat: .*at least 1"),
+        (lambda: B.from_blocks(dense[:4, :4], **bands, repeat=3), ValueError, r"2 x 2 blocks for .*repeat=\(3, 3\)"),
         (lambda: B.from_dense(dense.int()), TypeError, "dense: expected bool"),
         (lambda: B.from_dense(dense[0]), ValueError, "dense: expected .*Sq, Sk"),
         (lambda: B.from_dense(dense.tril(), block_size=16), ValueError, "dense: .*pass causal=True"),
