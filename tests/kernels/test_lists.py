@@ -23,9 +23,7 @@ COMPACTED = {
 
 @pytest.mark.parametrize("turned", [False, True], ids=["rows", "turned"])
 @pytest.mark.parametrize("name", COMPACTED)
-def test_compact_is_what_operators_do(
-    name: str, turned: bool, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compact_is_what_operators_do(name: str, turned: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lists, "_COLUMNS", 8)
     monkeypatch.setattr(lists, "_ROWS", 4)
     shape, size, width, repeat = COMPACTED[name]
