@@ -53,16 +53,18 @@ from sparseattn.kernels.hopper_boxes import (
     page_numbers,
     tile_tokens,
 )
+from sparseattn.kernels.hopper_merge import LOG2E, merge_layout, merge_shares, thread_barrier
 
 # Arrivals of a warpgroup whose threads gather rows.
 GATHERED: gl.constexpr = gl.constexpr(128)
 NUMBERS = ["mask_stride_b", "mask_stride_h", "idx_width", "k_rows", "k_rope_rows", "total_q", "sums_stride"]
 NUMBERS += ["part_stride", "window_left", "window_right", "num_pages", "fetched", "k_stride", "k_rope_stride"]
+NUMBERS += ["out_stride"]
 
 
 @gluon.jit
 def list_of(count_ptr, index_ptr, b, head_q, m, strides, F: gl.constexpr):
-    """A row tile's list of blocks and how many of them a key tile may gather."""
+    """A row tile's list of blocks and how many of them a key tile may gather; of a tile without keys, anybody's."""
     mask_stride_b, mask_stride_h, idx_width = strides
     entries = 1
     list_ptr = index_ptr
@@ -253,25 +255,38 @@ def latent_producer(call, F: gl.constexpr):
     """The warps that load: per row tile its first keys, its queries, then the other keys."""
     (
         q_desc, q_rope_desc, descs, rows_of, queries, keys, info, record_ptr, counter_ptr, count_ptr, index_ptr, spans,
-        cache, strides,
+        cache, strides, merged,
     ) = call  # fmt: skip
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr = spans
     table_ptr, num_pages = cache
     WARPS: gl.constexpr = 4 if F.BOX < 8 else 1
     BOXES: gl.constexpr = F.BOX >= 8 and F.BOX < F.TILE_N
-    num_tiles = gl.load(counter_ptr + 1)
+    num_tiles, merges, total = work_of(counter_ptr, merged, F)
+    # As many claims as items, the first ones by program: the last one leaves the counter as it was. Who waits for
+    # others must know that they run: then no program begins with an item that it has not claimed.
+    position = gl.program_id(0)
+    unclaimed = gl.num_programs(0)
+    last_claim = total - 1
+    if merges > 0:
+        last_claim = total + unclaimed - 1
+        unclaimed = unclaimed * 0
+        position = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        if position == last_claim:
+            gl.store(counter_ptr, 0)
     stage = 0
     phase = 1
     turn = 0
-    position = gl.program_id(0)
-    m, head, b, share, count, first, pages_at, held = read_record(record_ptr, position)
+    m, head, b, share, count, first, pages_at, held = read_record(
+        record_ptr, gl.maximum(gl.minimum(position, num_tiles - 1), 0)
+    )
     while position < num_tiles:
         claimed = gl.atomic_add(counter_ptr, 1, sem="relaxed")
         if count >= 0:
             post(info, turn, position, WARPS)
             q_start, q_len = sequence_span(q_start_ptr, q_end_ptr, b, 0, True)
             head_q = head * F.PACK
-            list_ptr, entries = list_of(count_ptr, index_ptr, b, head_q, m, strides, F)
+            listed = gl.where(count > 0, b, 0), gl.where(count > 0, m, 0)
+            list_ptr, entries = list_of(count_ptr, index_ptr, listed[0], head_q, listed[1], strides, F)
             # A row tile without keys gets one tile of zeros, whose columns are all hidden.
             source = (table_ptr + pages_at, gl.where(count > 0, held, 0), num_pages)
             bound = gl.minimum(q_len, m * F.TOKENS + F.TOKENS) * F.HEADS
@@ -299,11 +314,102 @@ def latent_producer(call, F: gl.constexpr):
                 stage ^= 1
                 phase ^= stage ^ 1
             turn += 1
-        if claimed == num_tiles - 1:  # as many claims as tiles: the last one leaves the counter as it was
+        elif merges > 0:  # nobody else arrives for what is left out
+            gl.atomic_add(counter_ptr + 3, 2, sem="relaxed")
+        if claimed == last_claim:
             gl.store(counter_ptr, 0)
-        position = claimed + gl.num_programs(0)
+        position = claimed + unclaimed
         m, head, b, share, count, first, pages_at, held = read_record(record_ptr, gl.minimum(position, num_tiles - 1))
+    if F.MERGE:
+        while position < total:
+            post(info, turn, num_tiles - 2 - position, WARPS)  # an item of the merge: from -2 downwards
+            turn += 1
+            position = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+            if position == last_claim:
+                gl.store(counter_ptr, 0)
     post(info, turn, -1, WARPS)
+
+
+@gluon.jit
+def work_of(counter_ptr, merged, F: gl.constexpr):
+    """Row tiles and shares; row tiles that have to be merged; all items, those of the merge included."""
+    num_tiles = gl.load(counter_ptr + 1)
+    merges = num_tiles * 0
+    total = num_tiles
+    if F.MERGE:
+        merges = gl.load(counter_ptr + 2)
+        total += merges * pieces_of(merged[3], F)
+    return num_tiles, merges, total
+
+
+@gluon.constexpr_function
+def merged_rows(rows: int) -> int:
+    """Rows of an item of the merge: one where row tiles are few and have many shares."""
+    return rows if rows == 1 else 2 * rows
+
+
+@gluon.jit
+def pieces_of(rows, F: gl.constexpr):
+    """Items of a row tile's merge."""
+    ITEM: gl.constexpr = merged_rows(F.MERGE)
+    return (rows + (ITEM - 1)) // ITEM
+
+
+@gluon.jit
+def merge_rows(merged, item, half: gl.constexpr, F: gl.constexpr):
+    """Some rows of a row tile whose keys were cut, half of their columns: their outputs, and their LSE."""
+    part_ptr, sums_ptr, merge_ptr, rows, lse_ptr, sinks_ptr, total_q, out_ptr, out_stride = merged
+    ITEM: gl.constexpr = merged_rows(F.MERGE)
+    LAYOUT: gl.constexpr = merge_layout(F.MERGE, F.BLOCK_DV)
+    OUT: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    pieces = pieces_of(rows, F)
+    merge = merge_ptr + (item // pieces).to(gl.int64) * 8
+    first_row = gl.load(merge)
+    tokens = gl.load(merge + 1)
+    head = gl.load(merge + 2)
+    place = gl.load(merge + 3)
+    shares = gl.load(merge + 4)
+    cols = half * F.BLOCK_DV + gl.arange(0, F.BLOCK_DV, gl.SliceLayout(0, OUT))
+    for start in range(0, ITEM, F.MERGE):
+        row = item % pieces * ITEM + start + gl.arange(0, F.MERGE, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+        inside = row // F.PACK < tokens
+        acc, m_i, l_i = merge_shares(
+            part_ptr + half * F.BLOCK_DV, sums_ptr, place, shares, rows, row, inside, LAYOUT, F
+        )
+        heads = head * F.PACK + row % F.PACK
+        o_row = first_row + row // F.PACK
+        lse_at = heads.to(gl.int64) * total_q + o_row
+        factor = finish_sums(lse_ptr, lse_at, sinks_ptr, heads, m_i, l_i, inside, LOG2E, F)
+        acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+        o_at = (o_row.to(gl.int64) * F.HEADS + heads) * (out_stride * 8)
+        o_at = gl.convert_layout(o_at, gl.SliceLayout(1, OUT))[:, None] + cols[None, :]
+        o_in = gl.convert_layout(inside, gl.SliceLayout(1, OUT))[:, None] & (cols < F.DV)[None, :]
+        gl.store(out_ptr + o_at, acc.to(out_ptr.dtype.element_ty), mask=o_in)
+
+
+@gluon.jit
+def merge_tiles(info, turn, position, counter_ptr, merged, half: gl.constexpr, F: gl.constexpr):
+    """A warpgroup's part in the merge: wait until all shares have left their sums, then take items in turn.
+
+    ``counter_ptr`` + 3 counts what warpgroups have done. Whoever has claimed a share runs, and waits for nothing, so
+    this ends.
+    """
+    num_tiles, merges, total = work_of(counter_ptr, merged, F)
+    if merges > 0:
+        # The barrier puts all threads' stores before the release of one; its acquire, and the barrier by which the
+        # others learn of it, put all loads that follow after what the other programs released.
+        thread_barrier()
+        gl.atomic_add(counter_ptr + 3, turn, sem="release")
+        if position < -1:
+            while gl.atomic_add(counter_ptr + 3, 0, sem="acquire") < 2 * num_tiles:
+                pass
+        before = turn
+        while position < -1:
+            merge_rows(merged, -2 - position, half, F)
+            turn += 1
+            position = receive(info, turn)
+        if gl.atomic_add(counter_ptr + 3, turn - before, sem="relaxed") + turn - before == 2 * total:
+            gl.store(counter_ptr + 3, 0)
 
 
 @gluon.jit
@@ -397,7 +503,7 @@ def latent_scorer(call, F: gl.constexpr):
     """
     (
         queries, keys, info, board, scored, finished, outs, lse_ptr, sinks_ptr, record_ptr, spans, total_q, strides,
-        window, qk_scale, softcap,
+        window, qk_scale, softcap, counter_ptr, merged,
     ) = call  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.TILE_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_DV, 16])
@@ -479,6 +585,8 @@ def latent_scorer(call, F: gl.constexpr):
         turn += 1
         position = receive(info, turn)
         m, head, b, share, count, first, pages_at, held = read_record(record_ptr, gl.maximum(position, 0))
+    if F.MERGE:
+        merge_tiles(info, turn, position, counter_ptr, merged, 0, F)
 
 
 @gluon.jit
@@ -486,7 +594,7 @@ def latent_weigher(call, F: gl.constexpr):
     """A warpgroup: the right half of the output columns."""
     (
         queries, keys, info, board, scored, finished, outs, lse_ptr, sinks_ptr, record_ptr, spans, total_q, strides,
-        window, qk_scale, softcap,
+        window, qk_scale, softcap, counter_ptr, merged,
     ) = call  # fmt: skip
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_DV, 16])
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
@@ -533,20 +641,25 @@ def latent_weigher(call, F: gl.constexpr):
         turn += 1
         position = receive(info, turn)
         m, head, b, share, count, first, pages_at, held = read_record(record_ptr, gl.maximum(position, 0))
+    if F.MERGE:
+        merge_tiles(info, turn, position, counter_ptr, merged, 1, F)
 
 
 @gluon.jit(do_not_specialize=NUMBERS)
 def latent_kernel(
     q_desc, q_rope_desc, k_desc, k_rope_desc, o_desc, part_ptr, sums_ptr, lse_ptr, sinks_ptr, record_ptr, counter_ptr,
     count_ptr, index_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr, table_ptr, k_ptr, k_rope_ptr,
-    mask_stride_b, mask_stride_h, idx_width, k_rows, k_rope_rows, k_stride, k_rope_stride, total_q,
-    sums_stride, part_stride, window_left, window_right, num_pages, fetched, qk_scale, softcap, F: gl.constexpr,
+    merge_ptr, out_ptr, mask_stride_b, mask_stride_h, idx_width, k_rows, k_rope_rows, k_stride, k_rope_stride,
+    out_stride, total_q, sums_stride, part_stride, window_left, window_right, num_pages, fetched, qk_scale, softcap,
+    F: gl.constexpr,
 ):  # fmt: skip
     """One program a multiprocessor: row tiles of 64 rows as the schedule hands them out, until none is left.
 
     Rows are tokens times heads, ``PACK`` of these in a tile and ``TOKENS`` tokens. Grid (programs,). Records, spans,
     pages and shares are those of ``forward_kernel`` with ``PAGE``; strides of k and k_rope are of rows, in 8 elements.
-    ``fetched`` 1: key tiles that lie in one page are fetched to L2 before there is room for them.
+    ``fetched`` 1: key tiles that lie in one page are fetched to L2 before there is room for them. ``MERGE``: when all
+    shares have left their sums, these are merged, so many rows at a time; ``counter_ptr`` + 2 and ``merge_ptr`` say
+    which (see ``paged_schedule_kernel``), and + 3 counts what is done. Strides of ``out_ptr`` count 8 elements, too.
     """
     dtype: gl.constexpr = q_desc.dtype
     layout: gl.constexpr = tile_layout(2)
@@ -573,16 +686,19 @@ def latent_kernel(
     queries = (q_s, q_rope_s, q_full, q_empty)
     keys = (latent, rotary, (left_full, left_empty), (right_full, right_empty), (cols_s, last_s))
     turns = (info, info_full, info_empty)
+    merged = (
+        part_ptr, sums_ptr, merge_ptr, sums_stride, lse_ptr, sinks_ptr, total_q, out_ptr, out_stride,
+    )  # fmt: skip
     work = (
         queries, keys, turns, (factors, p_s, p_full), scored, finished, (o_desc, part_ptr, sums_ptr), lse_ptr,
         sinks_ptr, record_ptr, spans, total_q, (part_stride, sums_stride), (window_left, window_right),
-        qk_scale, softcap,
+        qk_scale, softcap, counter_ptr, merged,
     )  # fmt: skip
     loads = (
         q_desc, q_rope_desc, (k_desc, k_rope_desc, k_rows, k_rope_rows),
         (k_ptr, k_rope_ptr, k_rows, k_rope_rows, k_stride, k_rope_stride, fetched), queries, keys, turns, record_ptr,
         counter_ptr, count_ptr, index_ptr, spans, (table_ptr, num_pages),
-        (mask_stride_b, mask_stride_h, idx_width),
+        (mask_stride_b, mask_stride_h, idx_width), merged,
     )  # fmt: skip
     gl.warp_specialize(
         [(latent_scorer, (work, F)), (latent_weigher, (work, F)), (latent_producer, (loads, F))],

@@ -16,12 +16,16 @@ thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barr
 @gluon.constexpr_function
 def shares_at_once(rows: int, columns: int) -> int:
     """Shares that four warps read together, in 64 registers a thread."""
+    if rows == 1 and columns >= 256:
+        return 64 * 128 // columns
     return max(2, 16 // (max(1, rows // 4 // max(1, 128 // columns)) * max(1, columns // 128)))
 
 
 @gluon.constexpr_function
 def merge_layout(rows: int, columns: int) -> gl.BlockedLayout:
-    """Layout of [shares, rows, columns]: a thread has all shares of its 4 columns."""
+    """Layout of [shares, rows, columns]: a thread has all shares of its columns, 4 together or all of them."""
+    if rows == 1 and columns >= 256:
+        return gl.BlockedLayout([shares_at_once(rows, columns), 1, columns // 128], [1, 1, 32], [1, 1, 4], [2, 1, 0])
     lanes = min(32, columns // 4)
     return gl.BlockedLayout([shares_at_once(rows, columns), 1, 4], [1, 32 // lanes, lanes], [1, 4, 1], [2, 1, 0])
 
@@ -39,13 +43,12 @@ def last_to_arrive(arrivals_ptr, shares):
 
 
 @gluon.jit
-def merge_shares(part_ptr, sums_ptr, place, shares, rows, inside, LAYOUT: gl.constexpr, F: gl.constexpr):
-    """Outputs, natural-log maxima and sums of the rows ``inside`` a row tile from its ``shares`` at ``place`` .."""
+def merge_shares(part_ptr, sums_ptr, place, shares, rows, row, inside, LAYOUT: gl.constexpr, F: gl.constexpr):
+    """Outputs, natural-log maxima and sums of ``row``, where ``inside`` a row tile, from ``shares`` at ``place`` .."""
     SHARES: gl.constexpr = shares_at_once(F.MERGE, F.BLOCK_DV)
     SUMS: gl.constexpr = gl.SliceLayout(2, LAYOUT)
     SUM: gl.constexpr = gl.SliceLayout(0, SUMS)
     OUT: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    row = gl.arange(0, F.MERGE, SUM)
     nth = gl.arange(0, SHARES, gl.SliceLayout(1, SUMS))
     cols = gl.arange(0, F.BLOCK_DV, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
     m_i = gl.full([F.MERGE], float("-inf"), gl.float32, SUM)
@@ -86,7 +89,7 @@ def merge_by_last(
         row = gl.arange(0, F.MERGE, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
         in_group = tile_head % F.CHUNKS * F.PACK + row % F.PACK
         inside = (row // F.PACK < tokens) & (in_group < F.GROUP)
-        acc, m_i, l_i = merge_shares(part_ptr, sums_ptr, place, shares, rows, inside, LAYOUT, F)
+        acc, m_i, l_i = merge_shares(part_ptr, sums_ptr, place, shares, rows, row, inside, LAYOUT, F)
         heads = gl.minimum(first_head + row % F.PACK, F.HEADS - 1)
         o_row = first_row + row // F.PACK
         lse_at = heads.to(gl.int64) * lse_stride + o_row

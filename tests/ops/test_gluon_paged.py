@@ -256,6 +256,46 @@ def test_padding_bounds_and_out() -> None:
     assert (outs[..., 68:] == 7).all()
 
 
+LATENT = {"heads": (16, 1), "dims": (512, 512), "form": "latent", "rope_dim": 64, "scale": 0.1}
+
+
+def test_latent_rows_of_no_sequence() -> None:
+    """Rows around the sequences are cleared; bounds out of order leave nothing unwritten, and all else alone."""
+    problem = build(Case("free", ((3, 50), (0, 9), (6, 90)), **LATENT), torch.float16, DEVICE)
+    plain, plain_lse = attend(problem)
+    problem.q = torch.cat([torch.full_like(problem.q[:2], 7.0), problem.q, torch.full_like(problem.q[:5], 7.0)])
+    cu = problem.kwargs["cu_seqlens_q"]
+    problem.kwargs["cu_seqlens_q"], problem.kwargs["max_seqlen_q"] = cu + 2, 6
+    guard = torch.full((3, *problem.q.shape[:2], 512), math.nan, dtype=torch.float16, device=DEVICE)
+    o, lse = attend(problem, out=guard[1])
+    assert torch.equal(o[2:-5], plain)
+    assert torch.equal(lse[:, 2:-5], plain_lse)
+    free = [0, 1, *range(11, 16)]
+    assert (o[free] == 0).all()
+    assert (lse[:, free] == -math.inf).all()
+    for bounds in ((9, 3, 0, 4), (-4, 2, 100, 200), (0, 9, 9, 12)):
+        problem.kwargs["cu_seqlens_q"] = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+        guard.fill_(math.nan)
+        assert attend(problem, out=guard[1])[0].isfinite().all()
+        assert guard[::2].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_latent_shares_are_merged_by_their_kernel(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Few rows at a time, and many; twice over one schedule, which the first run must leave as it was."""
+    case = Case("merge", ((1, 700), (1, 30), (1, 0)), **(LATENT | {"heads": (128, 1)}), sinks=True)
+    problem = build(case, torch.float16, DEVICE)
+    monkeypatch.setattr(gluon.gluon_latent, "merged_rows_of", lambda cut: rows if cut.merges else 0)
+    kept, schedule = {}, gluon.gluon_plans.schedule
+    monkeypatch.setattr(gluon.gluon_plans, "schedule", lambda *a, **k: kept.setdefault(0, schedule(*a, **k)))
+    check(problem)
+    before = kept[0][1].clone()
+    assert before[2] == 2
+    assert before[0] == before[3] == 0
+    check(problem)
+    assert torch.equal(before, kept[0][1])
+
+
 @pytest.mark.parametrize("bounds", [(9, 3, 0), (5, 0, 3), (-4, 2, 100), (0, 9, 9)])
 def test_bounds_out_of_order_stay_inside(bounds: tuple[int, ...]) -> None:
     """Results mean nothing then, but nothing outside of the tensors is read or written."""

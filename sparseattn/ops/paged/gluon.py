@@ -84,7 +84,7 @@ def attend(q: Tensor, q_rope: Tensor | None, out: Tensor, lse: Tensor, p: PagedP
     fits = unmappable("out", out) is None and (q_rope is None or gluon_latent.is_flat(out))
     o = out if fits else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     cu = p.cu_seqlens_q
-    if cu is not None:  # rows past the last sequence, such as the padding of a captured batch
+    if cu is not None and q_rope is None:  # rows past the last sequence, such as the padding of a captured batch
         clear_rows(o, lse, cu[:-1], cu[1:], p.max_q, packed=True)
     if q_rope is not None:
         gluon_latent.attend(q, q_rope, o, lse, p, processors_of(q.device))

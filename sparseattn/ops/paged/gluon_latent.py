@@ -70,7 +70,7 @@ def attend(q: Tensor, q_rope: Tensor, o: Tensor, lse: Tensor, p: PagedProblem, p
     facts = Facts(
         heads, heads, cut.pack, heads, cut.tokens, p.block_q or gluon_plans.NO_LIMIT, p.block_kv, _LATENT, _LATENT,
         _LATENT // 2, *cut.tiles[:6], p.list_indices is not None, p.causal, gluon_plans.windowed(p), p.softcap > 0,
-        p.sinks is not None, PAGE=p.page_size,
+        p.sinks is not None, PAGE=p.page_size, MERGE=merged_rows_of(cut),
     )  # fmt: skip
     # Measured with a row tile a program, where it gives 5 %.
     fetched = cut.records - cut.target <= cut.programs
@@ -81,12 +81,16 @@ def attend(q: Tensor, q_rope: Tensor, o: Tensor, lse: Tensor, p: PagedProblem, p
         latent_kernel, (cut.programs,),
         *(row_tiles(t, *box) for t, box in zip(tensors, _boxes(facts), strict=True)),
         part, sums, lse, lse if p.sinks is None else p.sinks, records, counter, counts, indices, *spans[:4],
-        gluon_plans.table_of(p), p.k, p.k_rope, *strides, batch_rows(p.k), batch_rows(p.k_rope),
-        p.k.stride(1) // 8, p.k_rope.stride(1) // 8, q.shape[0], cut.rows, cut.rows * _LATENT, p.window_left,
-        p.window_right, p.k.shape[0], int(fetched), p.scale * math.log2(math.e), p.softcap, facts,
+        gluon_plans.table_of(p), p.k, p.k_rope, merges, o, *strides, batch_rows(p.k), batch_rows(p.k_rope),
+        p.k.stride(1) // 8, p.k_rope.stride(1) // 8, o.stride(1) // 8, q.shape[0], cut.rows, cut.rows * _LATENT,
+        p.window_left, p.window_right, p.k.shape[0], int(fetched), p.scale * math.log2(math.e), p.softcap, facts,
         num_warps=4, launch_pdl=gluon_plans.begins_early(q), **LAUNCH,
     )  # fmt: skip
-    gluon_plans.merge(part, sums, merges, counter, o, lse, p, cut)
+
+
+def merged_rows_of(cut: gluon_plans.Plan) -> int:
+    """Rows that are merged together: few row tiles have many shares."""
+    return 0 if not cut.merges else 8 if cut.records - cut.target >= 32 else 1
 
 
 def _boxes(facts: Facts) -> tuple[tuple[int, int, int], ...]:
@@ -99,9 +103,9 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages, options), to compile offline."""
     everything = dict.fromkeys(("MASKED", "CAUSAL", "WINDOW", "SOFTCAP", "SINKS"), True)
     shapes = (
-        ("64", 128, {"CAUSAL": True, "PAGE": 64}),
-        ("1", 128, {"CAUSAL": True, "PAGE": 1}),
-        ("all-16", 16, {**everything, "PAGE": 16}),
+        ("64", 128, {"CAUSAL": True, "PAGE": 64, "MERGE": 8}),
+        ("1", 128, {"CAUSAL": True, "PAGE": 1, "MERGE": 8}),
+        ("all-16", 16, {**everything, "PAGE": 16, "MERGE": 1}),
     )
     return [(f"gluon-paged-latent-{name}-sm90", *_offline(heads, facts), 4, 1, {}) for name, heads, facts in shapes]
 
@@ -113,7 +117,7 @@ def _offline(heads: int, facts: dict[str, Any]) -> tuple[Any, dict[str, Any], di
     f = Facts(heads, heads, pack, heads, _ROWS // pack, 128, 64, _LATENT, _LATENT, _LATENT // 2, *tiles[:6], **facts)
     boxes = dict(zip((p.name for p in latent_kernel.params), _boxes(f), strict=False))
     kinds = dict.fromkeys(("part_ptr", "sums_ptr", "lse_ptr", "sinks_ptr"), "fp32")
-    kinds |= dict.fromkeys(("k_ptr", "k_rope_ptr"), "bf16")
+    kinds |= dict.fromkeys(("k_ptr", "k_rope_ptr", "out_ptr"), "bf16")
     signature: dict[str, Any] = {}
     constexprs: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}

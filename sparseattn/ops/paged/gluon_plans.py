@@ -109,7 +109,7 @@ def make_plan(
         limit = p.window_left + p.max_q + max(p.window_right, 0) + 1
     if p.list_indices is not None:
         limit = min(limit, max(1, p.list_indices.shape[-1] * p.block_kv))
-    row_tiles_ = p.batch if p.cu_seqlens_q is None else q.shape[0] // tokens + p.batch
+    row_tiles_ = p.batch if p.cu_seqlens_q is None else (q.shape[0] + stretches(p, even) * (tokens - 1)) // tokens
     row_tiles_ *= heads_k * triton.cdiv(group, pack)
     programs = processors * tiles.programs
     # Many shares a program even out sequences of unequal lengths; few row tiles come to equal shares by themselves.
@@ -133,6 +133,11 @@ def make_plan(
     )  # fmt: skip
 
 
+def stretches(p: PagedProblem, even: bool) -> int:
+    """Sequences, together with the stretches of rows around them where the schedule makes row tiles of these."""
+    return 2 * p.batch + 1 if even and p.cu_seqlens_q is not None else p.batch
+
+
 def lists_of(p: PagedProblem, stand_in: Tensor) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
     """Lists as kernel arguments: counts, indices, and (list rows per batch entry, per head, list width)."""
     if p.list_counts is None or p.list_indices is None:
@@ -148,7 +153,7 @@ def schedule(q: Tensor, p: PagedProblem, cut: Plan, careful: bool = False) -> tu
     """Records, counter, merges and spans of ``paged_schedule_kernel``; ``careful`` kernels hide keys in every tile."""
     heads, heads_k = q.shape[1], p.k.shape[2]
     # Rows of whole 16 bytes: pointers of another alignment would be another kernel.
-    sizes = ((2, cut.records, 8), (3,), (max(1, cut.merges), 8), (5, triton.cdiv(p.batch, 4) * 4))
+    sizes = ((2, cut.records, 8), (4,), (max(1, cut.merges), 8), (5, triton.cdiv(stretches(p, cut.even), 4) * 4))
     records, counter, merges, spans = (scratch(s, torch.int32, q.device) for s in sizes)
     cu, indptr = (counter if t is None else t for t in (p.cu_seqlens_q, p.indptr))
     table = table_of(p)

@@ -23,22 +23,57 @@ NUMBERS = [
 @triton.jit
 def sequence(
     b, inside, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE: tl.constexpr,
-    CSR: tl.constexpr, RAGGED: tl.constexpr,
+    CSR: tl.constexpr, RAGGED: tl.constexpr, real=0, FREE: tl.constexpr = False,
 ):  # fmt: skip
-    """Of sequences ``b``: first query row, queries, keys, where page numbers begin, and keys that can have a page."""
+    """Of sequences ``b``: first query row, queries, keys, where page numbers begin, and keys that can have a page.
+
+    ``FREE``: from ``real`` on, of the rows in front of each sequence, and of those behind the last; see ``all_rows``.
+    """
     q_start = b
     q_len = inside.to(tl.int32)
+    if FREE:
+        free = inside & (b >= real)
+        after = b - real  # a sequence
+        inside = inside & (b < real)
+        first = tl.maximum(tl.load(cu_ptr + after - 1, mask=free & (after > 0), other=0), 0)
+        bound = tl.load(cu_ptr + after, mask=free, other=0)
+        held_rows = tl.where(after > 0, tl.maximum(tl.minimum(tl.minimum(bound, total_q) - first, max_q), 0), 0)
+        free_start = first + held_rows
+        free_len = tl.maximum(tl.minimum(tl.where(after < real, bound, total_q), total_q) - free_start, 0)
     if RAGGED:
         q_start = tl.maximum(tl.load(cu_ptr + b, mask=inside, other=0), 0)
         q_len = tl.minimum(tl.load(cu_ptr + b + 1, mask=inside, other=0), total_q) - q_start
         q_len = tl.maximum(tl.minimum(q_len, max_q), 0)
+    if FREE:
+        q_start = tl.where(free, free_start, q_start)
+        q_len = tl.where(free, free_len, q_len)
     k_len = tl.maximum(tl.load(lens_ptr + b, mask=inside, other=0), 0)
     first = b * table_stride
     owned = table_width
     if CSR:
         first = tl.maximum(tl.load(indptr_ptr + b, mask=inside, other=0), 0)
         owned = tl.minimum(tl.load(indptr_ptr + b + 1, mask=inside, other=0), table_width) - first
+    if FREE:
+        first = tl.where(inside, first, 0)
     return q_start, q_len, k_len, first, tl.minimum(k_len, tl.maximum(owned, 0) * PAGE)
+
+
+@triton.jit
+def all_rows(batch, cu_ptr, total_q, max_q):
+    """How many sequences there are, and how many together with the stretches of rows that belong to none.
+
+    Those are 0 where no row is free. Where sequences are not in order, there is none, and all rows are one stretch.
+    """
+    held = batch * 0
+    unordered = batch * 0
+    for c in range(0, batch, CHUNK):
+        b = c + tl.arange(0, CHUNK)
+        start = tl.load(cu_ptr + b, mask=b < batch, other=0)
+        end = tl.load(cu_ptr + b + 1, mask=b < batch, other=0)
+        unordered += tl.sum(((start < 0) | (end < start)).to(tl.int32), 0)
+        held += tl.sum(tl.maximum(tl.minimum(tl.minimum(end, total_q) - start, max_q), 0), 0)
+    real = tl.where(unordered > 0, 0, batch)
+    return real, real + tl.where(unordered > 0, 1, tl.where(held < total_q, batch + 1, 0))
 
 
 @triton.jit
@@ -77,7 +112,8 @@ def share_keys(
 @triton.jit
 def balanced_keys(
     batch, heads, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, limit, target, least,
-    programs, TOKENS: tl.constexpr, TILE_N: tl.constexpr, PAGE: tl.constexpr, CSR: tl.constexpr, RAGGED: tl.constexpr,
+    programs, real, TOKENS: tl.constexpr, TILE_N: tl.constexpr, PAGE: tl.constexpr, CSR: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Keys of a share, by which ``programs`` that take shares in turn should end first; for long computations.
 
@@ -90,8 +126,9 @@ def balanced_keys(
     for c in range(0, batch, CHUNK):
         b = c + tl.arange(0, CHUNK)
         _start, q_len, _k_len, _first, held = sequence(
-            b, b < batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR, RAGGED
-        )
+            b, b < batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR, RAGGED,
+            real, RAGGED,
+        )  # fmt: skip
         rows = tl.cdiv(q_len, TOKENS) * heads
         seen = tl.where(rows > 0, tl.minimum(held, limit), 0)
         work += tl.sum(rows.to(tl.int64) * seen, 0)
@@ -107,8 +144,9 @@ def balanced_keys(
     for c in range(0, batch, CHUNK):
         b = c + tl.arange(0, CHUNK)
         _start, q_len, _k_len, _first, held = sequence(
-            b, b < batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR, RAGGED
-        )
+            b, b < batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR, RAGGED,
+            real, RAGGED,
+        )  # fmt: skip
         rows = (tl.cdiv(q_len, TOKENS) * heads).to(tl.float32)
         each = tl.maximum(tl.ceil(tl.minimum(held, limit).to(tl.float32)[:, None] * inverse[None, :] - 1e-6), 1.0)
         shares += tl.sum(rows[:, None] * each, 0)
@@ -122,9 +160,9 @@ def balanced_keys(
 
 @triton.jit
 def find_tiles(
-    e, keys, heads, batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, limit,
+    e, keys, heads, batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, limit, real,
     TOKENS: tl.constexpr, PAGE: tl.constexpr, CSR: tl.constexpr, RAGGED: tl.constexpr, SPLIT: tl.constexpr,
-    MERGED: tl.constexpr,
+    MERGED: tl.constexpr, FREE: tl.constexpr,
 ):  # fmt: skip
     """Of records ``e`` their sequences, and how many records, merges and places come before these; then all of them."""
     b = e * 0
@@ -137,7 +175,7 @@ def find_tiles(
         offs = c + tl.arange(0, CHUNK)
         _start, q_len, _k_len, _first, held = sequence(
             offs, offs < batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR,
-            RAGGED,
+            RAGGED, real, FREE,
         )  # fmt: skip
         tiles = tl.cdiv(q_len, TOKENS) * heads
         items = tiles
@@ -195,23 +233,28 @@ def paged_schedule_kernel(
     Grid (records / TILES,). ``HEADS`` tiles heads (a packed group is one) of each of ``sections`` KV heads, late rows
     first. ``record`` int32 [2, max_records, 8]: the records, and of each: first query of the sequence, queries, where
     page numbers begin, keys, keys that can have a page, first place and shares of the row tile, and at the first place
-    how many of these have arrived. ``counter`` int32 [3]: 0, records, merges; ``span`` int32 [5, span_stride]: first
+    how many of these have arrived. ``counter`` int32 [4]: 0, records, merges, 0; ``span`` int32 [5, span_stride]: first
     and end of the queries, where page numbers begin and that plus the keys, keys that can have a page; ``merge`` int32
     [.., 8]: first row, rows, tile head, first place and shares of a row tile whose keys were cut; with ``MERGED`` of
     every row tile. Without ``GAPS`` (see ``page_gaps_kernel``) every key tile counts as one that may hide a key.
     ``SPREAD``: heads of a share lie side by side, as their keys do, rather than shares of a head.
     ``EARLY``: the next kernel may be launched, and wait for this one's end. ``EVEN``: shares as ``balanced_keys`` says,
-    and records end in where page numbers begin and keys that can have a page.
+    records end in where page numbers begin and keys that can have a page, and rows of no sequence are some of one
+    without keys, behind all others in ``span``.
     """
     if EARLY:
         gdc_launch_dependents()
     heads = sections * HEADS
+    FREE: tl.constexpr = EVEN and RAGGED
+    real = batch
+    if FREE:
+        real, batch = all_rows(batch, cu_ptr, total_q, max_q)
     keys = least
     if SPLIT:
         if EVEN:
             keys = balanced_keys(
                 batch, heads, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, limit, target,
-                least, programs, TOKENS, TILE_N, PAGE, CSR, RAGGED,
+                least, programs, real, TOKENS, TILE_N, PAGE, CSR, RAGGED,
             )  # fmt: skip
         else:
             keys = share_keys(
@@ -220,19 +263,21 @@ def paged_schedule_kernel(
             )  # fmt: skip
     e = tl.program_id(0) * TILES + tl.arange(0, TILES)
     b, before, merges_before, places_before, records, merges = find_tiles(
-        e, keys, heads, batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, limit, TOKENS,
-        PAGE, CSR, RAGGED, SPLIT, MERGED,
+        e, keys, heads, batch, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, limit, real,
+        TOKENS, PAGE, CSR, RAGGED, SPLIT, MERGED, FREE,
     )  # fmt: skip
     records = tl.minimum(records, max_records)
     if tl.program_id(0) == 0:
         tl.store(counter_ptr, 0)
         tl.store(counter_ptr + 1, records)
         tl.store(counter_ptr + 2, tl.minimum(merges, max_merges))
+        tl.store(counter_ptr + 3, 0)
 
     inside = (e < records) & (b < batch)
     q_start, q_len, k_len, table_at, held = sequence(
-        b, inside, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR, RAGGED
-    )
+        b, inside, cu_ptr, lens_ptr, indptr_ptr, total_q, max_q, table_stride, table_width, PAGE, CSR, RAGGED, real,
+        FREE,
+    )  # fmt: skip
     shares = e * 0 + 1
     if SPLIT:
         shares = tl.maximum(tl.cdiv(tl.minimum(held, limit), keys), 1)
@@ -251,7 +296,8 @@ def paged_schedule_kernel(
     row = e.to(tl.int64) * 0
     if MASKED:
         row = b.to(tl.int64) * mask_stride_b + head // MASK_GROUP * mask_stride_h + m0 // BLOCK_Q
-        entries = tl.maximum(tl.minimum(tl.load(count_ptr + row, mask=inside, other=0), idx_width), 0)
+        known = inside & (b < real)
+        entries = tl.maximum(tl.minimum(tl.load(count_ptr + row, mask=known, other=0), idx_width), 0)
     base, total = key_tile_range(
         entries, m0, m1, k_len - q_len, held, window_left, window_right, BLOCK_KV, TILE_N, MASKED, CAUSAL, WINDOW
     )
