@@ -43,7 +43,7 @@ class Facts:
         VARIABLE: Row tiles and key tiles begin and end anywhere, as ``piece_walks_kernel`` says.
         DEPTH: Columns of queries and keys that are multiplied: BLOCK_D, or 192 of 256 where the others are zeros.
         MERGE: Rows of a row tile, a power of two, whose shares the program that ends last merges (``PAGE`` with one
-            consumer); 0: shares are left as they are.
+            consumer; over a latent cache, rows that programs merge at a time); 0: shares are left as they are.
         BITS: Bits say what queries see of listed blocks (see ``hopper_bits``), which are no smaller than a key tile.
         PAGED: Keys lie in pages.
         BOXED: The rows of a key tile come from ``key_boxes``.

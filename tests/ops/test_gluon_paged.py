@@ -352,8 +352,8 @@ def test_every_key_tile_has_one_share(
     )  # fmt: skip
     cut = gluon.plan(q, p, 4)
     records, counter, merges, spans = (t.cpu() for t in gluon.gluon_plans.schedule(q, p, cut))
-    claimed, count, merged = counter.tolist()
-    assert claimed == 0
+    claimed, count, merged, done = counter.tolist()
+    assert claimed == done == 0
     tile_n = cut.tiles.tile_n
     walks: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
     places = []

@@ -36,7 +36,7 @@ class Plan(NamedTuple):
         merged: Every row tile leaves sums, even one of one share.
         records: Row tiles and shares, at most.
         places: Shares that leave sums, at most.
-        merges: Row tiles of several shares, at most, for ``merge``.
+        merges: Row tiles of several shares, at most, for ``merge`` or for the kernel that ``even`` shares are for.
         fused: Rows of a row tile, a power of two, whose shares the kernel itself merges; 0: ``merge`` does.
         programs: Size of the grid.
         even: Shares are cut to end together, however few that makes.
