@@ -48,6 +48,7 @@ SPILLS = {
     r"^dkdv-.*/90": 1280,
     r"^gradients-fused-softcap-128": 512,  # a soft cap on top of five accumulators: a few loads a step, newest Triton
     r"^pooled-.*-fp32-sm80": 768,  # full-precision products in three passes; Triton 3.6 keeps more of them apart
+    r"^gluon-paged-latent-all": 384,  # addresses for the merge, saved once under the newest Triton
     # The scalars of a row tile, saved once a tile under the newest Triton.
     r"^gluon-(paged-(prefill|listed)|forward-(variable|bits)|landmarks)": 1024,
     r"/100": 3072,  # Hopper's tiles: nothing was tuned for Blackwell
