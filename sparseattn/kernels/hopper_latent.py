@@ -342,24 +342,16 @@ def work_of(counter_ptr, merged, F: gl.constexpr):
     return num_tiles, merges, total
 
 
-@gluon.constexpr_function
-def merged_rows(rows: int) -> int:
-    """Rows of an item of the merge: one where row tiles are few and have many shares."""
-    return rows if rows == 1 else 2 * rows
-
-
 @gluon.jit
 def pieces_of(rows, F: gl.constexpr):
     """Items of a row tile's merge."""
-    ITEM: gl.constexpr = merged_rows(F.MERGE)
-    return (rows + (ITEM - 1)) // ITEM
+    return (rows + (2 * F.MERGE - 1)) // (2 * F.MERGE)
 
 
 @gluon.jit
 def merge_rows(merged, item, half: gl.constexpr, F: gl.constexpr):
     """Some rows of a row tile whose keys were cut, half of their columns: their outputs, and their LSE."""
     part_ptr, sums_ptr, merge_ptr, rows, lse_ptr, sinks_ptr, total_q, out_ptr, out_stride = merged
-    ITEM: gl.constexpr = merged_rows(F.MERGE)
     LAYOUT: gl.constexpr = merge_layout(F.MERGE, F.BLOCK_DV)
     OUT: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     pieces = pieces_of(rows, F)
@@ -370,8 +362,8 @@ def merge_rows(merged, item, half: gl.constexpr, F: gl.constexpr):
     place = gl.load(merge + 3)
     shares = gl.load(merge + 4)
     cols = half * F.BLOCK_DV + gl.arange(0, F.BLOCK_DV, gl.SliceLayout(0, OUT))
-    for start in range(0, ITEM, F.MERGE):
-        row = item % pieces * ITEM + start + gl.arange(0, F.MERGE, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+    for part in range(2):
+        row = (item % pieces * 2 + part) * F.MERGE + gl.arange(0, F.MERGE, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
         inside = row // F.PACK < tokens
         acc, m_i, l_i = merge_shares(
             part_ptr + half * F.BLOCK_DV, sums_ptr, place, shares, rows, row, inside, LAYOUT, F

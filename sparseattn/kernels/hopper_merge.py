@@ -16,16 +16,12 @@ thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barr
 @gluon.constexpr_function
 def shares_at_once(rows: int, columns: int) -> int:
     """Shares that four warps read together, in 64 registers a thread."""
-    if rows == 1 and columns >= 256:
-        return 64 * 128 // columns
     return max(2, 16 // (max(1, rows // 4 // max(1, 128 // columns)) * max(1, columns // 128)))
 
 
 @gluon.constexpr_function
 def merge_layout(rows: int, columns: int) -> gl.BlockedLayout:
-    """Layout of [shares, rows, columns]: a thread has all shares of its columns, 4 together or all of them."""
-    if rows == 1 and columns >= 256:
-        return gl.BlockedLayout([shares_at_once(rows, columns), 1, columns // 128], [1, 1, 32], [1, 1, 4], [2, 1, 0])
+    """Layout of [shares, rows, columns]: a thread has all shares of its 4 columns."""
     lanes = min(32, columns // 4)
     return gl.BlockedLayout([shares_at_once(rows, columns), 1, 4], [1, 32 // lanes, lanes], [1, 4, 1], [2, 1, 0])
 

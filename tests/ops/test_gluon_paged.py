@@ -280,18 +280,19 @@ def test_latent_rows_of_no_sequence() -> None:
         assert guard[::2].isnan().all()
 
 
-@pytest.mark.parametrize("rows", [1, 8])
-def test_latent_shares_are_merged_by_their_kernel(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """Few rows at a time, and many; twice over one schedule, which the first run must leave as it was."""
+@pytest.mark.parametrize("fused", [0, 8])
+def test_latent_shares_are_merged(monkeypatch: pytest.MonkeyPatch, fused: int) -> None:
+    """By a kernel of its own or by theirs; twice over one schedule, which the first run must leave as it was."""
     case = Case("merge", ((1, 700), (1, 30), (1, 0)), **(LATENT | {"heads": (128, 1)}), sinks=True)
     problem = build(case, torch.float16, DEVICE)
-    monkeypatch.setattr(gluon.gluon_latent, "merged_rows_of", lambda cut: rows if cut.merges else 0)
-    kept, schedule = {}, gluon.gluon_plans.schedule
+    latent, kept = gluon.gluon_latent, {}
+    plan, schedule = latent.plan, gluon.gluon_plans.schedule
+    monkeypatch.setattr(latent, "plan", lambda *a: plan(*a)._replace(fused=fused))
     monkeypatch.setattr(gluon.gluon_plans, "schedule", lambda *a, **k: kept.setdefault(0, schedule(*a, **k)))
     check(problem)
     before = kept[0][1].clone()
-    assert before[2] == 2
     assert before[0] == before[3] == 0
+    assert before[2] > 0
     check(problem)
     assert torch.equal(before, kept[0][1])
 

@@ -70,7 +70,7 @@ def attend(q: Tensor, q_rope: Tensor, o: Tensor, lse: Tensor, p: PagedProblem, p
     facts = Facts(
         heads, heads, cut.pack, heads, cut.tokens, p.block_q or gluon_plans.NO_LIMIT, p.block_kv, _LATENT, _LATENT,
         _LATENT // 2, *cut.tiles[:6], p.list_indices is not None, p.causal, gluon_plans.windowed(p), p.softcap > 0,
-        p.sinks is not None, PAGE=p.page_size, MERGE=merged_rows_of(cut),
+        p.sinks is not None, PAGE=p.page_size, MERGE=cut.fused,
     )  # fmt: skip
     # Measured with a row tile a program, where it gives 5 %.
     fetched = cut.records - cut.target <= cut.programs
@@ -86,11 +86,7 @@ def attend(q: Tensor, q_rope: Tensor, o: Tensor, lse: Tensor, p: PagedProblem, p
         p.window_left, p.window_right, p.k.shape[0], int(fetched), p.scale * math.log2(math.e), p.softcap, facts,
         num_warps=4, launch_pdl=gluon_plans.begins_early(q), **LAUNCH,
     )  # fmt: skip
-
-
-def merged_rows_of(cut: gluon_plans.Plan) -> int:
-    """Rows that are merged together: few row tiles have many shares."""
-    return 0 if not cut.merges else 8 if cut.records - cut.target >= 32 else 1
+    gluon_plans.merge(part, sums, merges, counter, o, lse, p, cut)
 
 
 def _boxes(facts: Facts) -> tuple[tuple[int, int, int], ...]:
@@ -105,7 +101,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     shapes = (
         ("64", 128, {"CAUSAL": True, "PAGE": 64, "MERGE": 8}),
         ("1", 128, {"CAUSAL": True, "PAGE": 1, "MERGE": 8}),
-        ("all-16", 16, {**everything, "PAGE": 16, "MERGE": 1}),
+        ("all-16", 16, {**everything, "PAGE": 16, "MERGE": 8}),
     )
     return [(f"gluon-paged-latent-{name}-sm90", *_offline(heads, facts), 4, 1, {}) for name, heads, facts in shapes]
 

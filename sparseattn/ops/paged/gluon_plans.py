@@ -20,6 +20,8 @@ LEAST_TILES = 4
 RECORDS = 32
 # Rows of a tile up to which a call waits for memory whatever its kernel does with the tiles that arrive.
 FEW_ROWS = 16
+# Rows that a program of a long computation merges at a time.
+MERGED_ROWS = 8
 
 
 class Plan(NamedTuple):
@@ -36,8 +38,8 @@ class Plan(NamedTuple):
         merged: Every row tile leaves sums, even one of one share.
         records: Row tiles and shares, at most.
         places: Shares that leave sums, at most.
-        merges: Row tiles of several shares, at most, for ``merge`` or for the kernel that ``even`` shares are for.
-        fused: Rows of a row tile, a power of two, whose shares the kernel itself merges; 0: ``merge`` does.
+        merges: Row tiles of several shares, at most, that are noted.
+        fused: Rows, a power of two, whose shares the kernel itself merges together; 0: ``merge`` does.
         programs: Size of the grid.
         even: Shares are cut to end together, however few that makes.
     """
@@ -125,7 +127,9 @@ def make_plan(
     places = records if merged else min(2 * target, records)
     merges = row_tiles_ if merged else min(target, row_tiles_)
     fused = 0
-    if merges and rows <= FEW_ROWS and not even:  # the sums of a few rows are read in less time than a launch takes
+    if merges and even:  # as many row tiles as this are hardly ever cut, and fewer are merged sooner by small programs
+        fused = MERGED_ROWS if row_tiles_ >= 0.94 * programs else 0
+    elif merges and rows <= FEW_ROWS:  # the sums of a few rows are read in less time than a launch takes
         merges, fused = 0, triton.next_power_of_2(rows)
     programs = min(programs, records)
     return Plan(
@@ -194,8 +198,8 @@ def places(cut: Plan, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def merge(
     part: Tensor, sums: Tensor, merges: Tensor, counter: Tensor, o: Tensor, lse: Tensor, p: PagedProblem, cut: Plan
 ) -> None:
-    """Outputs and LSE of row tiles whose keys were cut."""
-    if not cut.merges:
+    """Outputs and LSE of row tiles whose keys were cut, unless the kernel has merged them."""
+    if not cut.merges or cut.fused:
         return
     dim = o.shape[-1]
     rows, shares, columns = merge_tile(cut, dim)
