@@ -175,3 +175,29 @@ def gather_rows(source, head, rows, page_rows, rows_s, full, tile, dtype: gl.con
         for panel in gl.static_range(PANELS):
             copy_rows(boxes.index(panel * COUNT + i), ptrs + panel * 64, mask=held)
     async_copy.mbarrier_arrive(full, increment_count=False)
+
+
+@gluon.jit
+def fetch_page(rows_of, token, page, end, F: gl.constexpr):
+    """Have L2 fetch a key tile of a latent cache that lies in one page.
+
+    Where latent and rotary parts lie in the same rows, all of these at once; nothing where rows lie far apart.
+    """
+    k_ptr, k_rope_ptr, k_rows, k_rope_rows, k_stride, k_rope_stride, fetched = rows_of
+    count = gl.where(page >= 0, gl.minimum(end - token, F.TILE_N), 0) * fetched
+    inner = gl.where(page >= 0, token % F.PAGE, 0)
+    page = gl.maximum(page, 0).to(gl.int64)
+    k_at = k_ptr + (page * k_rows + inner) * (k_stride * 8)
+    rope_at = k_rope_ptr + (page * k_rope_rows + inner) * (k_rope_stride * 8)
+    k_bytes = gl.where((count > 0) & (k_stride * 8 <= 2 * F.DV), (count - 1) * (k_stride * 16) + 2 * F.DV, 0)
+    rope_bytes = gl.where((count > 0) & (k_rope_stride == 8), count * 128, 0)
+    gl.inline_asm_elementwise(
+        """{
+            .reg .pred p, q, r; .reg .b32 lane;
+            mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0;
+            setp.gt.and.s32 q, $3, 0, p; setp.gt.and.s32 r, $4, 0, p;
+            @q cp.async.bulk.prefetch.L2.global [$1], $3;
+            @r cp.async.bulk.prefetch.L2.global [$2], $4;
+            mov.u32 $0, 0; }""",
+        "=r,l,l,r,r", [k_at, rope_at, k_bytes, rope_bytes], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

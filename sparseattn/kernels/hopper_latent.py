@@ -48,18 +48,19 @@ from sparseattn.kernels.hopper_attention import (
 from sparseattn.kernels.hopper_boxes import (
     box_columns,
     copy_rows,
+    fetch_page,
     key_boxes,
     load_key_boxes,
     page_numbers,
     tile_tokens,
 )
-from sparseattn.kernels.hopper_merge import LOG2E, merge_layout, merge_shares, thread_barrier
+from sparseattn.kernels.hopper_merge import first_claim, merge_tiles, post_merges, work_of
 
 # Arrivals of a warpgroup whose threads gather rows.
 GATHERED: gl.constexpr = gl.constexpr(128)
 NUMBERS = ["mask_stride_b", "mask_stride_h", "idx_width", "k_rows", "k_rope_rows", "total_q", "sums_stride"]
 NUMBERS += ["part_stride", "window_left", "window_right", "num_pages", "fetched", "k_stride", "k_rope_stride"]
-NUMBERS += ["out_stride"]
+NUMBERS.append("out_stride")
 
 
 @gluon.jit
@@ -132,32 +133,6 @@ def load_panels(desc, row, count, col: gl.constexpr, full, tile):
     for panel in gl.static_range(PANELS):
         box = view(panels.index(panel), desc.dtype, desc.block_type.shape, desc.layout)
         async_load(desc, box_coordinates(row, count, 0, 0, col + panel * 64), full, box)
-
-
-@gluon.jit
-def fetch_page(rows_of, token, page, end, F: gl.constexpr):
-    """Have L2 fetch a key tile that lies in one page.
-
-    Where latent and rotary parts lie in the same rows, all of these at once; nothing where rows lie far apart.
-    """
-    k_ptr, k_rope_ptr, k_rows, k_rope_rows, k_stride, k_rope_stride, fetched = rows_of
-    count = gl.where(page >= 0, gl.minimum(end - token, F.TILE_N), 0) * fetched
-    inner = gl.where(page >= 0, token % F.PAGE, 0)
-    page = gl.maximum(page, 0).to(gl.int64)
-    k_at = k_ptr + (page * k_rows + inner) * (k_stride * 8)
-    rope_at = k_rope_ptr + (page * k_rope_rows + inner) * (k_rope_stride * 8)
-    k_bytes = gl.where((count > 0) & (k_stride * 8 <= 2 * F.DV), (count - 1) * (k_stride * 16) + 2 * F.DV, 0)
-    rope_bytes = gl.where((count > 0) & (k_rope_stride == 8), count * 128, 0)
-    gl.inline_asm_elementwise(
-        """{
-            .reg .pred p, q, r; .reg .b32 lane;
-            mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0;
-            setp.gt.and.s32 q, $3, 0, p; setp.gt.and.s32 r, $4, 0, p;
-            @q cp.async.bulk.prefetch.L2.global [$1], $3;
-            @r cp.async.bulk.prefetch.L2.global [$2], $4;
-            mov.u32 $0, 0; }""",
-        "=r,l,l,r,r", [k_at, rope_at, k_bytes, rope_bytes], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -262,23 +237,12 @@ def latent_producer(call, F: gl.constexpr):
     WARPS: gl.constexpr = 4 if F.BOX < 8 else 1
     BOXES: gl.constexpr = F.BOX >= 8 and F.BOX < F.TILE_N
     num_tiles, merges, total = work_of(counter_ptr, merged, F)
-    # As many claims as items, the first ones by program: the last one leaves the counter as it was. Who waits for
-    # others must know that they run: then no program begins with an item that it has not claimed.
-    position = gl.program_id(0)
-    unclaimed = gl.num_programs(0)
-    last_claim = total - 1
-    if merges > 0:
-        last_claim = total + unclaimed - 1
-        unclaimed = unclaimed * 0
-        position = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-        if position == last_claim:
-            gl.store(counter_ptr, 0)
+    position, unclaimed, last_claim = first_claim(counter_ptr, merges, total)
     stage = 0
     phase = 1
     turn = 0
-    m, head, b, share, count, first, pages_at, held = read_record(
-        record_ptr, gl.maximum(gl.minimum(position, num_tiles - 1), 0)
-    )
+    first_record = gl.maximum(gl.minimum(position, num_tiles - 1), 0)
+    m, head, b, share, count, first, pages_at, held = read_record(record_ptr, first_record)
     while position < num_tiles:
         claimed = gl.atomic_add(counter_ptr, 1, sem="relaxed")
         if count >= 0:
@@ -321,87 +285,8 @@ def latent_producer(call, F: gl.constexpr):
         position = claimed + unclaimed
         m, head, b, share, count, first, pages_at, held = read_record(record_ptr, gl.minimum(position, num_tiles - 1))
     if F.MERGE:
-        while position < total:
-            post(info, turn, num_tiles - 2 - position, WARPS)  # an item of the merge: from -2 downwards
-            turn += 1
-            position = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-            if position == last_claim:
-                gl.store(counter_ptr, 0)
+        turn = post_merges(info, turn, position, num_tiles, total, counter_ptr, last_claim, WARPS)
     post(info, turn, -1, WARPS)
-
-
-@gluon.jit
-def work_of(counter_ptr, merged, F: gl.constexpr):
-    """Row tiles and shares; row tiles that have to be merged; all items, those of the merge included."""
-    num_tiles = gl.load(counter_ptr + 1)
-    merges = num_tiles * 0
-    total = num_tiles
-    if F.MERGE:
-        merges = gl.load(counter_ptr + 2)
-        total += merges * pieces_of(merged[3], F)
-    return num_tiles, merges, total
-
-
-@gluon.jit
-def pieces_of(rows, F: gl.constexpr):
-    """Items of a row tile's merge."""
-    return (rows + (2 * F.MERGE - 1)) // (2 * F.MERGE)
-
-
-@gluon.jit
-def merge_rows(merged, item, half: gl.constexpr, F: gl.constexpr):
-    """Some rows of a row tile whose keys were cut, half of their columns: their outputs, and their LSE."""
-    part_ptr, sums_ptr, merge_ptr, rows, lse_ptr, sinks_ptr, total_q, out_ptr, out_stride = merged
-    LAYOUT: gl.constexpr = merge_layout(F.MERGE, F.BLOCK_DV)
-    OUT: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    pieces = pieces_of(rows, F)
-    merge = merge_ptr + (item // pieces).to(gl.int64) * 8
-    first_row = gl.load(merge)
-    tokens = gl.load(merge + 1)
-    head = gl.load(merge + 2)
-    place = gl.load(merge + 3)
-    shares = gl.load(merge + 4)
-    cols = half * F.BLOCK_DV + gl.arange(0, F.BLOCK_DV, gl.SliceLayout(0, OUT))
-    for part in range(2):
-        row = (item % pieces * 2 + part) * F.MERGE + gl.arange(0, F.MERGE, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
-        inside = row // F.PACK < tokens
-        acc, m_i, l_i = merge_shares(
-            part_ptr + half * F.BLOCK_DV, sums_ptr, place, shares, rows, row, inside, LAYOUT, F
-        )
-        heads = head * F.PACK + row % F.PACK
-        o_row = first_row + row // F.PACK
-        lse_at = heads.to(gl.int64) * total_q + o_row
-        factor = finish_sums(lse_ptr, lse_at, sinks_ptr, heads, m_i, l_i, inside, LOG2E, F)
-        acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
-        o_at = (o_row.to(gl.int64) * F.HEADS + heads) * (out_stride * 8)
-        o_at = gl.convert_layout(o_at, gl.SliceLayout(1, OUT))[:, None] + cols[None, :]
-        o_in = gl.convert_layout(inside, gl.SliceLayout(1, OUT))[:, None] & (cols < F.DV)[None, :]
-        gl.store(out_ptr + o_at, acc.to(out_ptr.dtype.element_ty), mask=o_in)
-
-
-@gluon.jit
-def merge_tiles(info, turn, position, counter_ptr, merged, half: gl.constexpr, F: gl.constexpr):
-    """A warpgroup's part in the merge: wait until all shares have left their sums, then take items in turn.
-
-    ``counter_ptr`` + 3 counts what warpgroups have done. Whoever has claimed a share runs, and waits for nothing, so
-    this ends.
-    """
-    num_tiles, merges, total = work_of(counter_ptr, merged, F)
-    if merges > 0:
-        # The barrier puts all threads' stores before the release of one; its acquire, and the barrier by which the
-        # others learn of it, put all loads that follow after what the other programs released.
-        thread_barrier()
-        gl.atomic_add(counter_ptr + 3, turn, sem="release")
-        if position < -1:
-            while gl.atomic_add(counter_ptr + 3, 0, sem="acquire") < 2 * num_tiles:
-                pass
-        before = turn
-        while position < -1:
-            merge_rows(merged, -2 - position, half, F)
-            turn += 1
-            position = receive(info, turn)
-        if gl.atomic_add(counter_ptr + 3, turn - before, sem="relaxed") + turn - before == 2 * total:
-            gl.store(counter_ptr + 3, 0)
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""The merge of a row tile's shares by the program that ends last, in the Hopper forward kernel.
+"""The merge of a row tile's shares in the Hopper kernels themselves: by the program that ends last, or by all of them.
 
 Shares are read in their order, whoever ends last, so that every run gives the same bits.
 """
@@ -7,6 +7,7 @@ Shares are read in their order, whoever ends last, so that every run gives the s
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
+from sparseattn.kernels.hopper import post, receive
 from sparseattn.kernels.hopper_attention import LOG2E, finish_sums
 
 # A name that changed after Triton 3.6.
@@ -97,3 +98,111 @@ def merge_by_last(
         cols = gl.arange(0, F.BLOCK_DV, gl.SliceLayout(0, OUT))
         o_in = gl.convert_layout(inside, gl.SliceLayout(1, OUT))[:, None] & (cols < F.DV)[None, :]
         gl.store(o_ptr + o_at + cols[None, :], acc.to(o_ptr.dtype.element_ty), mask=o_in)
+
+
+@gluon.jit
+def work_of(counter_ptr, merged, F: gl.constexpr):
+    """Row tiles and shares; row tiles that have to be merged; all items, those of the merge included, which come last.
+
+    ``merged`` is what ``merge_rows`` needs.
+    """
+    num_tiles = gl.load(counter_ptr + 1)
+    merges = num_tiles * 0
+    total = num_tiles
+    if F.MERGE:
+        merges = gl.load(counter_ptr + 2)
+        total += merges * pieces_of(merged[3], F)
+    return num_tiles, merges, total
+
+
+@gluon.jit
+def pieces_of(rows, F: gl.constexpr):
+    """Items of a row tile's merge."""
+    return (rows + (2 * F.MERGE - 1)) // (2 * F.MERGE)
+
+
+@gluon.jit
+def first_claim(counter_ptr, merges, total):
+    """A program's first item, what is added to later claims to have an item, and the last claim of all programs.
+
+    The first items are the programs' own, without a claim; but who waits for others must know that they run, so where
+    anything is merged these are claimed, too. Whoever makes the last claim leaves the counter as it was.
+    """
+    position = gl.program_id(0)
+    unclaimed = gl.num_programs(0)
+    last_claim = total - 1
+    if merges > 0:
+        last_claim = total + unclaimed - 1
+        unclaimed = unclaimed * 0
+        position = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        if position == last_claim:
+            gl.store(counter_ptr, 0)
+    return position, unclaimed, last_claim
+
+
+@gluon.jit
+def post_merges(info, turn, position, num_tiles, total, counter_ptr, last_claim, WARPS: gl.constexpr):
+    """Claim items of the merge, and tell the consumers of each, from -2 downwards; returns the next turn."""
+    while position < total:
+        post(info, turn, num_tiles - 2 - position, WARPS)
+        turn += 1
+        position = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        if position == last_claim:
+            gl.store(counter_ptr, 0)
+    return turn
+
+
+@gluon.jit
+def merge_rows(merged, item, half: gl.constexpr, F: gl.constexpr):
+    """Some rows of a row tile whose keys were cut, half of their columns: their outputs, and their LSE."""
+    part_ptr, sums_ptr, merge_ptr, rows, lse_ptr, sinks_ptr, total_q, out_ptr, out_stride = merged
+    LAYOUT: gl.constexpr = merge_layout(F.MERGE, F.BLOCK_DV)
+    OUT: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    pieces = pieces_of(rows, F)
+    merge = merge_ptr + (item // pieces).to(gl.int64) * 8
+    first_row = gl.load(merge)
+    tokens = gl.load(merge + 1)
+    head = gl.load(merge + 2)
+    place = gl.load(merge + 3)
+    shares = gl.load(merge + 4)
+    cols = half * F.BLOCK_DV + gl.arange(0, F.BLOCK_DV, gl.SliceLayout(0, OUT))
+    for part in range(2):
+        row = (item % pieces * 2 + part) * F.MERGE + gl.arange(0, F.MERGE, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+        inside = row // F.PACK < tokens
+        acc, m_i, l_i = merge_shares(
+            part_ptr + half * F.BLOCK_DV, sums_ptr, place, shares, rows, row, inside, LAYOUT, F
+        )
+        heads = head * F.PACK + row % F.PACK
+        o_row = first_row + row // F.PACK
+        lse_at = heads.to(gl.int64) * total_q + o_row
+        factor = finish_sums(lse_ptr, lse_at, sinks_ptr, heads, m_i, l_i, inside, LOG2E, F)
+        acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+        o_at = (o_row.to(gl.int64) * F.HEADS + heads) * (out_stride * 8)
+        o_at = gl.convert_layout(o_at, gl.SliceLayout(1, OUT))[:, None] + cols[None, :]
+        o_in = gl.convert_layout(inside, gl.SliceLayout(1, OUT))[:, None] & (cols < F.DV)[None, :]
+        gl.store(out_ptr + o_at, acc.to(out_ptr.dtype.element_ty), mask=o_in)
+
+
+@gluon.jit
+def merge_tiles(info, turn, position, counter_ptr, merged, half: gl.constexpr, F: gl.constexpr):
+    """A warpgroup's part in the merge: wait until all shares have left their sums, then take items in turn.
+
+    ``counter_ptr`` + 3 counts what warpgroups have done. Whoever has claimed a share runs, and waits for nothing, so
+    this ends.
+    """
+    num_tiles, merges, total = work_of(counter_ptr, merged, F)
+    if merges > 0:
+        # The barrier puts all threads' stores before the release of one; its acquire, and the barrier by which the
+        # others learn of it, put all loads that follow after what the other programs released.
+        thread_barrier()
+        gl.atomic_add(counter_ptr + 3, turn, sem="release")
+        if position < -1:
+            while gl.atomic_add(counter_ptr + 3, 0, sem="acquire") < 2 * num_tiles:
+                pass
+        before = turn
+        while position < -1:
+            merge_rows(merged, -2 - position, half, F)
+            turn += 1
+            position = receive(info, turn)
+        if gl.atomic_add(counter_ptr + 3, turn - before, sem="relaxed") + turn - before == 2 * total:
+            gl.store(counter_ptr + 3, 0)
