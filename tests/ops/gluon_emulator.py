@@ -782,6 +782,8 @@ _LANGUAGE: dict[str, Any] = {
         torch.zeros([int(unwrap(n)) for n in shape], dtype=torch_dtype(dtype)), unwrap(layout)),
     "reshape": lambda x, shape: Tile(x.data.reshape([int(unwrap(n)) for n in shape]), x.layout),
     "permute": lambda x, order: Tile(x.data.permute(*order), x.layout),
+    "split": lambda x: tuple(Tile(half, x.layout) for half in x.data.unbind(-1)),
+    "join": lambda a, b: Tile(torch.stack((a.data, b.data), -1), a.layout),
     "convert_layout": lambda x, layout, assert_trivial=False: Tile(x.data, unwrap(layout)),
     "program_id": lambda axis: Int(context().program), "num_programs": lambda axis: Int(context().programs),
     "static_range": lambda *args: [Int(i) for i in range(*(int(unwrap(a)) for a in args))],

@@ -42,7 +42,7 @@ CASES = [
     _case("softcap-sinks", softcap=3.0, sinks=True, dim=(96, 96)),
     _case("block-64x128", block=(64, 128), dim=(64, 64)),
     _case("block-128x256", block=(128, 256), seq=(200, 600), mask_heads=2),
-    _case("block-256x128-three-heads", block=(256, 128), heads=(3, 1), mask_heads=3),
+    _case("block-256x128-three-heads", block=(256, 128), heads=(3, 1), mask_heads=3, dim=(64, 48), softcap=3.0),
     _case("empty-rows", empty_rows=0.6, density=0.2, sinks=True),
     _case("all-rows-empty", density=0.0),
     _case(

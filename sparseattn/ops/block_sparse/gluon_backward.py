@@ -1,8 +1,9 @@
 """The Hopper backward kernels of block-sparse attention: one fused pass, and two that give the same bits every time.
 
 ``gradients_kernel`` keeps 128 keys of one KV head in shared memory and walks the query rows that see them, 64 at a
-time, through every query head of its share of the group: five products a step, of which dQ leaves the chip by
-tensor-map additions into float32 tiles. Without dQ it is the first of the deterministic pair, ``dq_kernel`` the second.
+time (128 where the head dimension is small), through every query head of its share of the group: five products a step,
+of which dQ leaves the chip by tensor-map additions into float32 tiles. Without dQ it is the first of the deterministic
+pair, ``dq_kernel`` the second.
 
 Three partitions: a loading warp, and two warpgroups of 64 keys (or, in ``dq_kernel``, query rows) each. The loader
 alone walks the lists; it hands over a record a tile and two numbers a step, steps with element masks first, so that
@@ -23,7 +24,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sparseattn.kernels.hopper import (
     async_load,
-    async_reduce_add,
     load_rows,
     opaque_zero,
     ring,
@@ -46,6 +46,8 @@ from sparseattn.kernels.walks import (
     Y_LENGTH,
     Y_START,
 )
+from sparseattn.ops.block_sparse.gluon_backward_parts import NOWHERE, emit_dq, field, probabilities
+from sparseattn.ops.block_sparse.gluon_backward_wide import issue_rows_of_dq, load_wide_numbers, wide_step
 
 # Integer arguments that change with the prompt: specialising on them would compile a kernel per length.
 LENGTHS = [
@@ -54,41 +56,16 @@ LENGTHS = [
 ]  # fmt: skip
 # A query row that no key is seen from.
 NEVER: gl.constexpr = gl.constexpr(1 << 30)
-# A tile of dQ beyond any sum's end, where additions go that are none: the map bounds them. (Additions at negative
-# coordinates stop the kernel with an illegal instruction.)
-NOWHERE: gl.constexpr = gl.constexpr(1 << 24)
 
 
 @gluon.constexpr_function
-def query_stages(with_dq, float32):
+def query_stages(with_dq, float32, block_d):
     """Tiles of queries in flight.
 
     Queries stay until the end of their step, so with two stages the next but one have a step to arrive. A third, 2 %
-    faster, takes the place of one of the two tiles that a warpgroup has for results, where both are not float32.
+    faster, takes the place of one of the two tiles that a warpgroup has for results, where one takes all of dK.
     """
-    return 3 if with_dq and not float32 else 2
-
-
-@gluon.jit
-def field(record, at: gl.constexpr):
-    """A number of a record in shared memory, for every thread of a warpgroup."""
-    return gl.max(record.slice(at, 1).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-
-
-@gluon.jit
-def probabilities(s, norm, qk_scale, softcap, SOFTCAP: gl.constexpr):
-    """``exp2(scaled scores - norm)`` of raw scores, and the soft cap's derivative.
-
-    With a soft cap ``qk_scale`` gives twice the base-2 logits over the cap, and ``softcap`` is in base 2.
-    """
-    slope = 1.0
-    if SOFTCAP:
-        capped = 1.0 - 2.0 / (1.0 + gl.exp2(s * qk_scale))  # tanh
-        slope = 1.0 - capped * capped
-        p = gl.exp2(capped * softcap - norm)
-    else:
-        p = gl.exp2(s * qk_scale - norm)
-    return p, slope
+    return 3 if with_dq and not (float32 and block_d > 64) else 2
 
 
 @gluon.jit
@@ -138,19 +115,25 @@ def post_tile(record_ptr, tiles, full, empty, turn):
 @gluon.jit
 def load_query_step(
     q_desc, do_desc, numbers_desc, q_s, do_s, numbers_s, steps_s, q_full, q_empty, do_full, do_empty,
-    it, q_start, do_start, q_len, row, head, tile, STAGES: gl.constexpr,
+    it, q_start, do_start, q_len, row, head, tile, STAGES: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
-    """Ask for the 64 query rows at ``row`` of one head: Q and the row numbers together, dO on its own."""
+    """Ask for the ``STEP`` query rows at ``row`` of one head: Q and the row numbers together, dO on its own."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     stage = it & 1
     parity = ((it >> 1) & 1) ^ 1
     held = it % STAGES
     mbarrier.wait(q_empty.index(held), (it // STAGES & 1) ^ 1)
-    steps_s.index(2 * (it & 3)).store(gl.full([1], tile, gl.int32, one))
-    steps_s.index(2 * (it & 3) + 1).store(gl.full([1], row, gl.int32, one))
-    mbarrier.expect(q_full.index(held), q_desc.block_type.nbytes + numbers_desc.block_type.nbytes)
+    slot = STEP // 32 * (it & 3)
+    steps_s.index(slot).store(gl.full([1], tile, gl.int32, one))
+    steps_s.index(slot + 1).store(gl.full([1], row, gl.int32, one))
+    if STEP == 128:
+        steps_s.index(slot + 2).store(gl.full([1], gl.where(row + 64 < q_len, tile + 1, NOWHERE), gl.int32, one))
+    mbarrier.expect(q_full.index(held), q_desc.block_type.nbytes + STEP * 8)
     load_rows(q_desc, q_start, q_len, row, head, q_full.index(held), q_s.index(held))
-    async_load(numbers_desc, [tile * 128], q_full.index(held), numbers_s.index(held))
+    if STEP == 128:
+        load_wide_numbers(numbers_desc, tile, row + 64 < q_len, q_full.index(held), numbers_s.index(held))
+    else:
+        async_load(numbers_desc, [tile * 128], q_full.index(held), numbers_s.index(held))
     mbarrier.wait(do_empty.index(stage), parity)
     mbarrier.expect(do_full.index(stage), do_desc.block_type.nbytes)
     load_rows(do_desc, do_start, q_len, row, head, do_full.index(stage), do_s.index(stage))
@@ -171,7 +154,7 @@ def gradients_loader(
     q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
     record_ptr, ranges_ptr, counter_ptr, index_ptr, total, mask_stride_b, mask_stride_h, idx_width, row_tiles,
     q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv, MASKED: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
     """The loading warp of ``gradients_kernel``: claims tiles, and feeds K and V once and query rows step by step."""
     it = 0
@@ -203,11 +186,11 @@ def gradients_loader(
                 part, at, end = next_place(walk, part, at, end)
                 head = first_head + part % heads
                 list_ptr = list_base + (head // mask_group * mask_stride_h).to(gl.int64) * idx_width
-                row = step_row(list_ptr, at, block_q, 64, MASKED)
+                row = step_row(list_ptr, at, block_q, STEP, MASKED)
                 load_query_step(
                     q_desc, do_desc, numbers_desc, q_s, do_s, numbers_s, steps_s, q_full, q_empty, do_full, do_empty,
                     it, b * q_rows + q_start, b * do_rows + q_start, q_len, row, head,
-                    head * row_tiles + base + row // 64, STAGES,
+                    head * row_tiles + base + row // 64, STAGES, STEP,
                 )  # fmt: skip
                 it += 1
         turn += 1
@@ -238,23 +221,13 @@ def issue_dq(ds_s, k_s, slot, zeros, zero, CID: gl.constexpr, SHARED: gl.constex
 
 
 @gluon.jit
-def emit_dq(dq, dq_desc, out_s, tile, CID: gl.constexpr, SHARED: gl.constexpr):
-    """Add a [64, 64] piece of dQ to its float32 tile, in the order in which the accumulator's threads hold it.
-
-    A thread's four neighbours in that order are 16 bytes and a warp's 512, so neither the stores to shared memory nor
-    the addition meet a conflict; ``from_wgmma_order`` puts rows and columns back. Tile ``NOWHERE`` is out of the map's
-    bounds: nothing is added.
-    """
-    flat = gl.reshape(gl.permute(gl.reshape(dq, [4, 2, 8, 8, 4, 2]), (3, 0, 2, 4, 1, 5)), [4096])
-    flat = gl.convert_layout(flat, gl.BlockedLayout([4], [32], [4], [0]), assert_trivial=True)
-    if SHARED:
-        piece = 2 * tile + CID
+def last_dq(ds_s, k_s, slot, zeros, CID: gl.constexpr, SHARED: gl.constexpr):
+    """Start the dQ that a tile's last step left."""
+    if ds_s.shape[2] == 128:
+        dq = issue_rows_of_dq(ds_s, k_s, slot, zeros, 0, CID)
     else:
-        piece = tile
-    tma.store_wait(0)
-    view(out_s, gl.float32, [4096], gl.SwizzledSharedLayout(1, 1, 1, [0])).store(flat)
-    fence_async_shared()
-    async_reduce_add(dq_desc, [piece * 32, 0], view(out_s, gl.float32, [32, 128], dq_desc.layout))
+        dq = issue_dq(ds_s, k_s, slot, zeros, 0, CID, SHARED)
+    return dq
 
 
 @gluon.jit
@@ -403,14 +376,17 @@ def gradients_consumer(
     q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
     ds_mine, ds_other, ds_free, ds_release, reach_back, reach_ahead, qk_scale, softcap, scale,
     CID: gl.constexpr, BLOCK_D: gl.constexpr, WITH_DQ: gl.constexpr, SOFTCAP: gl.constexpr, FLOAT32: gl.constexpr,
+    STEP: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of ``gradients_kernel``: dK and dV of 64 keys, and its part of dQ."""
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     SHARED: gl.constexpr = BLOCK_D == 128
     AHEAD: gl.constexpr = not WITH_DQ and not SOFTCAP
-    STAGES: gl.constexpr = query_stages(WITH_DQ, FLOAT32)
-    zeros = gl.zeros([64, 64], gl.float32, S_LAYOUT)
+    STAGES: gl.constexpr = query_stages(WITH_DQ, FLOAT32, BLOCK_D)
+    zeros = gl.zeros([64, STEP], gl.float32, S_LAYOUT)
+    dq_zeros = gl.zeros([64, 64], gl.float32, DQ_LAYOUT)
     out_s = half(results_s, 1)
     it = 0
     turn = 0
@@ -447,6 +423,21 @@ def gradients_consumer(
                     it + i, i + 1 < steps, first_row, last_row, qk_scale, CID, False,
                 )  # fmt: skip
             it += steps
+        elif STEP == 128:
+            tile = steps * 0 + NOWHERE
+            for i in range(0, masked):
+                dk, dv, tile = wide_step(
+                    dk, dv, tile, zeros, dq_zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s, count_s,
+                    q_full, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free, ds_release, dq_desc,
+                    it + i, first_row, last_row, qk_scale, softcap, CID, True, SOFTCAP, STAGES,
+                )  # fmt: skip
+            for i in range(masked, steps):
+                dk, dv, tile = wide_step(
+                    dk, dv, tile, zeros, dq_zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s, count_s,
+                    q_full, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free, ds_release, dq_desc,
+                    it + i, first_row, last_row, qk_scale, softcap, CID, False, SOFTCAP, STAGES,
+                )  # fmt: skip
+            it += steps
         else:
             tile = steps * 0 + NOWHERE
             for i in range(0, masked):
@@ -470,7 +461,7 @@ def gradients_consumer(
             # The dQ that the last step left; the next tile's first step gives its dS back.
             last = (it - 1) & 1
             mbarrier.wait(ds_other.index(last), ((it - 1) >> 1) & 1)
-            dq = issue_dq(ds_s, k_s, last, zeros, 0, CID, SHARED)
+            dq = last_dq(ds_s, k_s, last, dq_zeros, CID, SHARED)
         else:
             mbarrier.arrive(k_empty, count=1)
             tma.store_wait(0)
@@ -519,42 +510,44 @@ def gradients_kernel(
     q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv,
     reach_back, reach_ahead, qk_scale, softcap, scale,
     BLOCK_D: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr, WITH_DQ: gl.constexpr, FLOAT32: gl.constexpr,
+    STEP: gl.constexpr,
 ):  # fmt: skip
     """Persistent programs: dK and dV of 128 keys of one KV head over ``heads`` query heads, and what they add to dQ.
 
     Grid: any number of programs, at most a tile each. Tiles, their order and the steps of each come from
-    ``walk_kernel``. dK and dV leave in the inputs' dtype, or in float32 (``FLOAT32``) where more is added to them.
-    Without ``WITH_DQ`` nothing is added across programs, so the results are deterministic.
+    ``walk_kernel``; a step is ``STEP`` query rows, 64 or, with dQ and heads of up to 64, 128. dK and dV leave in the
+    inputs' dtype, or in float32 (``FLOAT32``) where more is added to them. Without ``WITH_DQ`` nothing is added across
+    programs, so the results are deterministic.
     """
     dtype: gl.constexpr = q_desc.dtype
     tile_2d: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    STAGES: gl.constexpr = query_stages(WITH_DQ, FLOAT32)
-    q_s, q_full, q_empty = ring(dtype, STAGES, [64, BLOCK_D], tile_2d, 1, 2)
-    do_s, do_full, do_empty = ring(dtype, 2, [64, BLOCK_D], tile_2d, 1, 2)
+    STAGES: gl.constexpr = query_stages(WITH_DQ, FLOAT32, BLOCK_D)
+    q_s, q_full, q_empty = ring(dtype, STAGES, [STEP, BLOCK_D], tile_2d, 1, 2)
+    do_s, do_full, do_empty = ring(dtype, 2, [STEP, BLOCK_D], tile_2d, 1, 2)
     tiles_s, tile_full, tile_empty = ring(gl.int32, 2, [RECORD], plain, 1, 2)
     k_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], tile_2d)
     v_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], tile_2d)
     results_s = gl.allocate_shared_memory(dtype, [2, 64 if STAGES > 2 else 128, 128], tile_2d)
-    numbers_s = gl.allocate_shared_memory(gl.float32, [STAGES, 128], numbers_desc.layout)
-    steps_s = gl.allocate_shared_memory(gl.int32, [8, 1], plain)
-    # 0 .. 63: read where they are needed; computed, they would stay in registers throughout.
-    count_s = gl.allocate_shared_memory(gl.int32, [64], plain)
-    count_s.store(gl.arange(0, 64, gl.BlockedLayout([1], [32], [4], [0])))
+    numbers_s = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * STEP], numbers_desc.layout)
+    steps_s = gl.allocate_shared_memory(gl.int32, [STEP // 8, 1], plain)
+    # 0 .. STEP - 1: read where they are needed; computed, they would stay in registers throughout.
+    count_s = gl.allocate_shared_memory(gl.int32, [STEP], plain)
+    count_s.store(gl.arange(0, STEP, gl.BlockedLayout([1], [32], [4], [0])))
     k_full = one_barrier(1)
     k_empty = one_barrier(2)
     v_full = one_barrier(1)
     v_empty = one_barrier(2)
     # A warpgroup's dS halves are at 0 and 2 or at 1 and 3. Their barriers are allocations of their own: the compiler
     # orders uses of one allocation with barriers across the warpgroup.
-    ds_s = gl.allocate_shared_memory(dtype, [4 if WITH_DQ else 1, 64, 64], tile_2d)
+    ds_s = gl.allocate_shared_memory(dtype, [4 if WITH_DQ else 1, 64, STEP], tile_2d)
     full_0 = one_barrier_a_stage()
     full_1 = one_barrier_a_stage()
     free_0 = one_barrier_a_stage()
     free_1 = one_barrier_a_stage()
     fence_async_shared()
     # A warpgroup that needs no other's dS waits for its own.
-    ALONE: gl.constexpr = BLOCK_D != 128
+    ALONE: gl.constexpr = BLOCK_D != 128 and STEP == 64
     gl.warp_specialize([
         (gradients_consumer, (
             dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, results_s.index(0), steps_s, count_s,
@@ -562,7 +555,7 @@ def gradients_kernel(
             q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
             full_0, full_0 if ALONE else full_1, free_0, free_0 if ALONE else free_1,
             reach_back, reach_ahead, qk_scale, softcap, scale, 0, BLOCK_D, WITH_DQ, SOFTCAP,
-            FLOAT32,
+            FLOAT32, STEP,
         )),
         (gradients_consumer, (
             dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, results_s.index(1), steps_s, count_s,
@@ -570,12 +563,12 @@ def gradients_kernel(
             q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
             full_1, full_1 if ALONE else full_0, free_1, free_1 if ALONE else free_0,
             reach_back, reach_ahead, qk_scale, softcap, scale, 1, BLOCK_D, WITH_DQ, SOFTCAP,
-            FLOAT32,
+            FLOAT32, STEP,
         )),
         (gradients_loader, (
             q_desc, do_desc, numbers_desc, k_desc, v_desc, q_s, do_s, numbers_s, k_s, v_s, steps_s, tiles_s,
             q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
             record_ptr, ranges_ptr, counter_ptr, index_ptr, total, mask_stride_b, mask_stride_h, idx_width, row_tiles,
-            q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv, MASKED, STAGES,
+            q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv, MASKED, STAGES, STEP,
         )),
     ], [4, 1], [240, 24])  # fmt: skip

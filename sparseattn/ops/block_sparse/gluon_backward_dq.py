@@ -29,12 +29,11 @@ from sparseattn.kernels.walks import (
 )
 from sparseattn.ops.block_sparse.gluon_backward import (
     LENGTHS,
-    field,
     next_place,
     post_tile,
-    probabilities,
     step_row,
 )
+from sparseattn.ops.block_sparse.gluon_backward_parts import field, probabilities
 
 K_STAGES: gl.constexpr = gl.constexpr(3)
 V_STAGES: gl.constexpr = gl.constexpr(2)

@@ -206,10 +206,17 @@ def _row_numbers(
     return RowNumbers(numbers, norm, delta, sums, dsink)
 
 
-def _maps(q: Tensor, k: Tensor, v: Tensor, do: Tensor, key_rows: int, cols: int) -> tuple[TensorDescriptor, ...]:
+def _numbers_box(step: int) -> int:
+    """Row numbers that are loaded together: a tile's norms and deltas, or either, for steps of two tiles."""
+    return 128 if step == 64 else 64
+
+
+def _maps(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, rows: int, key_rows: int, cols: int
+) -> tuple[TensorDescriptor, ...]:
     return (
-        row_tiles(q, 1, 64, cols),
-        row_tiles(do, 1, 64, cols),
+        row_tiles(q, 1, rows, cols),
+        row_tiles(do, 1, rows, cols),
         row_tiles(k, 1, key_rows, cols),
         row_tiles(v, 1, key_rows, cols),
     )
@@ -241,18 +248,19 @@ def _keys_pass(
             make((*t.shape[:-2], heads_k * parts, t.shape[-1]), dtype=torch.float32, device=t.device) for t in (k, v)
         )
     masked = g.kv_num_blocks is not None
+    with_dq = sums is not None
+    step = 128 if with_dq and block_d == 64 and not (masked and g.block_q % 128) else 64
     lists = list_arguments(g.q_num_blocks, g.q_indices, q) if masked else None
     mask_group = heads_q // g.kv_num_blocks.shape[1] if g.kv_num_blocks is not None else 1
     records, ranges, counter, total = walks(
         lists, g.spans(numbers), keys=True, batch=g.batch, lengths=(g.max_q, g.max_k), window=_reach(g),
         heads=heads_k * parts, per_head=heads, section_heads=parts, mask_group=mask_group,
-        blocks=(g.block_kv, g.block_q) if masked else (128, 64), step=64,
+        blocks=(g.block_kv, g.block_q) if masked else (128, step), step=step,
         out_rows=0 if g.packed else k.shape[1], packed=g.packed,
         ragged=(g.q_start is not None, g.k_start is not None), processors=processors, device=q.device,
     )  # fmt: skip
-    q_map, do_map, k_map, v_map = _maps(q, k, v, do, 64, block_d)
-    numbers_map = TensorDescriptor(numbers, [numbers.numel()], [1], [128], NVMMASharedLayout(0, 32, 1))
-    with_dq = sums is not None
+    q_map, do_map, k_map, v_map = _maps(q, k, v, do, step, 64, block_d)
+    numbers_map = TensorDescriptor(numbers, [numbers.numel()], [1], [_numbers_box(step)], NVMMASharedLayout(0, 32, 1))
     sums = numbers if sums is None else sums  # a tensor map wants memory, even of a pass that adds nothing
     sums_map = TensorDescriptor(sums, [sums.numel() // 128, 128], [128, 1], [32, 128], NVMMASharedLayout(0, 32, 2))
     _, indices, *strides = lists or (records, records, 0, 0, 0)
@@ -263,7 +271,7 @@ def _keys_pass(
         row_tiles(dv_part, 1, 64, block_d), sums_map, records, ranges, counter, indices, total, *strides,
         _row_tiles(q, g), *(_batch_rows(t, g.packed) for t in (q, k, v, do)), heads, group, mask_group, g.block_q,
         g.block_kv, *_reach(g), factor, cap, g.scale, BLOCK_D=block_d, MASKED=masked, SOFTCAP=g.softcap > 0,
-        WITH_DQ=with_dq, FLOAT32=dk_part.dtype == torch.float32, num_warps=4, **LAUNCH,
+        WITH_DQ=with_dq, FLOAT32=dk_part.dtype == torch.float32, STEP=step, num_warps=4, **LAUNCH,
     )  # fmt: skip
     if parts > 1:
         rows = dk.numel() // dk.shape[-1]
@@ -292,7 +300,7 @@ def _queries_pass(
         out_rows=0 if g.packed else q.shape[1], packed=g.packed,
         ragged=(g.q_start is not None, g.k_start is not None), processors=processors, device=q.device,
     )  # fmt: skip
-    q_map, do_map, k_map, v_map = _maps(q, k, v, do, 128, block_d)
+    q_map, do_map, k_map, v_map = _maps(q, k, v, do, 64, 128, block_d)
     _, indices, *strides = lists or (records, records, 0, 0, 0)
     factor, cap = _score_factors(g)
     launch(
@@ -318,6 +326,9 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
             ("keys-softcap", {"SOFTCAP": True}),
         ):
             cases.append((f"gradients-{variant}-{dim}-sm90", *_offline(gradients_kernel, dim, 64, flags), 4, 1))
+            if dim == 64 and "WITH_DQ" in flags:
+                wide = _offline(gradients_kernel, dim, 64, {**flags, "STEP": 128})
+                cases.append((f"gradients-{variant}-wide-sm90", *wide, 4, 1))
         for variant, flags in (("plain", {}), ("softcap", {"SOFTCAP": True}), ("started", {"STARTED": True})):
             cases.append((f"gradients-queries-{variant}-{dim}-sm90", *_offline(dq_kernel, dim, 128, flags), 4, 1))
         cases.append((f"gradients-numbers-{dim}-sm90", *_offline(tile_numbers_kernel, dim, 64, _ALL), 4, 1))
@@ -342,13 +353,15 @@ def _offline(
     }  # fmt: skip
     tile = f"tensordesc<bf16[1, 1, 1, {{}}, {dim}],{tile_layout()!r}>"
     maps = {
-        "numbers_desc": f"tensordesc<fp32[128],{NVMMASharedLayout(0, 32, 1)!r}>",
+        "numbers_desc": f"tensordesc<fp32[{_numbers_box(constants['STEP'])}],{NVMMASharedLayout(0, 32, 1)!r}>",
         "dq_desc": f"tensordesc<fp32[32, 128],{NVMMASharedLayout(0, 32, 2)!r}>",
         "k_desc": tile.format(key_rows),
         "v_desc": tile.format(key_rows),
     }
     if function is dq_kernel:
         maps["dq_desc"] = tile.format(64)
+    else:
+        maps |= dict.fromkeys(("q_desc", "do_desc"), tile.format(constants["STEP"]))
     if constants.get("FLOAT32"):
         whole = f"tensordesc<fp32[1, 1, 1, 64, {dim}],{tile_layout(bits=32)!r}>"
         maps |= {"dk_desc": whole, "dv_desc": whole}
