@@ -13,10 +13,21 @@ from sparseattn.flashinfer._buffers import TableBuffers, check_fits, fill
 from sparseattn.flashinfer._checks import described
 from sparseattn.flashinfer._common import Options, Table, csr_table, dense_cache, resolve_dtypes
 from sparseattn.flashinfer._wrapper import PagedPlan, Wrapper, attend, query_rows
+from sparseattn.kernels.quick import Lengths, QuickCalls
 from sparseattn.ops import merge
 
 _Cache = Tensor | tuple[Tensor, Tensor]
 _Dtype = torch.dtype | str | None
+
+
+def _tokens(*tensors: Tensor) -> tuple[int] | None:
+    """The first size of all tensors."""
+    count = tensors[0].size(0)
+    return (count,) if count and all(t.size(0) == count for t in tensors) else None
+
+
+_TOKENS = Lengths(_tokens, ("length",), "TOKENS")
+_two, _many, _in_place = QuickCalls(_TOKENS, 0, 2), QuickCalls(_TOKENS, 0, 1), QuickCalls(_TOKENS, 0, 2)
 
 
 def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,10 +44,18 @@ def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Ten
     Returns:
         The merged ``v`` in its dtype and ``s`` in float32 (float64 for float64).
     """
+    merged, made = _two(v_a, v_b, s_a, s_b)
+    if made:
+        return merged
     sums_a = _sums("s_a", s_a, "v_a", v_a)
     _check_other("v_b", v_b, "v_a", v_a)
-    v, s = merge.merge_state(v_a, sums_a, v_b, _sums("s_b", s_b, "v_b", v_b), base=2)
-    return v, s.transpose(-1, -2).contiguous()
+    sums_b = _sums("s_b", s_b, "v_b", v_b)
+
+    def call() -> tuple[Tensor, Tensor]:
+        v, s = merge.merge_state(v_a, sums_a, v_b, sums_b, base=2, tokens_first=True)
+        return v, s.transpose(-1, -2)
+
+    return _two.learn((v_a, v_b, s_a, s_b), call) if v_a.dim() == 3 else call()
 
 
 def merge_state_in_place(v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor, mask: Tensor | None = None) -> None:
@@ -49,9 +68,20 @@ def merge_state_in_place(v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor,
         s_other: As ``s``.
         mask: bool ``[tokens]``; rows where it is False stay as they are. None: all are merged.
     """
+    tensors = (v, v_other, s, s_other) if mask is None else (v, v_other, s, s_other, mask)
+    if _in_place(*tensors)[1]:
+        return
     sums = _sums("s", s, "v", v)
     _check_other("v_other", v_other, "v", v)
-    merge.merge_state_(v, sums, v_other, _sums("s_other", s_other, "v_other", v_other), mask=mask, base=2)
+    others = _sums("s_other", s_other, "v_other", v_other)
+
+    def call() -> None:
+        merge.merge_state_(v, sums, v_other, others, mask=mask, base=2)
+
+    if v.dim() == 3:
+        _in_place.learn(tensors, call)
+    else:
+        call()
     if sums.dtype != s.dtype:
         s.copy_(sums.transpose(-1, -2))
 
@@ -66,11 +96,19 @@ def merge_states(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``[tokens, H, D]``, and ``[tokens, H]`` in float32.
     """
+    found, made = _many(v, s)
+    if made:
+        return found
     for name, t, expected in (("v", v, "[tokens, n, H, D]"), ("s", s, "[tokens, n, H]")):
         if not isinstance(t, Tensor) or t.dim() != expected.count(",") + 1:
             raise argument_error(name, expected, described(t))
-    merged, sums = merge.merge_states(v.movedim(1, 0), _sums("s", s, "v", v).transpose(0, 2), base=2)
-    return merged, sums.t().contiguous()
+    sums = _sums("s", s, "v", v).transpose(0, 2)
+
+    def call() -> tuple[Tensor, Tensor]:
+        merged, lse = merge.merge_states(v.movedim(1, 0), sums, base=2, tokens_first=True)
+        return merged, lse.t()
+
+    return _many.learn((v, s), call)
 
 
 def _sums(name: str, s: Tensor, of: str, v: Tensor) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from sparseattn.errors import argument_error
 from sparseattn.flashinfer._checks import described
 from sparseattn.flashinfer._common import (
+    LAYOUTS,
     check_count,
     check_indptr,
     check_last_pages,
@@ -15,7 +18,22 @@ from sparseattn.flashinfer._common import (
     check_output,
     split_cache,
 )
+from sparseattn.kernels.quick import Lengths, QuickCalls
 from sparseattn.ops.paged import PagedCache, append_kv, appended_positions, lengths_from_last_pages
+
+
+def _lengths(*tensors: Tensor) -> tuple[int, int, int] | None:
+    """Tokens, sequences and entries of the page table of a call's tensors, if these fit."""
+    first, second, batch_indices, positions, indices, indptr, last = tensors[-7:]
+    tokens, batch = first.size(0), last.size(0)
+    if 0 < tokens == second.size(0) == batch_indices.size(0) == positions.size(0) and indptr.size(0) == batch + 1:
+        return tokens, batch, indices.size(0)
+    return None
+
+
+_LENGTHS = Lengths(_lengths, ("tokens", "batch", "table_width"), "TOKENS")
+_APPENDS = {(layout, pages): QuickCalls(_LENGTHS, pages, pages + 2) for layout in LAYOUTS for pages in (1, 2)}
+_LATENT = QuickCalls(_LENGTHS, 2, 4)
 
 
 def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:
@@ -101,9 +119,18 @@ def append_paged_kv_cache(
         TypeError: A wrong type or dtype.
         ValueError: Shapes or devices that do not fit.
     """
+    pages = paged_kv_cache if type(paged_kv_cache) is tuple else (paged_kv_cache,)
+    tensors = (*pages, append_key, append_value, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
+    quick = _APPENDS.get((kv_layout, len(pages)))
+    if quick is not None and quick(*tensors)[1]:
+        return
     k, v = split_cache(paged_kv_cache, check_layout(kv_layout))
     cache = PagedCache(k, v, kv_last_page_len, None, kv_indptr, kv_indices, layout=kv_layout)  # positions say the rest
-    append_kv(cache, append_key, append_value, batch_indices=batch_indices, positions=positions)
+    call = partial(append_kv, cache, append_key, append_value, batch_indices=batch_indices, positions=positions)
+    if quick is None:
+        call()
+    else:
+        quick.learn(tensors, call)
 
 
 def append_paged_mla_kv_cache(
@@ -130,6 +157,10 @@ def append_paged_mla_kv_cache(
         kv_indptr: int32 ``[B + 1]``.
         kv_last_page_len: int32 ``[B]``.
     """
+    places = (batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
+    tensors = (ckv_cache, kpe_cache, append_ckv, append_kpe, *places)
+    if _LATENT(*tensors)[1]:
+        return
     for name, t in (("append_ckv", append_ckv), ("append_kpe", append_kpe)):
         if not isinstance(t, Tensor) or t.dim() != 2:
             raise argument_error(name, "[nnz, D]", described(t))
@@ -139,4 +170,6 @@ def append_paged_mla_kv_cache(
         ckv_cache, kpe_cache, kv_last_page_len, indptr=kv_indptr, indices=kv_indices, value_dim=ckv_cache.shape[-1]
     )
     rope = append_kpe[:, None] if append_kpe.shape[-1] else None
-    append_kv(cache, append_ckv[:, None], k_rope=rope, batch_indices=batch_indices, positions=positions)
+    new = append_ckv[:, None]
+    call = partial(append_kv, cache, new, k_rope=rope, batch_indices=batch_indices, positions=positions)
+    _LATENT.learn(tensors, call)

@@ -78,6 +78,11 @@ def recording(record: Recorder) -> Iterator[None]:
         _open.record = before
 
 
+def is_recording() -> bool:
+    """Whether somebody notes what this thread launches."""
+    return getattr(_open, "record", None) is not None
+
+
 def repeatable(*tensors: Tensor | None) -> bool:
     """Whether launches can stand for a call of these tensors: nobody traces it, and no subclass hides behind one."""
     for t in tensors:

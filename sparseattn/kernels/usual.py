@@ -21,31 +21,33 @@ from sparseattn.kernels.starts import Again, hooked
 _MOST_FORMS = 8
 
 
-def same_form(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
+def same_form(tensors: tuple[Tensor, ...], fixed: int | None = None) -> Callable[..., bool]:
     """What says of as many tensors whether they have types, shapes, strides, dtypes and devices of these.
 
-    It says no, too, where somebody traces calls or may ask for gradients, and nobody did when this was made.
+    It says no, too, where somebody traces calls or may ask for gradients, and nobody did when this was made. Of tensors
+    behind the first ``fixed`` ones the first size may differ.
     """
+    fixed = len(tensors) if fixed is None else fixed
     if _guards_work() and not any(t.requires_grad for t in tensors):
-        return _guard(*tensors)
-    forms = [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+        return _guard(*tensors, fixed=fixed)
+    forms = [(t.shape[n >= fixed :], t.stride(), t.dtype, t.device) for n, t in enumerate(tensors)]
 
     def compare(*others: Tensor) -> bool:
         return (
             not any(t is None for t in others)
             and repeatable(*others)
             and not differentiable(*others)
-            and [(t.shape, t.stride(), t.dtype, t.device) for t in others] == forms
+            and [(t.shape[n >= fixed :], t.stride(), t.dtype, t.device) for n, t in enumerate(others)] == forms
         )
 
     return compare
 
 
-def _guard(*tensors: Tensor) -> Callable[..., bool]:
+def _guard(*tensors: Tensor, fixed: int) -> Callable[..., bool]:
     """TorchDynamo's ``same_form``, which takes a tenth of the time."""
     from torch._C._dynamo.guards import TensorGuards
 
-    sizes: list[Any] = [list(t.shape) for t in tensors]
+    sizes: list[Any] = [[*t.shape] if n < fixed else [None, *t.shape[1:]] for n, t in enumerate(tensors)]
     strides: list[Any] = [list(t.stride()) for t in tensors]
     guards: Any = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     check: Callable[..., bool] = guards.check
@@ -59,8 +61,9 @@ def _guards_work() -> bool:
     others = (t[:1], t.t(), t.double(), torch.nn.Parameter(t), torch.empty(2, 2, requires_grad=True))
     try:
         with torch.enable_grad():
-            check = _guard(t, t)
-            return check(t, torch.empty(2, 2)) is True and not any(check(t, other) for other in others)
+            check = _guard(t, t, fixed=1)
+            same = all(check(t, torch.empty(n, 2)) is True for n in (2, 3))
+            return same and not check(t[:1], t) and not any(check(t, other) for other in others[1:])
     except (ImportError, TypeError, SystemError):
         return False
 
@@ -70,17 +73,26 @@ def allocator(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     make = _quick_empty(device.type)
     if make is None:
         return lambda: torch.empty(shape, dtype=dtype, device=device)
-    form = shape, _strides(shape), dtype
+    form = shape, row_major(shape), dtype
     return lambda: make(*form)
+
+
+def untraced_empty(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
+    """What makes tensors of shapes, strides and dtypes on ``device``, which must be the current one of its kind."""
+    make = _quick_empty(device.type)
+    if make is not None:
+        return make
+    return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """``torch.empty`` on the current device of its kind, in half the time; where nobody traces calls."""
     make = _quick_empty(device.type)
-    return torch.empty(shape, dtype=dtype, device=device) if make is None else make(shape, _strides(shape), dtype)
+    return torch.empty(shape, dtype=dtype, device=device) if make is None else make(shape, row_major(shape), dtype)
 
 
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)

@@ -45,6 +45,7 @@ MODULES = (
     "sparseattn.ops.scores.vertical_slash_triton",
     "sparseattn.ops.scores.block_lists_triton",
     "sparseattn.ops.merge.triton",
+    "sparseattn.ops.paged.pages_triton",
     "sparseattn.ops.paged.triton",
     "sparseattn.ops.paged.gluon",
     "sparseattn.ops.bsr.triton",

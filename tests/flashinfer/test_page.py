@@ -86,6 +86,31 @@ def test_append_latent(dims: tuple[int, int], device: str):
     assert torch.equal(kpe, expected[1])
 
 
+@pytest.mark.parametrize("form", ["combined", "tuple", "latent"])
+def test_batches_of_other_sizes(form: str, device: str):
+    """Steps of a model: batches, tokens and page tables of other lengths over one cache, and back."""
+    dims = (64, 16) if form == "latent" else (16, 16)
+    shape = (40, 4) if form == "latent" else (40, 2, 4, 1)
+    cache = [torch.zeros(*shape, d, device=device).half() for d in dims]
+    cache = [cache[0][:, 0], cache[0][:, 1]] if form == "combined" else [c if c.dim() == 3 else c[:, 0] for c in cache]
+    whole = cache[0]._base if form == "combined" else None
+    for batch, tokens in ((1, 1), (3, 2), (5, 1), (3, 2), (1, 9), (1, 1)):
+        order = torch.randperm(40)[: 3 * batch].int().to(device)
+        b = torch.arange(batch, dtype=torch.int32).repeat_interleave(tokens).to(device)
+        p = torch.arange(1, 1 + tokens, dtype=torch.int32).repeat(batch).to(device)
+        new = [torch.randn(batch * tokens, *c.shape[2:], device=device).half() for c in cache]
+        expected = [c.clone() for c in cache]
+        for i in range(batch * tokens):
+            for c, t in zip(expected, new, strict=True):
+                c[order[3 * (i // tokens) + (i % tokens + 1) // 4].long(), (i % tokens + 1) % 4] = t[i]
+        table = order, int32(*range(0, 3 * batch + 1, 3), device=device), int32(*[4] * batch, device=device)
+        if form == "latent":
+            append_paged_mla_kv_cache(*new, b, p, *cache, *table)
+        else:
+            append_paged_kv_cache(*new, b, p, tuple(cache) if whole is None else whole, *table)
+        assert all(torch.equal(c, e) for c, e in zip(cache, expected, strict=True))
+
+
 def test_tokens_without_a_place_are_left_out(device: str):
     cache = torch.zeros(4, 2, 4, 1, 8, device=device)
     new = torch.ones(5, 1, 8, device=device)

@@ -121,6 +121,32 @@ def test_layouts(impl: str, device: str):
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_many_states_and_tokens_first(impl: str, device: str):
+    """More states than are asked for at once, of three heads of 24 columns, with the LSE of a token in one place."""
+    needs(impl, device)
+    sizes = (5, 0, 3, *[1] * 8, 30, 2)
+    o, lse, (oracle, oracle_lse) = parts(7, sizes, torch.float32, device)
+    assert o.shape[0] == 12
+    for count in (12, 3):
+        plain = merge_states(o[:count], lse[:count], impl=impl)
+        merged, merged_lse = merge_states(o[:count], lse[:count], tokens_first=True, impl=impl)
+        assert merged_lse.shape == (3, 7)
+        assert merged_lse.mT.is_contiguous()
+        assert torch.equal(merged, plain[0])
+        assert torch.equal(merged_lse, plain[1])
+        if count == 12:
+            assert_close(merged.cpu().double(), oracle, atol=2e-6, rtol=2e-6)
+            assert_close(merged_lse.cpu().double(), oracle_lse, atol=2e-6, rtol=2e-6)
+    pair = [t.unflatten(0, (2, 6)) for t in (o, lse)]
+    batched = merge_state(pair[0][0], pair[1][0], pair[0][1], pair[1][1], tokens_first=True, impl=impl)
+    assert batched[1].shape == (6, 3, 7)
+    assert batched[1].mT.is_contiguous()
+    expected = merge_state(pair[0][0, 4], pair[1][0, 4], pair[0][1, 4], pair[1][1, 4], impl=impl)
+    assert torch.equal(batched[0][4], expected[0])
+    assert torch.equal(batched[1][4], expected[1])
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_in_place(impl: str, device: str):
     needs(impl, device)
     o, lse, _ = parts(10, (3, 4), torch.float32, device)
@@ -140,7 +166,9 @@ def test_gradients():
     o = torch.randn(2, 4, 2, 8, dtype=torch.float64, requires_grad=True)
     lse = torch.randn(2, 2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a, b: merge_states(a, b), (o, lse))
-    assert torch.autograd.gradcheck(lambda a, b, c, d: merge_state(a, b, c, d, base=2), (o[0], lse[0], o[1], lse[1]))
+    for first in (False, True):
+        pair = partial(merge_state, base=2, tokens_first=first)
+        assert torch.autograd.gradcheck(pair, (o[0], lse[0], o[1], lse[1]))
     empty = lse.detach().clone()
     empty[0, :, 0] = empty[:, :, 1] = -math.inf
     empty.requires_grad_()
@@ -157,6 +185,7 @@ def test_operators(device: str):
     ops = torch.ops.sparseattn
     impl = "auto"
     torch.library.opcheck(ops.merge.default, (o[:, None], lse[:, None], None, None, math.e, impl))
+    torch.library.opcheck(ops.merge.default, (o[:1, None], lse[:1, None], o[1:], lse[1:], 2.0, impl, True))
     torch.library.opcheck(ops.merge_.default, (o[:1].clone(), lse[:1].clone(), o[1:], lse[1:], None, math.e, impl))
     compiled = torch.compile(merge_state, fullgraph=True, backend="aot_eager")
     got = compiled(o[0], lse[0], o[1], lse[1])

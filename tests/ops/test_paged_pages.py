@@ -180,10 +180,46 @@ def test_bits_that_nobody_gave_are_zeros(device: str):
 
 def test_operator(device: str):
     cache = small_cache(device)
-    source = torch.randn(3, 2, 8, device=device, dtype=torch.float16).view(torch.int16)
+    new = [torch.randn(3, 2, 8, device=device, dtype=torch.float16).view(torch.int16) for _ in range(2)]
+    pages = [t.view(torch.int16) for t in (cache.k, cache.v)]
     b, at = appended_positions(torch.arange(4, dtype=torch.int32, device=device), cache.seq_lens, 3)
-    arguments = (cache.k.view(torch.int16), source, b, at, cache.page_table, None, None, 3, "auto")
+    arguments = (pages, new, b, at, cache.page_table, None, None, 3, "auto")
     torch.library.opcheck(torch.ops.sparseattn.paged_append.default, arguments)
+
+
+def test_appending_compiles_as_one_graph(device: str):
+    """Keys and values that are halves of one tensor, both written to by one operator."""
+    kv = torch.zeros(6, 2, 4, 2, 8, device=device, dtype=torch.float16)
+    lens = torch.tensor([5, 0, 7], dtype=torch.int32, device=device)
+    table = torch.tensor([[5, 0], [-1, -1], [3, 1]], dtype=torch.int32, device=device)
+    k, v = torch.randn(2, 3, 2, 8, device=device).half()
+
+    def step(kv: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        append_kv(PagedCache.combined(kv, lens, table), k, v)
+        return kv.sum()
+
+    expected = kv.clone()
+    step(expected, k, v)
+    assert (expected != 0).sum() > 30
+    torch.compile(step, fullgraph=True, backend="aot_eager")(kv, k, v)
+    assert torch.equal(kv, expected)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_wide_tokens_of_unlike_halves(impl: str, device: str):
+    """Keys and values of several blocks of a program each, of dimensions that are no powers of two."""
+    if impl == "triton":
+        pytest.importorskip("triton", reason="needs Triton")
+    k, v = (torch.zeros(3, 4, 33, d, device=device) for d in (72, 20))
+    lens = torch.tensor([5, 6], dtype=torch.int32, device=device)
+    cache = PagedCache(k, v, lens, torch.tensor([[2, 0], [1, -1]], dtype=torch.int32, device=device))
+    new = [torch.randn(7, 33, d, device=device) for d in (72, 20)]
+    append_kv(cache, *new, cu_seqlens=torch.tensor([0, 3, 7], dtype=torch.int32, device=device), impl=impl)
+    for pages, source in zip((k, v), new, strict=True):
+        expected = torch.zeros_like(pages)
+        expected[2, 2:], expected[0, 0] = source[:2], source[2]
+        expected[1, 2:] = source[3:5]  # the table ends before the sequence does
+        assert torch.equal(pages, expected)
 
 
 def test_bad_input():

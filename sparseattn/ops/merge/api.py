@@ -17,7 +17,14 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def merge_state(
-    o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor, *, base: float = math.e, impl: str = "auto"
+    o_a: Tensor,
+    lse_a: Tensor,
+    o_b: Tensor,
+    lse_b: Tensor,
+    *,
+    base: float = math.e,
+    tokens_first: bool = False,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint sets of keys, from the attention over each.
 
@@ -32,6 +39,7 @@ def merge_state(
         o_b: As ``o_a``.
         lse_b: As ``lse_a``.
         base: Of the LSE logarithms, in and out.
+        tokens_first: Lay ``lse`` out as a contiguous ``[..., S, H]``, of which it is a view then.
         impl: "auto" (Triton on CUDA, reference elsewhere), "triton" or "reference".
 
     Returns:
@@ -43,11 +51,13 @@ def merge_state(
     """
     base = _check(o_a, lse_a, o_b, lse_b, ("o_a", "lse_a", "o_b", "lse_b"), base, impl)
     batch = o_a.shape[:-3]
-    o, lse = _attach(_stack(o_a, 3), _stack(lse_a, 2), _stack(o_b, 3)[0], _stack(lse_b, 2)[0], base, impl)
+    o, lse = _attach(_stack(o_a, 3), _stack(lse_a, 2), _stack(o_b, 3)[0], _stack(lse_b, 2)[0], base, impl, tokens_first)
     return o.view(*batch, *o.shape[1:]), lse.view(*batch, *lse.shape[1:])
 
 
-def merge_states(o: Tensor, lse: Tensor, *, base: float = math.e, impl: str = "auto") -> tuple[Tensor, Tensor]:
+def merge_states(
+    o: Tensor, lse: Tensor, *, base: float = math.e, tokens_first: bool = False, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """As ``merge_state``, for n states stacked along the first dimension.
 
     Another place of that dimension is a view away: ``o.movedim(1, 0)`` of ``[total, n, H, D]`` makes no copy.
@@ -56,6 +66,7 @@ def merge_states(o: Tensor, lse: Tensor, *, base: float = math.e, impl: str = "a
         o: ``[n, ..., S, H, D]``, n at least 1.
         lse: ``[n, ..., H, S]``.
         base: Of the LSE logarithms, in and out.
+        tokens_first: As in ``merge_state``.
         impl: "auto", "triton" or "reference".
 
     Returns:
@@ -70,7 +81,8 @@ def merge_states(o: Tensor, lse: Tensor, *, base: float = math.e, impl: str = "a
         raise argument_error("o", "a tensor [n, ..., S, H, D] of at least one state", got)
     base = _check(o, lse, None, None, ("o", "lse", "", ""), base, impl)
     batch = o.shape[1:-3]
-    merged, merged_lse = _attach(o.flatten(1, -4) if batch else o[:, None], _flat_lse(lse), None, None, base, impl)
+    states = o.flatten(1, -4) if batch else o[:, None]
+    merged, merged_lse = _attach(states, _flat_lse(lse), None, None, base, impl, tokens_first)
     return merged.view(*batch, *merged.shape[1:]), merged_lse.view(*batch, *merged_lse.shape[1:])
 
 
@@ -175,7 +187,10 @@ def _flat_lse(lse: Tensor) -> Tensor:
 # ---- as torch knows it ----
 
 _LIBRARY = torch.library.Library("sparseattn", "FRAGMENT")
-_LIBRARY.define("merge(Tensor o, Tensor lse, Tensor? o_b, Tensor? lse_b, float base, str impl) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "merge(Tensor o, Tensor lse, Tensor? o_b, Tensor? lse_b, float base, str impl, bool tokens_first=False) "
+    "-> (Tensor, Tensor)"
+)
 _LIBRARY.define(
     "merge_(Tensor(a!) o, Tensor(b!) lse, Tensor o_other, Tensor lse_other, Tensor? mask, float base, str impl) -> ()"
 )
@@ -183,9 +198,9 @@ _LIBRARY.define(
 
 @on_its_device
 def _merge(
-    o: Tensor, lse: Tensor, o_b: Tensor | None, lse_b: Tensor | None, base: float, impl: str
+    o: Tensor, lse: Tensor, o_b: Tensor | None, lse_b: Tensor | None, base: float, impl: str, tokens_first: bool = False
 ) -> tuple[Tensor, Tensor]:
-    merged, merged_lse = _merge_fake(o, lse)
+    merged, merged_lse = _merge_fake(o, lse, o_b, lse_b, base, impl, tokens_first)
     if merged.numel():
         require(_PACKAGE, impl, implementations(impl, o), o).merge(o, lse, o_b, lse_b, merged, merged_lse, None, base)
     elif merged_lse.numel():
@@ -203,11 +218,13 @@ def _merge_(
         )
 
 
-def _merge_fake(o: Tensor, lse: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(o.shape[1:], dtype=o.dtype, device=o.device),
-        torch.empty(lse.shape[1:], dtype=lse.dtype, device=lse.device),
-    )
+def _merge_fake(
+    o: Tensor, lse: Tensor, o_b: Tensor | None, lse_b: Tensor | None, base: float, impl: str, tokens_first: bool = False
+) -> tuple[Tensor, Tensor]:
+    batch, heads, length = lse.shape[1:]
+    shape = (batch, length, heads) if tokens_first else (batch, heads, length)
+    sums = torch.empty(shape, dtype=lse.dtype, device=lse.device)
+    return torch.empty(o.shape[1:], dtype=o.dtype, device=o.device), sums.transpose(1, 2) if tokens_first else sums
 
 
 _LIBRARY.impl("merge", _merge, "CompositeExplicitAutograd")
@@ -219,13 +236,13 @@ _merge_in_place = torch.ops.sparseattn.merge_.default
 
 
 def _attach(
-    o: Tensor, lse: Tensor, o_b: Tensor | None, lse_b: Tensor | None, base: float, impl: str
+    o: Tensor, lse: Tensor, o_b: Tensor | None, lse_b: Tensor | None, base: float, impl: str, tokens_first: bool
 ) -> tuple[Tensor, Tensor]:
     """Run the operator, through autograd only if a gradient will be asked for."""
     wanted = any(t is not None and t.requires_grad for t in (o, lse, o_b, lse_b))
     if torch.is_grad_enabled() and wanted:
-        return _Merge.apply(o, lse, o_b, lse_b, base, impl)
-    return _merge_op(o, lse, o_b, lse_b, base, impl)
+        return _Merge.apply(o, lse, o_b, lse_b, base, impl, tokens_first)
+    return _merge_op(o, lse, o_b, lse_b, base, impl, tokens_first)
 
 
 class _Merge(torch.autograd.Function):
@@ -233,9 +250,16 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, o: Tensor, lse: Tensor, o_b: Tensor | None, lse_b: Tensor | None, base: float, impl: str
+        ctx: Any,
+        o: Tensor,
+        lse: Tensor,
+        o_b: Tensor | None,
+        lse_b: Tensor | None,
+        base: float,
+        impl: str,
+        tokens_first: bool,
     ) -> tuple[Tensor, Tensor]:
-        merged, merged_lse = _merge_op(o, lse, o_b, lse_b, base, impl)
+        merged, merged_lse = _merge_op(o, lse, o_b, lse_b, base, impl, tokens_first)
         ctx.save_for_backward(o, lse, o_b, lse_b, merged, merged_lse)
         ctx.base = base
         ctx.set_materialize_grads(False)
@@ -261,4 +285,4 @@ class _Merge(torch.autograd.Function):
 
         d_o, d_lse = gradients(o, lse)
         d_other = (None, None) if o_b is None else gradients(o_b, lse_b)
-        return d_o, d_lse, *d_other, None, None
+        return d_o, d_lse, *d_other, None, None, None

@@ -68,8 +68,8 @@ def append_kv(
     if (k_rope is None) != (cache.k_rope is None):
         raise argument_error("k_rope", "given exactly if the cache has it", "None" if k_rope is None else "a tensor")
     batch_indices, positions = _places(cache, n, batch_indices, positions, cu_seqlens)
-    table = cache.table()
     scales = (k_scale, v_scale, k_scale)
+    pairs = []
     for name, target, source, scale in zip(("k", "v", "k_rope"), targets, (k, v, k_rope), scales, strict=True):
         if source is None or target is None:
             continue
@@ -78,7 +78,9 @@ def append_kv(
             raise argument_error(name, expected, f"shape {tuple(source.shape)} on {source.device}")
         source = _as_cached(name, source, target, scale)
         width = _WIDTHS[target.element_size()]  # a copy of bits: no kernel has to know the dtype
-        _append(target.view(width), source.view(width), batch_indices, positions, *table, cache.batch, impl)
+        pairs.append((target.view(width), source.view(width)))
+    written, new = map(list, zip(*pairs, strict=True))
+    _append(written, new, batch_indices, positions, *cache.table(), cache.batch, impl)
 
 
 def _places(
@@ -239,15 +241,15 @@ def _shifts(bitorder: str, device: torch.device) -> Tensor:
 
 _LIBRARY = torch.library.Library("sparseattn", "FRAGMENT")
 _LIBRARY.define(
-    "paged_append(Tensor(a!) target, Tensor source, Tensor batch_indices, Tensor positions, Tensor? page_table, "
+    "paged_append(Tensor(a!)[] targets, Tensor[] sources, Tensor batch_indices, Tensor positions, Tensor? page_table, "
     "Tensor? indptr, Tensor? indices, SymInt batch, str impl) -> ()"
 )
 
 
 @on_its_device
 def _append_impl(
-    target: Tensor,
-    source: Tensor,
+    targets: list[Tensor],
+    sources: list[Tensor],
     batch_indices: Tensor,
     positions: Tensor,
     page_table: Tensor | None,
@@ -256,16 +258,19 @@ def _append_impl(
     batch: int,
     impl: str,
 ) -> None:
-    if source.numel() == 0 or target.numel() == 0:
+    first = targets[0]
+    if sources[0].shape[0] == 0 or first.numel() == 0:
         return
-    if impl == "triton" or (impl == "auto" and target.is_cuda):
+    if impl == "triton" or (impl == "auto" and first.is_cuda):
         module = importlib.import_module(_KERNELS)
-        reason = module.unsupported_reason(target)
+        reason = module.unsupported_reason(first)
         if reason is not None:
             raise argument_error("impl", "an implementation that can run this call", f"{impl!r}: {reason}")
-        module.append(source, target, batch_indices, positions, page_table, indptr, indices, batch)
+        pairs = list(zip(targets, sources, strict=True))
+        for n in range(0, len(pairs), 2):
+            module.append(pairs[n : n + 2], batch_indices, positions, page_table, indptr, indices, batch)
         return
-    size = target.shape[1]
+    size = first.shape[1]
     valid = (batch_indices >= 0) & (batch_indices < batch) & (positions >= 0)
     b, entry = batch_indices.clamp(0, batch - 1).long(), positions.clamp(min=0) // size
     if page_table is not None:
@@ -278,8 +283,9 @@ def _append_impl(
         at = indptr[b].clamp(min=0).long() + entry
         valid &= at < indptr[b + 1].clamp(max=indices.shape[0])
         page = indices[at.clamp(max=indices.shape[0] - 1)] if indices.numel() else torch.full_like(entry, -1)
-    valid &= (page >= 0) & (page < target.shape[0])
-    target[page[valid].long(), positions[valid].long() % size] = source[valid]
+    valid &= (page >= 0) & (page < first.shape[0])
+    for target, source in zip(targets, sources, strict=True):
+        target[page[valid].long(), positions[valid].long() % size] = source[valid]
 
 
 _LIBRARY.impl("paged_append", _append_impl, "CompositeExplicitAutograd")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +13,10 @@ from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.launches import launch, repeatedly
 from sparseattn.kernels.usual import empty
 from sparseattn.ops.dispatch import triton_device_reason
+
+# Bytes of one cache that a program writes of a token, and of all of its tokens: what 128 threads hold in one register
+# vector each, of 16 bytes.
+_BLOCK_BYTES, _TILE_BYTES, _WARPS = 2048, 2048, 4
 
 
 @triton.jit(do_not_specialize=["batch", "page_size"])
@@ -71,40 +77,67 @@ def copies(*pairs: Tensor) -> None:
     repeatedly(call, ("copies",), **{f"t{i}": t for i, t in enumerate(pairs)})
 
 
-@triton.jit(do_not_specialize=["batch", "table_width", "num_pages"])
-def append_kernel(
-    source_ptr, target_ptr, batch_ptr, position_ptr, table_ptr, indptr_ptr, stride_source, stride_target, stride_table,
-    batch, table_width, num_pages,
-    H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, CSR: tl.constexpr,
-):  # fmt: skip
-    """One program: ``BLOCK`` of the ``H * D`` elements of a token. Grid (tokens, ceil(H * D / BLOCK)).
+@triton.jit
+def _rows(ptr, stride, token, inside, block, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements ``block`` of tokens' ``H * D``: what they hold, where their heads and columns are, and which exist."""
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    head = (offs // D).to(tl.int64)
+    at = inside[:, None] & (offs < H * D)[None, :]
+    source = (token * stride[0])[:, None] + (head * stride[1] + (offs % D) * stride[2])[None, :]
+    return tl.load(ptr + source, mask=at), head, offs % D, at
 
-    ``source`` strides: token, head, dim; ``target``: page, row, head, dim. Tokens of no sequence, or that have no page,
-    are left out.
-    """
-    token = tl.program_id(0).to(tl.int64)
-    b = tl.load(batch_ptr + token)
-    position = tl.load(position_ptr + token)
-    if (b < 0) | (b >= batch) | (position < 0):
-        return
+
+@triton.jit
+def _pages(token, inside, batch_ptr, position_ptr, table_ptr, indptr_ptr, stride_table, batch, table_width, num_pages,
+           PAGE: tl.constexpr, CSR: tl.constexpr):  # fmt: skip
+    """The page and the row of every token, and which tokens have one."""
+    b = tl.load(batch_ptr + token, mask=inside, other=-1)
+    position = tl.load(position_ptr + token, mask=inside, other=-1)
+    inside = inside & (b >= 0) & (b < batch) & (position >= 0)
     entry = position // PAGE
     at = b.to(tl.int64) * stride_table[0]
     owned = table_width
     if CSR:
-        first = tl.maximum(tl.load(indptr_ptr + b), 0)
-        owned = tl.minimum(tl.load(indptr_ptr + b + 1), table_width) - first
+        first = tl.maximum(tl.load(indptr_ptr + b, mask=inside, other=0), 0)
+        owned = tl.minimum(tl.load(indptr_ptr + b + 1, mask=inside, other=0), table_width) - first
         at = first.to(tl.int64)
-    page = tl.load(table_ptr + at + entry, mask=entry < owned, other=-1)
-    if (page < 0) | (page >= num_pages):
-        return
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    head = (offs // D).to(tl.int64)
-    column = offs % D
-    inside = offs < H * D
-    source = token * stride_source[0] + head * stride_source[1] + column * stride_source[2]
-    x = tl.load(source_ptr + source, mask=inside)
-    target = page.to(tl.int64) * stride_target[0] + (position % PAGE).to(tl.int64) * stride_target[1]
-    tl.store(target_ptr + target + head * stride_target[2] + column * stride_target[3], x, mask=inside)
+    page = tl.load(table_ptr + at + entry, mask=inside & (entry < owned), other=-1)
+    return page.to(tl.int64), (position % PAGE).to(tl.int64), inside & (page >= 0) & (page < num_pages)
+
+
+_INDICES = ["batch_ptr", "position_ptr", "table_ptr", "indptr_ptr"]
+
+
+@triton.jit(do_not_specialize=["tokens", "batch", "table_width", "num_pages"], do_not_specialize_on_alignment=_INDICES)
+def append_kernel(
+    a_ptr, to_a_ptr, b_ptr, to_b_ptr, batch_ptr, position_ptr, table_ptr, indptr_ptr,
+    stride_a, stride_to_a, stride_b, stride_to_b, stride_table, tokens, batch, table_width, num_pages,
+    H: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, PAGE: tl.constexpr, CSR: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """One program: of ``TOKENS`` tokens ``BLOCK_A`` elements of what they have in one cache, ``BLOCK_B`` in another.
+
+    Grid (ceil(tokens / TOKENS), blocks). Source strides: token, head, dim; those of caches: page, row, head, dim; no
+    second cache where ``DB`` is 0. Tokens of no sequence, or that have no page, are left out. What is to be written is
+    asked for before it is known where to, so that DRAM answers both questions at once.
+    """
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    inside = token < tokens
+    block = tl.program_id(1)
+    a, head_a, column_a, at_a = _rows(a_ptr, stride_a, token, inside, block, H, DA, BLOCK_A)
+    if DB > 0:
+        b, head_b, column_b, at_b = _rows(b_ptr, stride_b, token, inside, block, H, DB, BLOCK_B)
+    page, row, owned = _pages(
+        token, inside, batch_ptr, position_ptr, table_ptr, indptr_ptr, stride_table, batch, table_width, num_pages,
+        PAGE, CSR,
+    )  # fmt: skip
+    to = (page * stride_to_a[0] + row * stride_to_a[1])[:, None]
+    to_a = to_a_ptr + to + (head_a * stride_to_a[2] + column_a * stride_to_a[3])[None, :]
+    tl.store(to_a, a, mask=at_a & owned[:, None])
+    if DB > 0:
+        to = (page * stride_to_b[0] + row * stride_to_b[1])[:, None]
+        to_b = to_b_ptr + to + (head_b * stride_to_b[2] + column_b * stride_to_b[3])[None, :]
+        tl.store(to_b, b, mask=at_b & owned[:, None])
 
 
 def unsupported_reason(t: Tensor) -> str | None:
@@ -113,8 +146,7 @@ def unsupported_reason(t: Tensor) -> str | None:
 
 
 def append(
-    source: Tensor,
-    target: Tensor,
+    pairs: list[tuple[Tensor, Tensor]],
     batch_indices: Tensor,
     positions: Tensor,
     page_table: Tensor | None,
@@ -122,14 +154,45 @@ def append(
     indices: Tensor | None,
     batch: int,
 ) -> None:
-    """See ``pages.append_kv``: one of its tensors, already in the dtype of the cache."""
+    """See ``pages.append_kv``: one or two caches, each with what goes there, all integers of the same width."""
     table = page_table if page_table is not None else indices
     assert table is not None
-    tokens, heads, dim = source.shape
-    block = min(1024, triton.next_power_of_2(heads * dim))
-    append_kernel[(tokens, triton.cdiv(heads * dim, block))](
-        source, target, batch_indices, positions, table, table if indptr is None else indptr,
-        source.stride(), target.stride(), table.stride() if page_table is not None else (0, 1),
-        batch, table.shape[-1], target.shape[0],
-        H=heads, D=dim, PAGE=target.shape[1], BLOCK=block, CSR=indptr is not None, num_warps=4, **LAUNCH,
+    (to_a, a), (to_b, b) = pairs[0], pairs[-1]
+    tokens, heads, dim_a = a.shape
+    dim_b = b.shape[2] if len(pairs) > 1 else 0
+    blocks = triton.cdiv(heads * max(dim_a, dim_b) * a.element_size(), _BLOCK_BYTES)
+    block_a, block_b = (triton.next_power_of_2(triton.cdiv(heads * dim, blocks)) for dim in (dim_a, max(dim_b, 1)))
+    step = max(1, _TILE_BYTES // (block_a * a.element_size()))
+    launch(
+        append_kernel, (triton.cdiv(tokens, step), blocks),
+        a, to_a, b, to_b, batch_indices, positions, table, table if indptr is None else indptr,
+        a.stride(), to_a.stride(), b.stride(), to_b.stride(), table.stride() if page_table is not None else (0, 1),
+        tokens, batch, table.shape[-1], to_a.shape[0],
+        H=heads, DA=dim_a, DB=dim_b, PAGE=to_a.shape[1], CSR=indptr is not None,
+        TOKENS=step, BLOCK_A=block_a, BLOCK_B=block_b, num_warps=_WARPS, **LAUNCH,
     )  # fmt: skip
+
+
+def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[Any, Any], int, int]]:
+    """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
+    constants = {"H": 8, "DA": 128, "DB": 128, "PAGE": 16, "CSR": True, "TOKENS": 1, "BLOCK_A": 1024, "BLOCK_B": 1024}
+    sizes = {"stride_a": 3, "stride_b": 3, "stride_table": 2}
+    signature: dict[str, Any] = {}
+    constexprs: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for i, param in enumerate(append_kernel.params):
+        if param.is_constexpr:
+            signature[param.name] = "constexpr"
+            constexprs[(i,)] = constants[param.name]
+        elif param.name.startswith("stride_"):
+            size = sizes.get(param.name, 4)
+            signature[param.name] = (*["i32"] * (size - 1), "constexpr")
+            constexprs[(i, size - 1)] = 1
+            attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(size - 1)}
+        elif param.name.endswith("_ptr"):
+            signature[param.name] = "*i32" if param.name in _INDICES else "*i16"
+            if param.name not in _INDICES:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[param.name] = "i32"
+    return [("paged-append", append_kernel, signature, constexprs, attributes, _WARPS, 1)]

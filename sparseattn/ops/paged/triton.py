@@ -18,7 +18,7 @@ from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.clear import clear_rows, clear_rows_kernel
 from sparseattn.kernels.launches import launch, scratch
 from sparseattn.ops.dispatch import triton_device_reason
-from sparseattn.ops.paged.pages_triton import append_kernel, copies_kernel, lengths_kernel
+from sparseattn.ops.paged.pages_triton import copies_kernel, lengths_kernel
 from sparseattn.ops.paged.problem import PagedProblem
 from sparseattn.ops.paged.triton_forward import paged_combine_kernel, paged_kernel
 
@@ -342,7 +342,6 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     cases.append(("paged-combine", *_offline(paged_combine_kernel, (128, 0, 128), constants, "bf16"), 1, 1))
     cases.append(("clear-rows", *_offline(clear_rows_kernel, (128, 0, 128), {"ROWS": 32, "CHUNK": 128}, "bf16"), 4, 1))
     cases.append(("paged-lengths", *_offline(lengths_kernel, (128, 0, 128), {"BLOCK": 256}, "bf16"), 4, 1))
-    cases.append(("paged-append", *_offline(append_kernel, (128, 0, 128), {"BLOCK": 1024, "H": 8}, "u8"), 4, 1))
     copied = {p.name: "i32" if p.name.startswith("count") else "*i32" for p in copies_kernel.params}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(copied.values()) if kind == "*i32"}
     block = len(copied) - 1
@@ -351,7 +350,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     return cases
 
 
-_INTEGERS = {"cu_ptr", "lens_ptr", "table_ptr", "indptr_ptr", "count_ptr", "list_ptr", "batch_ptr", "position_ptr"}
+_INTEGERS = {"cu_ptr", "lens_ptr", "table_ptr", "indptr_ptr", "count_ptr", "list_ptr"}
 _INTEGERS |= {"start_ptr", "end_ptr"}
 _FLOATS = {"lse_ptr", "part_ptr", "sums_ptr", "slopes_ptr", "k_scale_ptr", "v_scale_ptr"}
 _REALS = {"scale", "v_factor", "softcap", "theta_log2", "rope_scale"}
@@ -366,8 +365,8 @@ def _offline(
         "BLOCK_DV": padded(dims[2]), "PAGE": 16, "MASK_GROUP": 1, "BLOCK_Q": 0, "BLOCK_KV": 16, "TILES": 1,
         "BITS": "", "FLOAT8": "", "PRECISION": "tf32", **flags,
     }  # fmt: skip
-    caches = {"k_ptr", "v_ptr", "k_rope_ptr", "source_ptr", "target_ptr"}
-    sizes = {"stride_table": 2, "stride_source": 3, "stride_q": 3, "stride_q_rope": 3, "stride_o": 3}
+    caches = {"k_ptr", "v_ptr", "k_rope_ptr"}
+    sizes = {"stride_table": 2, "stride_q": 3, "stride_q_rope": 3, "stride_o": 3}
     signature: dict[str, Any] = {}
     constexprs: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
