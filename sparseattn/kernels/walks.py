@@ -2,8 +2,9 @@
 
 Stationary are 128 keys that query rows walk past (dK and dV; transposed lists), or 128 query rows that keys walk past
 (dQ; forward lists). Call a stationary row x and a walking one y: x and y meet iff ``x + back <= y <= x + ahead``. Steps
-are counted along the list, whose blocks hold several each, or along the whole sequence where there is no mask. Because
-lists ascend, the steps that may hide an element from another lie at a walk's two ends.
+are counted along the list, whose blocks hold several each or whose boxes fill one together (``unions``), or along the
+whole sequence where there is no mask. Because lists ascend, the steps that may hide an element from another lie at a
+walk's two ends.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.launches import launch
+from sparseattn.kernels.unions import ROWS, SHIFT
 
 # Fields of a record.
 X0 = tl.constexpr(0)  # first stationary row of the tile, within its sequence
@@ -31,8 +33,7 @@ X_START = tl.constexpr(10)  # first row of the sequence
 Y_START = tl.constexpr(11)
 RECORD = tl.constexpr(16)
 
-# Stationary rows of a tile, and the largest reach of a window: none.
-ROWS = 128
+# The largest reach of a window: none.
 UNBOUNDED = 1 << 29
 
 _TILES = 8
@@ -53,7 +54,7 @@ def first_query_tile(q_start, b, max_q, PACKED: tl.constexpr):
 @triton.jit
 def _first_steps(
     list_ptr, count, limit, rounds, inside,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PROBES: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PROBES: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """The first steps of walks that begin at rows ``limit`` or later, or how many there are; [A, B, C] each.
 
@@ -69,11 +70,11 @@ def _first_steps(
             size = high - low
             at = low[:, :, :, None] + size[:, :, :, None] * probe // (PROBES + 1)
             present = (inside & (size > 0))[:, :, :, None] & (probe > 0)
-            entry = tl.load(list_ptr[:, :, :, None] + at, mask=present, other=0)
+            entry = tl.load(list_ptr[:, :, :, None] + at, mask=present, other=0) >> SHIFT
             before = tl.sum((present & (entry < block[:, :, :, None])).to(tl.int32), 3)
             high = tl.where(before < PROBES, low + size * (before + 1) // (PROBES + 1), high)
             low = tl.where(before > 0, low + size * before // (PROBES + 1) + 1, low)
-        entry = tl.load(list_ptr + low, mask=inside & (low < count), other=-1)
+        entry = tl.load(list_ptr + low, mask=inside & (low < count), other=-1) >> SHIFT
         step = low * (BLOCK // STEP) + tl.where(entry == block, (limit % BLOCK + STEP - 1) // STEP, 0)
     else:
         step = (limit + STEP - 1) // STEP
@@ -134,13 +135,14 @@ def walk_kernel(
     HEADS: tl.constexpr, HEADS_P2: tl.constexpr, MASK_GROUP: tl.constexpr, BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr, STEP: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, RAGGED_Q: tl.constexpr,
     RAGGED_K: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, OTHERS: tl.constexpr,
-    PROBES: tl.constexpr,
+    PROBES: tl.constexpr, GATHER: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """One program: records and walks of ``TILES`` tiles, each written to its place in the order of their lengths.
 
     Grid (tiles / TILES,). Tiles are ordered [sequence, stationary head, 128 rows]; a stationary head walks past
     ``HEADS`` heads of the other side. ``section`` tiles in a row (those of one KV head) start together, longest first;
-    tiles from ``tail`` on are one section, so that the last to start are short.
+    tiles from ``tail`` on are one section, so that the last to start are short. ``GATHER`` entries of a list make a
+    step (0: an entry makes one or more), and their blocks are shifted by ``SHIFT``.
 
     Writes ``record`` int32 [total + 1, 16] (the last says stop), ``ranges`` int32 [total, 3, HEADS, 2], the first step
     and the end of each head's walk: steps with element masks before the others, steps with them behind, the others;
@@ -211,13 +213,27 @@ def walk_kernel(
     limit = tl.where(which < 2, limit, tl.where(which < 3, full_hi[:, None, None], some_hi[:, None, None]))
     limit = tl.maximum(tl.minimum(limit, y_len[:, None, None]), 0)
     steps = _first_steps(
-        list_ptr[:, :, None], count[:, :, None], limit, rounds, present[:, :, None], BLOCK_Y, STEP, MASKED, PROBES
+        list_ptr[:, :, None],
+        count[:, :, None],
+        limit,
+        rounds,
+        present[:, :, None],
+        BLOCK_Y,
+        STEP,
+        MASKED,
+        PROBES,
+        SHIFT,
     )
     steps += (count * 0)[:, :, None]
     n0 = tl.sum(tl.where(which == 0, steps, 0), 2)
     n1 = tl.sum(tl.where(which == 1, steps, 0), 2)
     n2 = tl.sum(tl.where(which == 2, steps, 0), 2)
     n3 = tl.sum(tl.where(which == 3, steps, 0), 2)
+    if GATHER:  # these were boxes: whatever one of them needs, its step does
+        n0 //= GATHER
+        n1 = tl.cdiv(n1, GATHER)
+        n2 //= GATHER
+        n3 = tl.cdiv(n3, GATHER)
     n0 = tl.minimum(n0, n3)
     n1 = tl.minimum(tl.maximum(n1, n0), n3)
     n2 = tl.minimum(tl.maximum(n2, n1), n3)
@@ -265,6 +281,7 @@ def walks(
     ragged: tuple[bool, bool],
     processors: int,
     device: torch.device,
+    gather: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Records, ranges and the zero counter of a persistent kernel, and how many tiles there are; see ``walk_kernel``.
 
@@ -286,6 +303,7 @@ def walks(
         ragged: Whether (query, key) spans are given.
         processors: Programs that will share the tiles.
         device: Of the results.
+        gather: Entries that make a step, of lists as ``unions`` makes them; ``step`` are the rows of each then.
     """
     tiles = triton.cdiv(lengths[1] if keys else lengths[0], ROWS)
     total = batch * heads * tiles
@@ -309,6 +327,7 @@ def walks(
         *lengths, out_rows, back, ahead, tiles, heads, section, tail, total,
         HEADS=per_head, HEADS_P2=triton.next_power_of_2(per_head), MASK_GROUP=mask_group, BLOCK_X=blocks[0],
         BLOCK_Y=blocks[1], STEP=step, KEYS=keys, MASKED=lists is not None, RAGGED_Q=ragged[0], RAGGED_K=ragged[1],
-        PACKED=packed, ROWS=ROWS, TILES=_TILES, OTHERS=_OTHERS, PROBES=_PROBES, num_warps=8, **LAUNCH,
+        PACKED=packed, ROWS=ROWS, TILES=_TILES, OTHERS=_OTHERS, PROBES=_PROBES, GATHER=gather,
+        SHIFT=SHIFT.value if gather else 0, num_warps=8, **LAUNCH,
     )  # fmt: skip
     return records, ranges, counter, total

@@ -30,6 +30,7 @@ from typing import Any
 MODULES = (
     "sparseattn.kernels.lists",
     "sparseattn.kernels.tilings",
+    "sparseattn.kernels.unions",
     "sparseattn.ops.block_sparse.triton",
     "sparseattn.ops.block_sparse.gluon",
     "sparseattn.ops.block_sparse.gluon_gradients",

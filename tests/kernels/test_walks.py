@@ -10,12 +10,12 @@ import torch
 
 pytest.importorskip("triton", reason="the plan is a Triton kernel")
 
+from sparseattn.kernels.unions import ROWS, SHIFT, box_rows, unions
 from sparseattn.kernels.walks import (
     HEAD,
     MASKED_STEPS,
     OFFSET,
     OUT_ROW,
-    ROWS,
     SEQUENCE,
     STEPS,
     TILE,
@@ -69,14 +69,16 @@ PLANS = [
         window=(150, 0),
     ),
     Plan("three-heads", heads=(3, 1), mask_heads=3),
+    Plan("blocks-64x64", blocks=(64, 64)),
+    Plan("blocks-16x32-window", blocks=(16, 32), spans=(((0, 200), (0, 300)),), window=(100, 30), heads=(2, 1),
+         mask_heads=2),
+    Plan("blocks-48x80-packed", blocks=(48, 80), spans=RAGGED, ragged=True, packed=True, heads=(2, 1), mask_heads=1),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("keys", [True, False], ids=["keys", "queries"])
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_walks_meet_every_visible_pair_once(plan: Plan, keys: bool, device: str):
-    if not keys and plan.blocks is not None and plan.blocks[0] % ROWS:
-        pytest.skip("tiles of query rows are whole mask blocks")
     max_q, max_k = (max(span[i][1] for span in plan.spans) for i in range(2))
     heads_q, heads_k = plan.heads
     lists, dense = _lists(plan, max_q, max_k, keys, device)
@@ -91,10 +93,16 @@ def test_walks_meet_every_visible_pair_once(plan: Plan, keys: bool, device: str)
     heads = heads_k * plan.parts if keys else heads_q
     step = 64 if keys else 128
     blocks = plan.blocks or (128, 128)
+    blocks = (blocks[1], blocks[0]) if keys else blocks
+    gather = 0
+    if lists and (blocks[0] % ROWS or blocks[1] % step):
+        shape, lengths = (plan.mask_batch, plan.mask_heads), (max_k, max_q) if keys else (max_q, max_k)
+        box = box_rows(blocks[1], step)
+        lists, blocks, gather = unions(lists, shape, blocks, lengths, step), (ROWS, box), step // box
     records, ranges, counter, total = walks(
         lists, spans, keys=keys, batch=len(plan.spans), lengths=(max_q, max_k), window=plan.window, heads=heads,
         per_head=per_head, section_heads=heads // heads_k, mask_group=heads_q // plan.mask_heads if lists else 1,
-        blocks=(blocks[1], blocks[0]) if keys else blocks, step=step, out_rows=0 if plan.packed else 5000,
+        blocks=blocks, step=step // max(gather, 1), gather=gather, out_rows=0 if plan.packed else 5000,
         packed=plan.packed, ragged=(plan.ragged, plan.ragged), processors=1, device=torch.device(device),
     )  # fmt: skip
     records, ranges = records.cpu(), ranges.cpu()
@@ -124,13 +132,18 @@ def test_walks_meet_every_visible_pair_once(plan: Plan, keys: bool, device: str)
                 steps += count
                 masked += count if part < 2 else 0
                 for at in range(first, end):
-                    y0 = _row(lists, record, plan, keys, head * per_head + h if keys else head, at, blocks, step)
-                    assert 0 <= y0 < y_span[1]
-                    assert not covered[:, y0 : y0 + step].any()
-                    covered[:, y0 : y0 + step] = True
-                    if part == 2:  # no element mask: whatever of the tile exists is seen
-                        assert seen[x0 : min(x0 + ROWS, x_span[1]), y0 : min(y0 + step, y_span[1])].all()
-                        assert keys or y0 + step <= y_span[1]
+                    y_head = head * per_head + h if keys else head
+                    rows, listed = _rows(lists, record, plan, y_head, at, blocks, step, gather)
+                    assert 0 <= rows[0] < y_span[1]
+                    # Of a step of boxes the last may be past the end.
+                    inside = rows < (y_span[1] if gather else covered.shape[1])
+                    assert not covered[:, rows[inside]].any()
+                    covered[:, rows[inside]] = listed[: covered.shape[0], inside]
+                    if part == 2:  # no element mask: whatever of the tile exists and is listed is seen
+                        inside = rows < y_span[1]
+                        x_rows = min(ROWS, x_span[1] - x0)
+                        assert torch.equal(seen[x0 : x0 + x_rows][:, rows[inside]], listed[:x_rows, inside])
+                        assert keys or gather or inside.all()
                         assert not keys or x0 + ROWS <= x_span[1]
             assert covered[seen[x0 : x0 + ROWS]].all()
         assert (masked, steps) == (record[MASKED_STEPS.value], record[STEPS.value])
@@ -162,15 +175,22 @@ def _visible(plan: Plan, dense: torch.Tensor | None, b: int, head: int, max_q: i
     return seen
 
 
-def _row(lists, record: list[int], plan: Plan, keys: bool, head: int, at: int, blocks, step: int) -> int:
+def _rows(lists, record: list[int], plan: Plan, head: int, at: int, blocks, step: int, gather: int):
+    """Rows of a step [step], and which of them the stationary rows' lists have: bool [ROWS, step]."""
+    everywhere = torch.ones((ROWS, step), dtype=torch.bool)
     if lists is None:
-        return at * step
+        return at * step + torch.arange(step), everywhere
     _, indices, *_ = lists
     b = record[SEQUENCE.value] if plan.mask_batch > 1 else 0
-    mask_head = head // (plan.heads[0] // plan.mask_heads)
-    stationary, walking = (blocks[1], blocks[0]) if keys else blocks
-    entry = indices[b, mask_head, record[X0.value] // stationary, at // (walking // step)].item()
-    return entry * walking + at % (walking // step) * step
+    entries = indices[b, head // (plan.heads[0] // plan.mask_heads), record[X0.value] // blocks[0]].cpu()
+    if gather:
+        entries = entries[at * gather : (at + 1) * gather]
+        assert (entries[1:] >= entries[:-1]).all()
+        rows = (entries >> SHIFT.value)[:, None] * blocks[1] + torch.arange(blocks[1])
+        bits = (entries >> torch.arange(ROWS // 16)[:, None]) & 1 != 0
+        return rows.flatten(), bits.repeat_interleave(16, 0).repeat_interleave(blocks[1], 1)
+    parts = blocks[1] // step
+    return entries[at // parts] * blocks[1] + at % parts * step + torch.arange(step), everywhere
 
 
 def _check_order(records: torch.Tensor, section: int) -> None:

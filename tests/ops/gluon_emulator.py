@@ -569,8 +569,14 @@ class tma:
         del stores[: len(oldest)]
 
 
+def _parent(layout: Any) -> Any:
+    while isinstance(layout, gl.SliceLayout):
+        layout = layout.parent
+    return layout
+
+
 def copy_rows(tile: Memory, pointers: Pointer, mask: Any = None) -> None:
-    """Copies of a warpgroup's threads, of which the emulator's one thread makes all; masked elements are zeros."""
+    """Copies of a partition's threads, of which the emulator's one thread makes all; masked elements are zeros."""
     where = pointers.offset.data
     if tuple(tile.shape) != tuple(where.shape):
         raise EmulationError(f"{tuple(where.shape)} elements copied to memory of shape {tile.shape}")
@@ -582,7 +588,7 @@ def copy_rows(tile: Memory, pointers: Pointer, mask: Any = None) -> None:
     def copy() -> None:
         tile.write(torch.where(keep, pointers.memory[torch.where(keep, where, 0)], 0))
 
-    context().copying.append((tile, copy))
+    context().copying.append((tile, copy, 32 * math.prod(_parent(pointers.offset.layout).warps_per_cta)))
 
 
 class async_copy:
@@ -590,17 +596,18 @@ class async_copy:
 
     @staticmethod
     def mbarrier_arrive(memory: Memory, increment_count: Any = True) -> None:
-        """Each thread of the warpgroup arrives when the copies that it has asked for are there."""
+        """Each thread of the partition arrives when the copies that it has asked for are there."""
         if unwrap(increment_count):
             raise EmulationError("the emulator knows no arrivals beyond those that a barrier counts")
         asked, context().copying = context().copying, []
+        (threads,) = {threads for _, _, threads in asked}
 
         def arrive() -> None:
             b = barrier(memory)
-            for tile, one in asked:
+            for tile, one, _ in asked:
                 one()
                 b.copied.append(tile.flags())
-            b.pending -= 128
+            b.pending -= threads
             b.settle()
 
         with context().world.changed:
@@ -612,7 +619,7 @@ class async_copy:
         done = [False]
 
         def copy() -> None:
-            for tile, one in asked:
+            for tile, one, _ in asked:
                 one()
                 context_written.append(tile.flags())
             done[0] = True

@@ -41,6 +41,7 @@ CASES = [
     ),
     _case("nothing-listed", columns=20, means=True, density=0.0, sinks=True, heads=(1, 1), mask_heads=1),
     _case("empty-rows", columns=3, empty_rows=0.6, density=0.2, seq=(270, 270), block=(64, 128)),
+    _case("block-64x32", columns=12, means=True, block=(64, 32)),
     _case("few-queries", columns=12, means=True, density=0.6, mask_heads=1, seq=(20, 1100), heads=(4, 1)),
     _case(
         "packed", columns=12, means=True, lengths=((140, 160), (0, 70), (29, 129), (5, 0)), mask_heads=1, sinks=True,

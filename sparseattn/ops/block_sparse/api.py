@@ -78,7 +78,7 @@ def block_sparse_attention(
         deterministic: Gradients must be the same bits in every run, which "gluon" then computes by another, slower
             kernel. Outputs always are, and so are gradients of the other implementations.
         impl: "auto" (on CUDA Gluon where it can, else Triton, for either pass by itself; reference on CPU), "gluon"
-            (Hopper; no gradients of head dims past 128, of small and of variable blocks), "triton" or "reference".
+            (Hopper; no gradients of head dims past 128 and of variable blocks), "triton" or "reference".
 
     Returns:
         ``o`` ``[B, Sq, Hq, Dv]`` (packed ``[total_q, Hq, Dv]``) in q's dtype, contiguous; with ``return_lse`` also

@@ -90,7 +90,7 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry, gradients: 
     if reason is None and gradients is not None:
         if g.row_pieces is not None:
             return "the Hopper backward takes blocks of one size, not variable ones"
-        reason = unsupported_backward_reason(q, k, v, g, gradients == "deterministic")
+        reason = unsupported_backward_reason(q, k, v, g)
     return reason
 
 

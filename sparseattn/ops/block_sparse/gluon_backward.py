@@ -8,7 +8,7 @@ pair, ``dq_kernel`` the second.
 Three partitions: a loading warp, and two warpgroups of 64 keys (or, in ``dq_kernel``, query rows) each. The loader
 alone walks the lists; it hands over a record a tile and two numbers a step, steps with element masks first, so that
 the warpgroups run two plain loops. Every ring has two stages, of which step ``it`` takes ``it & 1``, but that of the
-queries may have three (``query_stages``).
+queries may have three (``query_stages``). Small mask blocks come as boxes, see ``gluon_backward_boxes``.
 """
 
 # Layouts are parameters of kernels here, so annotations must stay objects: no ``from __future__ import annotations``.
@@ -46,7 +46,26 @@ from sparseattn.kernels.walks import (
     Y_LENGTH,
     Y_START,
 )
-from sparseattn.ops.block_sparse.gluon_backward_parts import NOWHERE, emit_dq, field, probabilities
+from sparseattn.ops.block_sparse.gluon_backward_boxes import (
+    emit_step_dq,
+    gathers,
+    hidden_step,
+    load_query_boxes,
+    query_fills,
+    seen,
+    sees_any,
+    slot_size,
+    step_rows,
+)
+from sparseattn.ops.block_sparse.gluon_backward_parts import (
+    NOWHERE,
+    field,
+    issue_dq,
+    next_place,
+    post_tile,
+    probabilities,
+    step_row,
+)
 from sparseattn.ops.block_sparse.gluon_backward_wide import issue_rows_of_dq, load_wide_numbers, wide_step
 
 # Integer arguments that change with the prompt: specialising on them would compile a kernel per length.
@@ -81,41 +100,9 @@ def rows_that_see(keys, offset, k_len, reach_back, reach_ahead):
 
 
 @gluon.jit
-def next_place(ranges_ptr, part, at, end):
-    """The step after ``at``, in this range of a walk or the first of a later one."""
-    at += 1
-    while at >= end:
-        part += 1
-        at = gl.load(ranges_ptr + 2 * part)
-        end = gl.load(ranges_ptr + 2 * part + 1)
-    return part, at, end
-
-
-@gluon.jit
-def step_row(list_ptr, at, block, STEP: gl.constexpr, MASKED: gl.constexpr):
-    """First row of step ``at`` of a block list, or of all rows."""
-    if MASKED:
-        entry = at * STEP // block
-        row = gl.load(list_ptr + entry) * block + at * STEP - entry * block
-    else:
-        row = at * STEP
-    return row
-
-
-@gluon.jit
-def post_tile(record_ptr, tiles, full, empty, turn):
-    """Hand the record of tile number ``turn`` of this program to the warpgroups; ``record_ptr`` may point to a stop."""
-    slot = turn & 1
-    mbarrier.wait(empty.index(slot), ((turn >> 1) & 1) ^ 1)
-    fields = gl.arange(0, RECORD, gl.BlockedLayout([1], [32], [1], [0]))
-    tiles.index(slot).store(gl.load(record_ptr + fields))
-    mbarrier.arrive(full.index(slot), count=1)
-
-
-@gluon.jit
 def load_query_step(
     q_desc, do_desc, numbers_desc, q_s, do_s, numbers_s, steps_s, q_full, q_empty, do_full, do_empty,
-    it, q_start, do_start, q_len, row, head, tile, STAGES: gl.constexpr, STEP: gl.constexpr,
+    it, q_start, do_start, q_len, row, head, tile, note, STAGES: gl.constexpr, STEP: gl.constexpr, BOX: gl.constexpr,
 ):  # fmt: skip
     """Ask for the ``STEP`` query rows at ``row`` of one head: Q and the row numbers together, dO on its own."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -123,9 +110,9 @@ def load_query_step(
     parity = ((it >> 1) & 1) ^ 1
     held = it % STAGES
     mbarrier.wait(q_empty.index(held), (it // STAGES & 1) ^ 1)
-    slot = STEP // 32 * (it & 3)
+    slot = slot_size(BOX, STEP // 32) * (it & 3)
     steps_s.index(slot).store(gl.full([1], tile, gl.int32, one))
-    steps_s.index(slot + 1).store(gl.full([1], row, gl.int32, one))
+    steps_s.index(slot + 1).store(gl.full([1], note, gl.int32, one))
     if STEP == 128:
         steps_s.index(slot + 2).store(gl.full([1], gl.where(row + 64 < q_len, tile + 1, NOWHERE), gl.int32, one))
     mbarrier.expect(q_full.index(held), q_desc.block_type.nbytes + STEP * 8)
@@ -151,10 +138,10 @@ def load_halves(desc, start, length, row, head, full, empty, tiles, turn):
 @gluon.jit
 def gradients_loader(
     q_desc, do_desc, numbers_desc, k_desc, v_desc, q_s, do_s, numbers_s, k_s, v_s, steps_s, tiles_s,
-    q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
+    q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty, numbers_ptr,
     record_ptr, ranges_ptr, counter_ptr, index_ptr, total, mask_stride_b, mask_stride_h, idx_width, row_tiles,
     q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv, MASKED: gl.constexpr,
-    STAGES: gl.constexpr, STEP: gl.constexpr,
+    STAGES: gl.constexpr, STEP: gl.constexpr, BOX: gl.constexpr,
 ):  # fmt: skip
     """The loading warp of ``gradients_kernel``: claims tiles, and feeds K and V once and query rows step by step."""
     it = 0
@@ -186,12 +173,20 @@ def gradients_loader(
                 part, at, end = next_place(walk, part, at, end)
                 head = first_head + part % heads
                 list_ptr = list_base + (head // mask_group * mask_stride_h).to(gl.int64) * idx_width
-                row = step_row(list_ptr, at, block_q, STEP, MASKED)
-                load_query_step(
-                    q_desc, do_desc, numbers_desc, q_s, do_s, numbers_s, steps_s, q_full, q_empty, do_full, do_empty,
-                    it, b * q_rows + q_start, b * do_rows + q_start, q_len, row, head,
-                    head * row_tiles + base + row // 64, STAGES, STEP,
-                )  # fmt: skip
+                if gathers(BOX):
+                    load_query_boxes(
+                        q_desc, do_desc, numbers_ptr, q_s, do_s, numbers_s, steps_s, q_full, q_empty, do_full, do_empty,
+                        it, b * q_rows + q_start, b * do_rows + q_start, q_len, list_ptr + at * (64 // BOX), head,
+                        head * row_tiles + base, BOX, STAGES,
+                    )  # fmt: skip
+                else:
+                    row = step_row(list_ptr, at, block_q, STEP, MASKED, BOX)
+                    note = gl.load(list_ptr + at) if BOX else row
+                    load_query_step(
+                        q_desc, do_desc, numbers_desc, q_s, do_s, numbers_s, steps_s, q_full, q_empty, do_full,
+                        do_empty, it, b * q_rows + q_start, b * do_rows + q_start, q_len, row, head,
+                        head * row_tiles + base + row // 64, note, STAGES, STEP, BOX,
+                    )  # fmt: skip
                 it += 1
         turn += 1
         # Claimed only now: a tile claimed while a long one runs would wait for it.
@@ -200,24 +195,6 @@ def gradients_loader(
 
 
 # ---------------------------------------------------------------- the warpgroups: gradients of 64 keys
-
-
-@gluon.jit
-def issue_dq(ds_s, k_s, slot, zeros, zero, CID: gl.constexpr, SHARED: gl.constexpr):
-    """Start dQ of 64 query rows: this warpgroup's half of the columns from all 128 keys, or all columns of its keys."""
-    if SHARED:
-        dq = warpgroup_mma(
-            ds_s.index(2 * slot).permute((1, 0)), k_s.index(zero).slice(64 * CID, 64, 1), zeros, use_acc=False,
-            is_async=True,
-        )  # fmt: skip
-        dq = warpgroup_mma(
-            ds_s.index(2 * slot + 1).permute((1, 0)), k_s.index(zero + 1).slice(64 * CID, 64, 1), dq, is_async=True
-        )
-    else:
-        dq = warpgroup_mma(
-            ds_s.index(2 * slot + CID).permute((1, 0)), k_s.index(zero + CID), zeros, use_acc=False, is_async=True
-        )
-    return dq
 
 
 @gluon.jit
@@ -236,7 +213,7 @@ def gradient_step(
     q_full, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free, ds_release, dq_desc,
     it, first_row, last_row, qk_scale, softcap,
     CID: gl.constexpr, MASK: gl.constexpr, WITH_DQ: gl.constexpr, SHARED: gl.constexpr, SOFTCAP: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, BOX: gl.constexpr,
 ):  # fmt: skip
     """One step: S and dP, then dV, then dK, and dQ of the step before.
 
@@ -262,12 +239,15 @@ def gradient_step(
         v_s.index(CID + zero), do_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True
     )  # [keys, rows]
     norm = numbers_s.index(held).slice(0, 64, 0).load(COLS)
-    tile = field(steps_s.index(2 * (it & 3)), 0)
+    slot = slot_size(BOX, 2) * (it & 3)
+    tile = field(steps_s.index(slot), 0)
     s = warpgroup_mma_wait(1, deps=(s,))
     p, slope = probabilities(s, norm[None, :], qk_scale, softcap, SOFTCAP)
     if MASK:
-        rows = field(steps_s.index(2 * (it & 3) + 1), 0) + count_s.load(COLS)
+        rows = step_rows(steps_s, slot + 1, count_s, BOX, COLS)
         p = gl.where((rows[None, :] >= first_row[:, None]) & (rows[None, :] <= last_row[:, None]), p, 0.0)
+    if BOX:
+        p = seen(p, steps_s, slot + 1, BOX, CID)
     pa = gl.convert_layout(p.to(dtype), A_LAYOUT)
     if SOFTCAP:
         p = p * slope
@@ -289,7 +269,7 @@ def gradient_step(
         mbarrier.arrive(do_empty.index(stage), count=1)
         dq = warpgroup_mma_wait(1, deps=(dq,))
         mbarrier.arrive(ds_release.index(other), count=1, pred=it > 0)
-        emit_dq(dq, dq_desc, out_s, earlier, CID, SHARED)
+        emit_step_dq(dq, dq_desc, out_s, steps_s, it - 1, earlier, CID, SHARED, BOX)
     else:
         dv, pa = warpgroup_mma_wait(1, deps=(dv, pa))
         mbarrier.arrive(do_empty.index(stage), count=1)
@@ -299,9 +279,36 @@ def gradient_step(
 
 
 @gluon.jit
+def boxes_step(
+    dk, dv, earlier, zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s, count_s,
+    q_full, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free, ds_release, dq_desc,
+    it, first_row, last_row, qk_scale, softcap,
+    CID: gl.constexpr, MASK: gl.constexpr, WITH_DQ: gl.constexpr, SHARED: gl.constexpr, SOFTCAP: gl.constexpr,
+    STAGES: gl.constexpr, BOX: gl.constexpr,
+):  # fmt: skip
+    """``gradient_step``; where no query sees any of these keys, only what the other warpgroup needs of it."""
+    sees = True
+    if WITH_DQ and BOX:
+        mbarrier.wait(q_full.index(it % STAGES), it // STAGES & 1)
+        sees = sees_any(steps_s, 8 * (it & 3) + 1, BOX, CID)
+    if sees:
+        dk, dv, tile = gradient_step(
+            dk, dv, earlier, zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s, count_s,
+            q_full, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free, ds_release, dq_desc,
+            it, first_row, last_row, qk_scale, softcap, CID, MASK, WITH_DQ, SHARED, SOFTCAP, STAGES, BOX,
+        )  # fmt: skip
+    else:
+        tile = hidden_step(
+            earlier, zeros, k_s, ds_s, out_s, steps_s, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free,
+            ds_release, dq_desc, it, CID, SHARED, STAGES, BOX,
+        )  # fmt: skip
+    return dk, dv, tile
+
+
+@gluon.jit
 def ahead_step(
     dk, dv, p, zeros, q_s, do_s, numbers_s, k_s, v_s, steps_s, count_s, q_full, q_empty, do_full, do_empty,
-    it, more, first_row, last_row, qk_scale, CID: gl.constexpr, MASK: gl.constexpr,
+    it, more, first_row, last_row, qk_scale, CID: gl.constexpr, MASK: gl.constexpr, BOX: gl.constexpr,
 ):  # fmt: skip
     """One step without dQ: dP, dV and dK of this step, and S of the next under them.
 
@@ -328,21 +335,29 @@ def ahead_step(
     mbarrier.arrive(do_empty.index(stage), count=1)
     dk = warpgroup_mma(dsa, q_s.index(stage), dk, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
-    p = next_probabilities(s, numbers_s.index(other), steps_s, count_s, it + 1, first_row, last_row, qk_scale, MASK)
+    p = next_probabilities(
+        s, numbers_s.index(other), steps_s, count_s, it + 1, first_row, last_row, qk_scale, CID, MASK, BOX
+    )
     dk, dsa = warpgroup_mma_wait(0, deps=(dk, dsa))
     mbarrier.arrive(q_empty.index(stage), count=1)
     return dk, dv, p
 
 
 @gluon.jit
-def next_probabilities(s, numbers, steps_s, count_s, it, first_row, last_row, qk_scale, MASK: gl.constexpr):
+def next_probabilities(
+    s, numbers, steps_s, count_s, it, first_row, last_row, qk_scale, CID: gl.constexpr, MASK: gl.constexpr,
+    BOX: gl.constexpr,
+):  # fmt: skip
     """Probabilities of step ``it`` from its raw scores."""
     COLS: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     norm = numbers.slice(0, 64, 0).load(COLS)
     p, _ = probabilities(s, norm[None, :], qk_scale, 0.0, False)
+    slot = slot_size(BOX, 2) * (it & 3) + 1
     if MASK:
-        rows = field(steps_s.index(2 * (it & 3) + 1), 0) + count_s.load(COLS)
+        rows = step_rows(steps_s, slot, count_s, BOX, COLS)
         p = gl.where((rows[None, :] >= first_row[:, None]) & (rows[None, :] <= last_row[:, None]), p, 0.0)
+    if BOX:
+        p = seen(p, steps_s, slot, BOX, CID)
     return p
 
 
@@ -376,7 +391,7 @@ def gradients_consumer(
     q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
     ds_mine, ds_other, ds_free, ds_release, reach_back, reach_ahead, qk_scale, softcap, scale,
     CID: gl.constexpr, BLOCK_D: gl.constexpr, WITH_DQ: gl.constexpr, SOFTCAP: gl.constexpr, FLOAT32: gl.constexpr,
-    STEP: gl.constexpr,
+    STEP: gl.constexpr, BOX: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of ``gradients_kernel``: dK and dV of 64 keys, and its part of dQ."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
@@ -408,19 +423,19 @@ def gradients_consumer(
             s = warpgroup_mma(k_s.index(CID), q_s.index(it & 1).permute((1, 0)), zeros, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=(s,))
             p = next_probabilities(
-                s, numbers_s.index(it & 1), steps_s, count_s, it, first_row, last_row, qk_scale, True
+                s, numbers_s.index(it & 1), steps_s, count_s, it, first_row, last_row, qk_scale, CID, True, BOX
             )
             for i in range(0, masked - 1):
                 dk, dv, p = ahead_step(
                     dk, dv, p, zeros, q_s, do_s, numbers_s, k_s, v_s, steps_s, count_s,
                     q_full, q_empty, do_full, do_empty,
-                    it + i, i + 1 < steps, first_row, last_row, qk_scale, CID, True,
+                    it + i, i + 1 < steps, first_row, last_row, qk_scale, CID, True, BOX,
                 )  # fmt: skip
             for i in range(gl.maximum(masked - 1, 0), steps):
                 dk, dv, p = ahead_step(
                     dk, dv, p, zeros, q_s, do_s, numbers_s, k_s, v_s, steps_s, count_s,
                     q_full, q_empty, do_full, do_empty,
-                    it + i, i + 1 < steps, first_row, last_row, qk_scale, CID, False,
+                    it + i, i + 1 < steps, first_row, last_row, qk_scale, CID, False, BOX,
                 )  # fmt: skip
             it += steps
         elif STEP == 128:
@@ -441,18 +456,18 @@ def gradients_consumer(
         else:
             tile = steps * 0 + NOWHERE
             for i in range(0, masked):
-                dk, dv, tile = gradient_step(
+                dk, dv, tile = boxes_step(
                     dk, dv, tile, zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s, count_s,
                     q_full, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free, ds_release, dq_desc,
                     it + i, first_row, last_row, qk_scale, softcap, CID, True, WITH_DQ, SHARED, SOFTCAP,
-                    STAGES,
+                    STAGES, BOX,
                 )  # fmt: skip
             for i in range(masked, steps):
-                dk, dv, tile = gradient_step(
+                dk, dv, tile = boxes_step(
                     dk, dv, tile, zeros, q_s, do_s, numbers_s, k_s, v_s, ds_s, out_s, steps_s, count_s,
                     q_full, q_empty, do_full, do_empty, ds_mine, ds_other, ds_free, ds_release, dq_desc,
                     it + i, first_row, last_row, qk_scale, softcap, CID, False, WITH_DQ, SHARED, SOFTCAP,
-                    STAGES,
+                    STAGES, BOX,
                 )  # fmt: skip
             it += steps
         # V is free, K once dQ is done: the next tile's travel while this one's results are written.
@@ -477,7 +492,7 @@ def gradients_consumer(
         if WITH_DQ:
             dq = warpgroup_mma_wait(0, deps=(dq,))
             mbarrier.arrive(k_empty, count=1)
-            emit_dq(dq, dq_desc, out_s, tile, CID, SHARED)
+            emit_step_dq(dq, dq_desc, out_s, steps_s, it - 1, tile, CID, SHARED, BOX)
         if WITH_DQ or FLOAT32:
             tma.store_wait(0)
         put_rows(dk * scale, dk_desc, out_row, k_len, x0, head, results_s, 1, FLOAT32)
@@ -506,31 +521,32 @@ def one_barrier_a_stage():
 @gluon.jit(do_not_specialize=LENGTHS)
 def gradients_kernel(
     q_desc, do_desc, numbers_desc, k_desc, v_desc, dk_desc, dv_desc, dq_desc,
-    record_ptr, ranges_ptr, counter_ptr, index_ptr, total, mask_stride_b, mask_stride_h, idx_width, row_tiles,
-    q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv,
+    numbers_ptr, record_ptr, ranges_ptr, counter_ptr, index_ptr, total, mask_stride_b, mask_stride_h, idx_width,
+    row_tiles, q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv,
     reach_back, reach_ahead, qk_scale, softcap, scale,
     BLOCK_D: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr, WITH_DQ: gl.constexpr, FLOAT32: gl.constexpr,
-    STEP: gl.constexpr,
+    STEP: gl.constexpr, BOX: gl.constexpr,
 ):  # fmt: skip
     """Persistent programs: dK and dV of 128 keys of one KV head over ``heads`` query heads, and what they add to dQ.
 
     Grid: any number of programs, at most a tile each. Tiles, their order and the steps of each come from
-    ``walk_kernel``; a step is ``STEP`` query rows, 64 or, with dQ and heads of up to 64, 128. dK and dV leave in the
-    inputs' dtype, or in float32 (``FLOAT32``) where more is added to them. Without ``WITH_DQ`` nothing is added across
-    programs, so the results are deterministic.
+    ``walk_kernel``; a step is ``STEP`` query rows, 64 or, with dQ and heads of up to 64, 128. With ``BOX`` not 0 lists
+    are those of ``unions``, of boxes of ``BOX`` rows, and steps 64. dK and dV leave in the inputs' dtype, or in float32
+    (``FLOAT32``) where more is added to them. Without ``WITH_DQ`` nothing is added across programs, so the results are
+    deterministic.
     """
     dtype: gl.constexpr = q_desc.dtype
     tile_2d: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     STAGES: gl.constexpr = query_stages(WITH_DQ, FLOAT32, BLOCK_D)
-    q_s, q_full, q_empty = ring(dtype, STAGES, [STEP, BLOCK_D], tile_2d, 1, 2)
+    q_s, q_full, q_empty = ring(dtype, STAGES, [STEP, BLOCK_D], tile_2d, query_fills(BOX), 2)
     do_s, do_full, do_empty = ring(dtype, 2, [STEP, BLOCK_D], tile_2d, 1, 2)
     tiles_s, tile_full, tile_empty = ring(gl.int32, 2, [RECORD], plain, 1, 2)
     k_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], tile_2d)
     v_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], tile_2d)
     results_s = gl.allocate_shared_memory(dtype, [2, 64 if STAGES > 2 else 128, 128], tile_2d)
     numbers_s = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * STEP], numbers_desc.layout)
-    steps_s = gl.allocate_shared_memory(gl.int32, [STEP // 8, 1], plain)
+    steps_s = gl.allocate_shared_memory(gl.int32, [4 * slot_size(BOX, STEP // 32), 1], plain)
     # 0 .. STEP - 1: read where they are needed; computed, they would stay in registers throughout.
     count_s = gl.allocate_shared_memory(gl.int32, [STEP], plain)
     count_s.store(gl.arange(0, STEP, gl.BlockedLayout([1], [32], [4], [0])))
@@ -555,7 +571,7 @@ def gradients_kernel(
             q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
             full_0, full_0 if ALONE else full_1, free_0, free_0 if ALONE else free_1,
             reach_back, reach_ahead, qk_scale, softcap, scale, 0, BLOCK_D, WITH_DQ, SOFTCAP,
-            FLOAT32, STEP,
+            FLOAT32, STEP, BOX,
         )),
         (gradients_consumer, (
             dk_desc, dv_desc, dq_desc, q_s, do_s, numbers_s, k_s, v_s, ds_s, results_s.index(1), steps_s, count_s,
@@ -563,12 +579,13 @@ def gradients_kernel(
             q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
             full_1, full_1 if ALONE else full_0, free_1, free_1 if ALONE else free_0,
             reach_back, reach_ahead, qk_scale, softcap, scale, 1, BLOCK_D, WITH_DQ, SOFTCAP,
-            FLOAT32, STEP,
+            FLOAT32, STEP, BOX,
         )),
         (gradients_loader, (
             q_desc, do_desc, numbers_desc, k_desc, v_desc, q_s, do_s, numbers_s, k_s, v_s, steps_s, tiles_s,
             q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
-            record_ptr, ranges_ptr, counter_ptr, index_ptr, total, mask_stride_b, mask_stride_h, idx_width, row_tiles,
-            q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv, MASKED, STAGES, STEP,
+            numbers_ptr, record_ptr, ranges_ptr, counter_ptr, index_ptr, total, mask_stride_b, mask_stride_h, idx_width,
+            row_tiles, q_rows, k_rows, v_rows, do_rows, heads, group, mask_group, block_q, block_kv, MASKED, STAGES,
+            STEP, BOX,
         )),
     ], [4, 1], [240, 24])  # fmt: skip

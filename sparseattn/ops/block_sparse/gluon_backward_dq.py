@@ -27,13 +27,9 @@ from sparseattn.kernels.walks import (
     Y_LENGTH,
     Y_START,
 )
-from sparseattn.ops.block_sparse.gluon_backward import (
-    LENGTHS,
-    next_place,
-    post_tile,
-    step_row,
-)
-from sparseattn.ops.block_sparse.gluon_backward_parts import field, probabilities
+from sparseattn.ops.block_sparse.gluon_backward import LENGTHS
+from sparseattn.ops.block_sparse.gluon_backward_boxes import load_list_boxes, post_entries, seen, slot_size, step_rows
+from sparseattn.ops.block_sparse.gluon_backward_parts import field, next_place, post_tile, probabilities, step_row
 
 K_STAGES: gl.constexpr = gl.constexpr(3)
 V_STAGES: gl.constexpr = gl.constexpr(2)
@@ -44,7 +40,7 @@ def dq_loader(
     q_desc, do_desc, k_desc, v_desc, q_s, do_s, k_s, v_s, steps_s, tiles_s, q_full, q_empty, k_full, k_empty, v_full,
     v_empty, tile_full, tile_empty, record_ptr, ranges_ptr, counter_ptr, index_ptr, total, mask_stride_b,
     mask_stride_h, idx_width, q_rows, k_rows, v_rows, do_rows, group, mask_group, block_q, block_kv,
-    MASKED: gl.constexpr,
+    MASKED: gl.constexpr, BOX: gl.constexpr,
 ):  # fmt: skip
     """The loading warp of ``dq_kernel``: claims tiles, and feeds Q and dO once and keys step by step."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -78,18 +74,25 @@ def dq_loader(
             load_rows(do_desc, b * do_rows + q_start, q_len, x0 + 64 * c, head, q_full.index(c), do_s.index(c))
         for _ in range(steps):
             part, at, end = next_place(ranges_ptr + position * 6, part, at, end)
-            row = step_row(list_ptr, at, block_kv, 128, MASKED)
             mbarrier.wait(k_empty.index(k_stage), k_phase)
-            steps_s.index(it & 3).store(gl.full([1], row, gl.int32, one))
-            mbarrier.expect(k_full.index(k_stage), k_desc.block_type.nbytes)
-            load_rows(
-                k_desc, b * k_rows + k_start, k_len, row, head // group, k_full.index(k_stage), k_s.index(k_stage)
-            )
-            mbarrier.wait(v_empty.index(v_stage), v_phase)
-            mbarrier.expect(v_full.index(v_stage), v_desc.block_type.nbytes)
-            load_rows(
-                v_desc, b * v_rows + k_start, k_len, row, head // group, v_full.index(v_stage), v_s.index(v_stage)
-            )
+            if BOX:
+                load_key_step(
+                    k_desc, v_desc, k_s.index(k_stage), v_s.index(v_stage), steps_s, k_full.index(k_stage),
+                    v_full.index(v_stage), v_empty.index(v_stage), v_phase, it, b * k_rows + k_start,
+                    b * v_rows + k_start, k_len, list_ptr + at * (128 // BOX), head // group, BOX,
+                )  # fmt: skip
+            else:
+                row = step_row(list_ptr, at, block_kv, 128, MASKED, BOX)
+                steps_s.index(it & 3).store(gl.full([1], row, gl.int32, one))
+                mbarrier.expect(k_full.index(k_stage), k_desc.block_type.nbytes)
+                load_rows(
+                    k_desc, b * k_rows + k_start, k_len, row, head // group, k_full.index(k_stage), k_s.index(k_stage)
+                )
+                mbarrier.wait(v_empty.index(v_stage), v_phase)
+                mbarrier.expect(v_full.index(v_stage), v_desc.block_type.nbytes)
+                load_rows(
+                    v_desc, b * v_rows + k_start, k_len, row, head // group, v_full.index(v_stage), v_s.index(v_stage)
+                )
             k_stage, k_phase = next_stage(k_stage, k_phase, K_STAGES)
             v_stage, v_phase = next_stage(v_stage, v_phase, V_STAGES)
             it += 1
@@ -99,11 +102,23 @@ def dq_loader(
 
 
 @gluon.jit
+def load_key_step(
+    k_desc, v_desc, k, v, steps_s, k_full, v_full, v_empty, v_phase, it, k_start, v_start, k_len, list_ptr, head,
+    BOX: gl.constexpr,
+):  # fmt: skip
+    """Ask for the 128 keys, and the values, of the boxes at ``list_ptr``."""
+    post_entries(steps_s, 8 * (it & 3), list_ptr, k_len, 128 // BOX, BOX)
+    load_list_boxes(k_desc, k_start, k_len, list_ptr, head, k_full, k, BOX)
+    mbarrier.wait(v_empty, v_phase)
+    load_list_boxes(v_desc, v_start, k_len, list_ptr, head, v_full, v, BOX)
+
+
+@gluon.jit
 def dq_step(
     acc, dsa, zeros, q_s, do_s, k_s, v_s, steps_s, count_s, k_full, k_empty, v_full, v_empty,
     norm, delta,
     k_stage, k_phase, v_stage, v_phase, it, first_key, last_key, qk_scale, softcap,
-    CID: gl.constexpr, MASK: gl.constexpr, SOFTCAP: gl.constexpr,
+    CID: gl.constexpr, MASK: gl.constexpr, SOFTCAP: gl.constexpr, BOX: gl.constexpr,
 ):  # fmt: skip
     """S of these keys, dQ of the ones before (whose dS is ``dsa``) under its softmax, then dP and the new dS."""
     S_LAYOUT: gl.constexpr = zeros.type.layout
@@ -115,9 +130,12 @@ def dq_step(
     acc = warpgroup_mma(dsa, k_s.index(before), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     p, slope = probabilities(s, norm[:, None], qk_scale, softcap, SOFTCAP)
+    slot = slot_size(BOX, 1) * (it & 3)
     if MASK:
-        keys = field(steps_s.index(it & 3), 0) + count_s.load(gl.SliceLayout(0, S_LAYOUT))
+        keys = step_rows(steps_s, slot, count_s, BOX, gl.SliceLayout(0, S_LAYOUT))
         p = gl.where((keys[None, :] >= first_key[:, None]) & (keys[None, :] <= last_key[:, None]), p, 0.0)
+    if BOX:
+        p = seen(p, steps_s, slot, BOX, CID)
     if SOFTCAP:
         p = p * slope
     acc, dsa = warpgroup_mma_wait(0, deps=(acc, dsa))
@@ -146,6 +164,7 @@ def dq_consumer(
     dq_desc, q_s, do_s, k_s, v_s, steps_s, count_s, tiles_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     tile_full, tile_empty, numbers_ptr, sums_ptr, row_tiles, reach_back, reach_ahead, qk_scale, softcap, scale,
     CID: gl.constexpr, BLOCK_D: gl.constexpr, SOFTCAP: gl.constexpr, STARTED: gl.constexpr,
+    BOX: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup of ``dq_kernel``: dQ of 64 query rows."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -194,7 +213,7 @@ def dq_consumer(
             acc, zeros, q_s, do_s, k_s, v_s, steps_s, count_s, k_full, k_empty, v_full, v_empty,
             norm, delta,
             k_stage, k_phase, v_stage, v_phase, it, masked, steps, first_key, last_key, qk_scale, softcap,
-            CID, A_LAYOUT, SOFTCAP,
+            CID, A_LAYOUT, SOFTCAP, BOX,
         )  # fmt: skip
         it += steps
         turn += 1
@@ -213,7 +232,7 @@ def dq_tile(
     acc, zeros, q_s, do_s, k_s, v_s, steps_s, count_s, k_full, k_empty, v_full, v_empty,
     norm, delta,
     k_stage, k_phase, v_stage, v_phase, it, masked, steps, first_key, last_key, qk_scale, softcap,
-    CID: gl.constexpr, A_LAYOUT: gl.constexpr, SOFTCAP: gl.constexpr,
+    CID: gl.constexpr, A_LAYOUT: gl.constexpr, SOFTCAP: gl.constexpr, BOX: gl.constexpr,
 ):  # fmt: skip
     """All steps of one tile; nothing happens where there are none."""
     S_LAYOUT: gl.constexpr = zeros.type.layout
@@ -225,8 +244,11 @@ def dq_tile(
         dp = warpgroup_mma(do_s.index(CID), v_s.index(v_stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
         p, slope = probabilities(s, norm[:, None], qk_scale, softcap, SOFTCAP)
-        keys = field(steps_s.index(it & 3), 0) + count_s.load(gl.SliceLayout(0, S_LAYOUT))
+        slot = slot_size(BOX, 1) * (it & 3)
+        keys = step_rows(steps_s, slot, count_s, BOX, gl.SliceLayout(0, S_LAYOUT))
         p = gl.where((keys[None, :] >= first_key[:, None]) & (keys[None, :] <= last_key[:, None]), p, 0.0)
+        if BOX:
+            p = seen(p, steps_s, slot, BOX, CID)
         if SOFTCAP:
             p = p * slope
         dp = warpgroup_mma_wait(0, deps=(dp,))
@@ -238,12 +260,14 @@ def dq_tile(
                 acc, dsa, zeros, q_s, do_s, k_s, v_s, steps_s, count_s, k_full, k_empty, v_full, v_empty,
                 norm, delta,
                 k_stage, k_phase, v_stage, v_phase, it + i, first_key, last_key, qk_scale, softcap, CID, True, SOFTCAP,
+                BOX,
             )  # fmt: skip
         for i in range(gl.maximum(masked, 1), steps):
             acc, dsa, k_stage, k_phase, v_stage, v_phase = dq_step(
                 acc, dsa, zeros, q_s, do_s, k_s, v_s, steps_s, count_s, k_full, k_empty, v_full, v_empty,
                 norm, delta,
                 k_stage, k_phase, v_stage, v_phase, it + i, first_key, last_key, qk_scale, softcap, CID, False, SOFTCAP,
+                BOX,
             )  # fmt: skip
         acc = warpgroup_mma(dsa, k_s.index(k_stage), acc, is_async=True)
         acc, dsa = warpgroup_mma_wait(0, deps=(acc, dsa))
@@ -257,6 +281,7 @@ def dq_kernel(
     total, mask_stride_b, mask_stride_h, idx_width, row_tiles, q_rows, k_rows, v_rows, do_rows, group, mask_group,
     block_q, block_kv, reach_back, reach_ahead, qk_scale, softcap, scale,
     BLOCK_D: gl.constexpr, MASKED: gl.constexpr, SOFTCAP: gl.constexpr, STARTED: gl.constexpr,
+    BOX: gl.constexpr,
 ):  # fmt: skip
     """Persistent programs: dQ of 128 query rows of one head over the keys that they see, 128 a step.
 
@@ -272,7 +297,7 @@ def dq_kernel(
     v_s, v_full, v_empty = ring(dtype, V_STAGES, [128, BLOCK_D], tile_2d, 1, 2)
     tiles_s, tile_full, tile_empty = ring(gl.int32, 2, [RECORD], plain, 1, 2)
     do_s = gl.allocate_shared_memory(dtype, [2, 64, BLOCK_D], tile_2d)
-    steps_s = gl.allocate_shared_memory(gl.int32, [4, 1], plain)
+    steps_s = gl.allocate_shared_memory(gl.int32, [4 * slot_size(BOX, 1), 1], plain)
     # 0 .. 127: read where they are needed; computed, they would stay in registers throughout.
     count_s = gl.allocate_shared_memory(gl.int32, [128], plain)
     count_s.store(gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])))
@@ -281,17 +306,17 @@ def dq_kernel(
         (dq_consumer, (
             dq_desc, q_s, do_s, k_s, v_s, steps_s, count_s, tiles_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             tile_full, tile_empty, numbers_ptr, sums_ptr, row_tiles, reach_back, reach_ahead, qk_scale, softcap, scale,
-            0, BLOCK_D, SOFTCAP, STARTED,
+            0, BLOCK_D, SOFTCAP, STARTED, BOX,
         )),
         (dq_consumer, (
             dq_desc, q_s, do_s, k_s, v_s, steps_s, count_s, tiles_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
             tile_full, tile_empty, numbers_ptr, sums_ptr, row_tiles, reach_back, reach_ahead, qk_scale, softcap, scale,
-            1, BLOCK_D, SOFTCAP, STARTED,
+            1, BLOCK_D, SOFTCAP, STARTED, BOX,
         )),
         (dq_loader, (
             q_desc, do_desc, k_desc, v_desc, q_s, do_s, k_s, v_s, steps_s, tiles_s, q_full, q_empty, k_full, k_empty,
             v_full, v_empty, tile_full, tile_empty, record_ptr, ranges_ptr, counter_ptr, index_ptr, total,
             mask_stride_b, mask_stride_h, idx_width, q_rows, k_rows, v_rows, do_rows,
-            group, mask_group, block_q, block_kv, MASKED,
+            group, mask_group, block_q, block_kv, MASKED, BOX,
         )),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -14,20 +14,20 @@ from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.gradients import dq_from_sums_kernel, sum_parts_kernel, tile_numbers_kernel
 from sparseattn.kernels.hopper import row_tiles, tile_layout
 from sparseattn.kernels.launches import launch
+from sparseattn.kernels.unions import SHIFT
 from sparseattn.kernels.walks import UNBOUNDED, walk_kernel, walks
 from sparseattn.ops.block_sparse.extra import prepare_extra
 from sparseattn.ops.block_sparse.extra_backward import add_extra_gradients
-from sparseattn.ops.block_sparse.geometry import Geometry, list_arguments
+from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.block_sparse.gluon_backward import gradients_kernel
 from sparseattn.ops.block_sparse.gluon_backward_dq import dq_kernel
 from sparseattn.ops.block_sparse.gluon_extra import start_dq
+from sparseattn.ops.block_sparse.gluon_gradient_steps import numbers_box, sums_map, walk_maps, walk_steps
 
 LOG2E = 1.4426950408889634
 
 
-def unsupported_backward_reason(
-    q: Tensor, k: Tensor, v: Tensor, g: Geometry, deterministic: bool = False
-) -> str | None:
+def unsupported_backward_reason(q: Tensor, k: Tensor, v: Tensor, g: Geometry) -> str | None:
     """Why these kernels cannot run the call, or None."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"the Hopper backward takes bfloat16 and float16, not {q.dtype}"
@@ -36,11 +36,8 @@ def unsupported_backward_reason(
     dim = max(q.shape[-1], v.shape[-1])
     if dim > 128 or q.shape[-1] % 8 or v.shape[-1] % 8:
         return f"the Hopper backward takes head dimensions up to 128, multiples of 8, not {q.shape[-1]}/{v.shape[-1]}"
-    if g.kv_num_blocks is not None:
-        rows = 128 if deterministic else 64
-        if g.block_q % rows or g.block_kv % 128:
-            blocks = f"{g.block_q} by {g.block_kv}"
-            return f"the Hopper backward takes mask blocks of multiples of {rows} by 128, not {blocks}"
+    if g.extra_keys and g.block_q % 64:
+        return f"the Hopper backward takes columns and means beside query blocks of multiples of 64, not {g.block_q}"
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not _copyable(t, g.packed):
             return (
@@ -206,22 +203,6 @@ def _row_numbers(
     return RowNumbers(numbers, norm, delta, sums, dsink)
 
 
-def _numbers_box(step: int) -> int:
-    """Row numbers that are loaded together: a tile's norms and deltas, or either, for steps of two tiles."""
-    return 128 if step == 64 else 64
-
-
-def _maps(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, rows: int, key_rows: int, cols: int
-) -> tuple[TensorDescriptor, ...]:
-    return (
-        row_tiles(q, 1, rows, cols),
-        row_tiles(do, 1, rows, cols),
-        row_tiles(k, 1, key_rows, cols),
-        row_tiles(v, 1, key_rows, cols),
-    )
-
-
 def _reach(g: Geometry) -> tuple[int, int]:
     """Keys that a row sees before and after its diagonal."""
     ahead = 0 if g.causal else g.window_right
@@ -247,31 +228,30 @@ def _keys_pass(
         dk_part, dv_part = (
             make((*t.shape[:-2], heads_k * parts, t.shape[-1]), dtype=torch.float32, device=t.device) for t in (k, v)
         )
-    masked = g.kv_num_blocks is not None
     with_dq = sums is not None
-    step = 128 if with_dq and block_d == 64 and not (masked and g.block_q % 128) else 64
-    lists = list_arguments(g.q_num_blocks, g.q_indices, q) if masked else None
+    steps = walk_steps(g.q_num_blocks, g.q_indices, g, q, keys=True, wide=with_dq and block_d == 64)
     mask_group = heads_q // g.kv_num_blocks.shape[1] if g.kv_num_blocks is not None else 1
     records, ranges, counter, total = walks(
-        lists, g.spans(numbers), keys=True, batch=g.batch, lengths=(g.max_q, g.max_k), window=_reach(g),
+        steps.lists, g.spans(numbers), keys=True, batch=g.batch, lengths=(g.max_q, g.max_k), window=_reach(g),
         heads=heads_k * parts, per_head=heads, section_heads=parts, mask_group=mask_group,
-        blocks=(g.block_kv, g.block_q) if masked else (128, step), step=step,
+        blocks=steps.blocks, step=steps.rows, gather=steps.gather,
         out_rows=0 if g.packed else k.shape[1], packed=g.packed,
         ragged=(g.q_start is not None, g.k_start is not None), processors=processors, device=q.device,
     )  # fmt: skip
-    q_map, do_map, k_map, v_map = _maps(q, k, v, do, step, 64, block_d)
-    numbers_map = TensorDescriptor(numbers, [numbers.numel()], [1], [_numbers_box(step)], NVMMASharedLayout(0, 32, 1))
+    box = steps.box if steps.box < 64 else 0
+    maps = (*walk_maps((q, do), steps.step, block_d, box), *walk_maps((k, v), 64, block_d))
+    at_once = numbers_box(steps.step)
+    numbers_map = TensorDescriptor(numbers, [numbers.numel()], [1], [at_once], NVMMASharedLayout(0, 32, 1))
     sums = numbers if sums is None else sums  # a tensor map wants memory, even of a pass that adds nothing
-    sums_map = TensorDescriptor(sums, [sums.numel() // 128, 128], [128, 1], [32, 128], NVMMASharedLayout(0, 32, 2))
-    _, indices, *strides = lists or (records, records, 0, 0, 0)
+    _, indices, *strides = steps.lists or (records, records, 0, 0, 0)
     factor, cap = _score_factors(g)
     launch(
         gradients_kernel, (min(total, processors),),
-        q_map, do_map, numbers_map, k_map, v_map, row_tiles(dk_part, 1, 64, block_d),
-        row_tiles(dv_part, 1, 64, block_d), sums_map, records, ranges, counter, indices, total, *strides,
-        _row_tiles(q, g), *(_batch_rows(t, g.packed) for t in (q, k, v, do)), heads, group, mask_group, g.block_q,
-        g.block_kv, *_reach(g), factor, cap, g.scale, BLOCK_D=block_d, MASKED=masked, SOFTCAP=g.softcap > 0,
-        WITH_DQ=with_dq, FLOAT32=dk_part.dtype == torch.float32, STEP=step, num_warps=4, **LAUNCH,
+        *maps[:2], numbers_map, *maps[2:], row_tiles(dk_part, 1, 64, block_d), row_tiles(dv_part, 1, 64, block_d),
+        sums_map(sums, box), numbers, records, ranges, counter, indices, total, *strides, _row_tiles(q, g),
+        *(_batch_rows(t, g.packed) for t in (q, k, v, do)), heads, group, mask_group, *steps.blocks[::-1], *_reach(g),
+        factor, cap, g.scale, BLOCK_D=block_d, MASKED=steps.lists is not None, SOFTCAP=g.softcap > 0, WITH_DQ=with_dq,
+        FLOAT32=dk_part.dtype == torch.float32, STEP=steps.step, BOX=steps.box, num_warps=4, **LAUNCH,
     )  # fmt: skip
     if parts > 1:
         rows = dk.numel() // dk.shape[-1]
@@ -290,26 +270,25 @@ def _queries_pass(
     group = heads_q // heads_k
     block_d = _padded(q, v)
     processors = _processors(q)
-    masked = g.kv_num_blocks is not None
-    lists = list_arguments(g.kv_num_blocks, g.kv_indices, q) if masked else None
+    steps = walk_steps(g.kv_num_blocks, g.kv_indices, g, q, keys=False, wide=True)
     mask_group = heads_q // g.kv_num_blocks.shape[1] if g.kv_num_blocks is not None else 1
     records, ranges, counter, total = walks(
-        lists, g.spans(numbers), keys=False, batch=g.batch, lengths=(g.max_q, g.max_k), window=_reach(g),
+        steps.lists, g.spans(numbers), keys=False, batch=g.batch, lengths=(g.max_q, g.max_k), window=_reach(g),
         heads=heads_q, per_head=1, section_heads=group, mask_group=mask_group,
-        blocks=(g.block_q, g.block_kv) if masked else (128, 128), step=128,
+        blocks=steps.blocks, step=steps.rows, gather=steps.gather,
         out_rows=0 if g.packed else q.shape[1], packed=g.packed,
         ragged=(g.q_start is not None, g.k_start is not None), processors=processors, device=q.device,
     )  # fmt: skip
-    q_map, do_map, k_map, v_map = _maps(q, k, v, do, 64, 128, block_d)
-    _, indices, *strides = lists or (records, records, 0, 0, 0)
+    maps = (*walk_maps((q, do), 64, block_d), *walk_maps((k, v), 128, block_d, steps.box))
+    _, indices, *strides = steps.lists or (records, records, 0, 0, 0)
     factor, cap = _score_factors(g)
     launch(
         dq_kernel, (min(total, processors),),
-        q_map, do_map, k_map, v_map, row_tiles(dq, 1, 64, block_d), numbers, numbers if sums is None else sums,
+        *maps, row_tiles(dq, 1, 64, block_d), numbers, numbers if sums is None else sums,
         records, ranges, counter, indices, total, *strides, _row_tiles(q, g),
-        *(_batch_rows(t, g.packed) for t in (q, k, v, do)), group, mask_group, g.block_q, g.block_kv, *_reach(g),
-        factor, cap, g.scale, BLOCK_D=block_d, MASKED=masked, SOFTCAP=g.softcap > 0,
-        STARTED=sums is not None, num_warps=4, **LAUNCH,
+        *(_batch_rows(t, g.packed) for t in (q, k, v, do)), group, mask_group, *steps.blocks, *_reach(g),
+        factor, cap, g.scale, BLOCK_D=block_d, MASKED=steps.lists is not None, SOFTCAP=g.softcap > 0,
+        STARTED=sums is not None, BOX=steps.box, num_warps=4, **LAUNCH,
     )  # fmt: skip
 
 
@@ -324,16 +303,26 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
             ("fused-parts", {"WITH_DQ": True, "FLOAT32": True}),
             ("keys", {}),
             ("keys-softcap", {"SOFTCAP": True}),
+            ("fused-boxes-64", {"WITH_DQ": True, "BOX": 64}),
+            ("fused-boxes-16", {"WITH_DQ": True, "BOX": 16}),
+            ("keys-boxes-16", {"BOX": 16}),
         ):
             cases.append((f"gradients-{variant}-{dim}-sm90", *_offline(gradients_kernel, dim, 64, flags), 4, 1))
-            if dim == 64 and "WITH_DQ" in flags:
+            if dim == 64 and "WITH_DQ" in flags and "BOX" not in flags:
                 wide = _offline(gradients_kernel, dim, 64, {**flags, "STEP": 128})
                 cases.append((f"gradients-{variant}-wide-sm90", *wide, 4, 1))
-        for variant, flags in (("plain", {}), ("softcap", {"SOFTCAP": True}), ("started", {"STARTED": True})):
+        for variant, flags in (
+            ("plain", {}),
+            ("softcap", {"SOFTCAP": True}),
+            ("started", {"STARTED": True}),
+            ("boxes-16", {"BOX": 16}),
+        ):
             cases.append((f"gradients-queries-{variant}-{dim}-sm90", *_offline(dq_kernel, dim, 128, flags), 4, 1))
         cases.append((f"gradients-numbers-{dim}-sm90", *_offline(tile_numbers_kernel, dim, 64, _ALL), 4, 1))
         cases.append((f"gradients-from-sums-{dim}-sm90", *_offline(dq_from_sums_kernel, dim, 64, _ALL), 8, 1))
     cases.append(("gradients-parts-sm90", *_offline(sum_parts_kernel, 128, 64, {"ROWS": 32}), 4, 1))
+    boxes = {"BLOCK_Y": 16, "STEP": 16, "GATHER": 4, "SHIFT": SHIFT.value}
+    cases.append(("walk-boxes-sm90", *_offline(walk_kernel, 128, 64, {**_ALL, "KEYS": True, **boxes}), 8, 1))
     cases.append(("walk-keys-sm90", *_offline(walk_kernel, 128, 64, {**_ALL, "KEYS": True}), 8, 1))
     cases.append(("walk-queries-sm90", *_offline(walk_kernel, 128, 64, {**_ALL, "STEP": 128}), 8, 1))
     return cases
@@ -349,11 +338,11 @@ def _offline(
     constants: dict[str, Any] = {
         "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "HEADS": 2, "HEADS_P2": 2, "GROUP": 4, "MASK_GROUP": 1,
         "BLOCK_Q": 128, "BLOCK_KV": 128, "BLOCK_X": 128, "BLOCK_Y": 128, "STEP": 64, "ROWS": 128, "TILES": 8,
-        "OTHERS": 512, "PROBES": 16, "PARTS": 2, "MASKED": True, **flags,
+        "OTHERS": 512, "PROBES": 16, "PARTS": 2, "GATHER": 0, "SHIFT": 0, "BOX": 0, "MASKED": True, **flags,
     }  # fmt: skip
     tile = f"tensordesc<bf16[1, 1, 1, {{}}, {dim}],{tile_layout()!r}>"
     maps = {
-        "numbers_desc": f"tensordesc<fp32[{_numbers_box(constants['STEP'])}],{NVMMASharedLayout(0, 32, 1)!r}>",
+        "numbers_desc": f"tensordesc<fp32[{numbers_box(constants['STEP'])}],{NVMMASharedLayout(0, 32, 1)!r}>",
         "dq_desc": f"tensordesc<fp32[32, 128],{NVMMASharedLayout(0, 32, 2)!r}>",
         "k_desc": tile.format(key_rows),
         "v_desc": tile.format(key_rows),
@@ -362,6 +351,12 @@ def _offline(
         maps["dq_desc"] = tile.format(64)
     else:
         maps |= dict.fromkeys(("q_desc", "do_desc"), tile.format(constants["STEP"]))
+    box = constants["BOX"]
+    if function is dq_kernel and box:
+        maps |= dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[1, 1, 1, {box}, 64],{tile_layout()!r}>")
+    elif function is gradients_kernel and 0 < box < 64:
+        maps |= dict.fromkeys(("q_desc", "do_desc"), f"tensordesc<bf16[1, 1, 1, {box}, 64],{tile_layout()!r}>")
+        maps["dq_desc"] = f"tensordesc<fp32[8, {box // 16}, 128],{NVMMASharedLayout(0, 32, 3)!r}>"
     if constants.get("FLOAT32"):
         whole = f"tensordesc<fp32[1, 1, 1, 64, {dim}],{tile_layout(bits=32)!r}>"
         maps |= {"dk_desc": whole, "dv_desc": whole}
