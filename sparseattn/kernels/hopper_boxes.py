@@ -8,7 +8,8 @@ and boxes are the largest power of two that divides pages and mask blocks. ``sou
 the sequence, end of its tokens that can have one, pages of the cache).
 
 Masks of variable blocks list tiles by their first key and the one past their last, whole ones and, from an entry of
-their own on, short ones. ``source`` is (whole tiles of the row tile's walk, where short ones begin, entries of a list).
+their own on, short ones; where whole ones are key tiles or more (``ENDS``), short ones are boxes, which fill the key
+tiles behind those. ``source`` is (whole entries of the row tile's walk, where short ones begin, entries of a list).
 """
 
 # Layouts are parameters of kernels here, so annotations must stay objects: no ``from __future__ import annotations``.
@@ -50,11 +51,12 @@ def tile_span(list_ptr, tile, source, offs, F: gl.constexpr):
     if F.GATHER:
         entry = tile * (F.TILE_N // F.BLOCK_KV) + offs // F.BLOCK_KV
         inner = offs % F.BLOCK_KV
+        entry = gl.where(entry < whole, entry, entry - whole + short_from)
     else:
         PARTS: gl.constexpr = F.BLOCK_KV // F.TILE_N
-        entry = tile // PARTS + offs * 0
-        inner = tile % PARTS * F.TILE_N + offs
-    entry = gl.where(entry < whole, entry, entry - whole + short_from)
+        behind = tile - whole * PARTS
+        entry = gl.where(behind < 0, tile // PARTS, short_from + behind * (F.TILE_N // F.BOX) + offs // F.BOX)
+        inner = gl.where(behind < 0, tile % PARTS * F.TILE_N + offs, offs % F.BOX)
     first = gl.load(list_ptr + 2 * entry, mask=entry < width, other=0)
     return first + inner, gl.load(list_ptr + 2 * entry + 1, mask=entry < width, other=0)
 
@@ -99,6 +101,18 @@ def seek_boxes(list_ptr, tile, entries, source, F: gl.constexpr):
     else:
         tokens, found = tile_span(list_ptr, tile, source, offs, F)
     return tokens, found
+
+
+@gluon.jit
+def seek_whole(list_ptr, tile, source, F: gl.constexpr):
+    """Where in its entry a key tile in one piece of ``ENDS`` begins, and the entry's first key.
+
+    Of tiles of boxes, which lie behind, a number that nobody needs.
+    """
+    whole, short_from, _width = source
+    PARTS: gl.constexpr = F.BLOCK_KV // F.TILE_N
+    entry = gl.where(tile < whole * PARTS, tile // PARTS, short_from)
+    return tile % PARTS * F.TILE_N, gl.load(list_ptr + 2 * entry)
 
 
 @gluon.jit

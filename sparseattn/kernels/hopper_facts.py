@@ -6,6 +6,9 @@ from typing import Any
 
 import triton.experimental.gluon.language as gl
 
+# Keys of the boxes into which the ends of variable blocks are cut.
+END = 16
+
 
 @dataclass(frozen=True, eq=False)
 class Facts:
@@ -50,7 +53,8 @@ class Facts:
         SCATTERED: Boxes would be less than a swizzle's 8 rows, so that threads gather the rows of key tiles.
         WARPS: Of the producer.
         GATHER: A key tile holds several mask blocks.
-        BOX: Keys that are loaded together.
+        ENDS: Key tiles lie in one piece, or are of boxes: what is left of variable blocks behind the former.
+        BOX: Keys that are loaded together; with ``ENDS``, in the latter tiles.
         LOADER: Registers of the producer's threads.
         CHUNKS: Tiles into which a group's heads are cut.
         SLOTS: Tokens of a row tile in one consumer.
@@ -92,6 +96,7 @@ class Facts:
     SCATTERED: Any = field(init=False, default=False)
     WARPS: Any = field(init=False, default=1)
     GATHER: Any = field(init=False, default=False)
+    ENDS: Any = field(init=False, default=False)
     BOX: Any = field(init=False, default=0)
     LOADER: Any = field(init=False, default=24)
     CHUNKS: Any = field(init=False, default=0)
@@ -99,11 +104,18 @@ class Facts:
 
     def __post_init__(self) -> None:
         gather = self.MASKED and self.BLOCK_KV < self.TILE_N
-        box = self.BLOCK_KV if gather else self.TILE_N
+        ends = self.VARIABLE and not gather
+        box = self.BLOCK_KV if gather else END if ends else self.TILE_N
         if self.PAGE:
             parts = (self.PAGE, self.BLOCK_KV) if self.MASKED else (self.PAGE,)
             box = min(self.TILE_N, *(n & -n for n in parts))
-        facts = vars(self) | {"PAGED": self.PAGE > 0, "GATHER": gather, "BOX": box, "SLOTS": 64 // self.PACK}
+        facts = vars(self) | {
+            "PAGED": self.PAGE > 0,
+            "GATHER": gather,
+            "ENDS": ends,
+            "BOX": box,
+            "SLOTS": 64 // self.PACK,
+        }
         boxed = self.PAGE > 0 or self.VARIABLE
         scattered = self.PAGE > 0 and box < 8
         facts |= {"SCATTERED": scattered, "WARPS": 4 if scattered else 1}
@@ -119,8 +131,13 @@ class Facts:
         slots, pack, tile_n, box, d, dv = (
             getattr(self, n).value for n in ("SLOTS", "PACK", "TILE_N", "BOX", "BLOCK_D", "BLOCK_DV")
         )
-        keys = ((1, max(box, 8), 64),) * 2 if box < tile_n else ((1, tile_n, d), (1, tile_n, dv))
+        boxed = box < tile_n and not self.ENDS.value
+        keys = ((1, max(box, 8), 64),) * 2 if boxed else ((1, tile_n, d), (1, tile_n, dv))
         return (pack, slots, d), *keys, (pack, slots, dv)
+
+    def end_boxes(self) -> tuple[tuple[int, int, int], ...]:
+        """As ``boxes``, of k and v in tiles of boxes beside tiles in one piece."""
+        return ((1, self.BOX.value, 64),) * 2 if self.ENDS.value else ()
 
     def __eq__(self, other: object) -> bool:
         return repr(self) == repr(other)

@@ -41,7 +41,15 @@ from sparseattn.kernels.hopper_attention import (
     thread_sums,
 )
 from sparseattn.kernels.hopper_bits import bits_of, keep_bits, load_bits
-from sparseattn.kernels.hopper_boxes import box_columns, found_boxes, gather_rows, load_key_boxes, seek_boxes
+from sparseattn.kernels.hopper_boxes import (
+    box_columns,
+    found_boxes,
+    gather_rows,
+    key_boxes,
+    load_key_boxes,
+    seek_boxes,
+    seek_whole,
+)
 from sparseattn.kernels.hopper_facts import Facts as Facts
 from sparseattn.kernels.hopper_merge import merge_by_last
 from sparseattn.kernels.hopper_records import first_head, row_span, tile_spans, walk_of
@@ -58,7 +66,9 @@ NUMBERS = [
 @gluon.jit
 def seek(list_ptr, tile, entries, pages, F: gl.constexpr):
     """What memory says of where a key tile lies, for ``key_row``: asked for a tile ahead, as the answer takes time."""
-    if F.BOXED:
+    if F.ENDS:
+        where, found = seek_whole(list_ptr, tile, pages, F)
+    elif F.BOXED:
         where, found = seek_boxes(list_ptr, tile, entries, pages, F)
     else:
         where = tile * F.TILE_N
@@ -74,11 +84,14 @@ def seek(list_ptr, tile, entries, pages, F: gl.constexpr):
 def key_row(where, found, pages, F: gl.constexpr):
     """First key of a key tile: of a listed block's share, or of all keys'.
 
-    In a paged cache, and of variable blocks, the rows of its boxes and how many of each are keys.
+    In a paged cache, and of variable blocks, the rows of its boxes and how many of each are keys; with ``ENDS`` the
+    first key of a tile in one piece, and nothing that says anything of others.
     """
     row = where
     held = 0
-    if F.BOXED:
+    if F.ENDS:
+        row = found + where
+    elif F.BOXED:
         row, held = found_boxes(where, found, pages, F)
     elif F.MASKED and not F.GATHER:
         row = found * F.BLOCK_KV + where
@@ -90,7 +103,10 @@ def load_keys(
     desc, scattered, keys, stage, phase, start, length, list_ptr, tile, row, held, entries, head,
     STAGES: gl.constexpr, F: gl.constexpr,
 ):  # fmt: skip
-    """Bring key tile ``tile`` (or its values) into the ring's next free stage."""
+    """Bring key tile ``tile`` (or its values) into the ring's next free stage.
+
+    ``scattered`` is what ``gather_rows`` needs; with ``ENDS``, the tensor map of boxes and what ``key_boxes`` needs.
+    """
     tiles, full, empty = keys
     mbarrier.wait(empty.index(stage), phase)
     buffer = tiles.index(stage)
@@ -99,6 +115,13 @@ def load_keys(
     if F.SCATTERED:
         source, rows_s = scattered
         gather_rows(source, head, row, start, rows_s, full.index(stage), buffer, desc.dtype, F)
+    elif F.ENDS:
+        box_desc, source = scattered
+        if tile < entries:
+            load_rows(desc, start, length, row, head, full.index(stage), buffer)
+        else:
+            rows, counts = key_boxes(list_ptr, tile, entries, source, F)
+            load_key_boxes(box_desc, start, rows, counts, head, 0, full.index(stage), buffer, F)
     elif F.BOXED:
         load_key_boxes(desc, start, row, held, head, 0, full.index(stage), buffer, F)
     elif F.GATHER:
@@ -116,6 +139,10 @@ def post_columns(cols_s, full, stage, list_ptr, tile, row, held, entries, nothin
     offs = gl.arange(0, F.TILE_N, lane)
     if F.SCATTERED:
         cols = held
+    elif F.ENDS:
+        cols = row + offs
+        if tile >= entries:
+            cols = box_columns(list_ptr, tile, entries, pages, offs, F)
     elif F.BOXED:
         cols = box_columns(list_ptr, tile, entries, pages, offs, F)
     elif F.GATHER:
@@ -137,7 +164,6 @@ def producer(call, F: gl.constexpr):
         scattered,
     ) = call  # fmt: skip
     table_ptr, details_ptr, num_pages = cache
-    k_rows_of, v_rows_of = scattered
     if F.PAGED:
         num_tiles = gl.load(counter_ptr + 1)
     q_s, q_full, q_empty = queries
@@ -177,6 +203,7 @@ def producer(call, F: gl.constexpr):
             if nothing:
                 k_len = 0
             pages = cache
+            k_from, v_from = scattered
             if F.PAGED:
                 k_row0 = k_rows
                 v_row0 = v_rows
@@ -184,16 +211,19 @@ def producer(call, F: gl.constexpr):
             if F.VARIABLE:
                 walk = walk_of(m, head_q, b, lists, F)
                 pages = (gl.load(walk + 3), gl.load(walk + 6), gl.where(nothing, 0, idx_width))
+                if F.ENDS:
+                    entries = pages[0] * (F.BLOCK_KV // F.TILE_N)
+                    k_from, v_from = (scattered[0], pages), (scattered[1], pages)
             last = gl.maximum(count, 1) - 1
             tile = first + last
             where, found = seek(list_ptr, tile, entries, pages, F)
             row, held = key_row(where, found, pages, F)
             where, found = seek(list_ptr, gl.maximum(tile - 1, first), entries, pages, F)
-            if not F.BOXED:
+            if not F.BOXED or F.ENDS:
                 row = gl.where(nothing, 0, row)
             stage = ks
             ks, kp = load_keys(
-                k_desc, k_rows_of, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, held, entries, head_k, F.K_STAGES,
+                k_desc, k_from, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, held, entries, head_k, F.K_STAGES,
                 F,
             )  # fmt: skip
             post_columns(cols_s, keys[1], stage, list_ptr, tile, row, held, entries, nothing, pages, F)
@@ -210,16 +240,16 @@ def producer(call, F: gl.constexpr):
                 where, found = seek(list_ptr, gl.maximum(tile - 1, first), entries, pages, F)
                 stage = ks
                 ks, kp = load_keys(
-                    k_desc, k_rows_of, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, held, entries, head_k,
+                    k_desc, k_from, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, held, entries, head_k,
                     F.K_STAGES, F,
                 )  # fmt: skip
                 post_columns(cols_s, keys[1], stage, list_ptr, tile, row, held, entries, nothing, pages, F)
                 vs, vp = load_keys(
-                    v_desc, v_rows_of, values, vs, vp, v_row0, k_len, list_ptr, tile + 1, above, above_held, entries,
+                    v_desc, v_from, values, vs, vp, v_row0, k_len, list_ptr, tile + 1, above, above_held, entries,
                     head_k, F.V_STAGES, F,
                 )  # fmt: skip
             vs, vp = load_keys(
-                v_desc, v_rows_of, values, vs, vp, v_row0, k_len, list_ptr, tile, row, held, entries, head_k,
+                v_desc, v_from, values, vs, vp, v_row0, k_len, list_ptr, tile, row, held, entries, head_k,
                 F.V_STAGES, F,
             )  # fmt: skip
         if claimed == num_tiles - 1:  # as many claims as tiles: the last one leaves the counter as it was
@@ -493,7 +523,7 @@ def forward_kernel(
     table_ptr=None, details_ptr=None, num_pages=None, sums_ptr=None, scales_ptr=None,
     bits_ptr=None, bit_rows=None, bit_groups=None, bit_queries=None,
     k_ptr=None, v_ptr=None, k_stride=None, v_stride=None, k_head=None, v_head=None,
-    out_ptr=None, out_stride=None, out_head=None,
+    out_ptr=None, out_stride=None, out_head=None, k_box_desc=None, v_box_desc=None,
 ):  # fmt: skip
     """One program a multiprocessor (or half of one): row tiles as the schedule hands them out, until none is left.
 
@@ -506,7 +536,8 @@ def forward_kernel(
     float32 [places, 2, lse_split_stride]: the rows of the tile, token by token. ``MERGE``: the program that ends last
     merges them, to ``out_ptr``, whose strides count 8 elements. ``SCALED``: ``scales_ptr``, float32 [2, KV heads], has
     factors for scores and outputs. ``VARIABLE``: ``count_ptr`` has walks, ``index_ptr`` the tiles of a ``Tiling``, of
-    which ``idx_width`` are in a list. ``BITS``: ``bits_ptr`` has words of bits, a row for ``bit_queries`` queries,
+    which ``idx_width`` are in a list, or with ``ENDS`` what ``cut_ends`` makes of them; then there are tensor maps of
+    boxes, too. ``BITS``: ``bits_ptr`` has words of bits, a row for ``bit_queries`` queries,
     ``bit_rows`` rows a list in groups of 16, ``bit_groups`` groups of 128 keys a row.
     """
     dtype: gl.constexpr = q_desc.dtype
@@ -522,7 +553,11 @@ def forward_kernel(
         o_s = queries[0]
     else:
         o_s = gl.allocate_shared_memory(dtype, [F.CONSUMERS, 64, F.BLOCK_DV], layout)
-    scattered = gather_sources(k_ptr, v_ptr, k_stride, v_stride, k_head, v_head, F) if F.SCATTERED else (0, 0)
+    scattered = (0, 0)
+    if F.SCATTERED:
+        scattered = gather_sources(k_ptr, v_ptr, k_stride, v_stride, k_head, v_head, F)
+    elif F.ENDS:
+        scattered = (k_box_desc, v_box_desc)
     fence_async_shared()
     if F.PAGED:
         begin_early()

@@ -106,6 +106,7 @@ def offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
         DEPTH=depth(dims[0]), **facts,
     )  # fmt: skip
     boxes = dict(zip(("q_desc", "k_desc", "v_desc", "o_desc"), f.boxes(), strict=True))
+    boxes |= dict(zip(("k_box_desc", "v_box_desc"), f.end_boxes(), strict=False))
     floats = {"lse_ptr", "sinks_ptr", "sums_ptr", "scales_ptr"}
     given = {"table_ptr", "details_ptr", "num_pages", "sums_ptr"} if f.PAGED else set()
     given |= {"scales_ptr"} if f.SCALED else set()
@@ -119,7 +120,7 @@ def offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
         if param.is_constexpr:
             signature[param.name] = "constexpr"
             constexprs[(i,)] = f if param.name == "F" else consumer_registers(f)
-        elif param.has_default and param.name not in given:
+        elif param.has_default and param.name not in given and param.name not in boxes:
             signature[param.name] = "constexpr"
             constexprs[(i,)] = None
         elif param.name in boxes:

@@ -58,15 +58,12 @@ def cut_tiles(
     """How many tiles at the end and at the start of a share may hide a key: all rows see keys ``lo .. hi`` whole.
 
     The walk has tiles ``base .. base + total``, the share ``first .. first + length``. With ``VARIABLE`` blocks ``hi``
-    counts the entries that they see whole, which come first.
+    counts the tiles that they see whole, which come first.
     """
     lo = tl.maximum(lo, 0)
     hi = tl.maximum(hi, 0)
     if VARIABLE:
-        if BLOCK_KV >= TILE_N:
-            late = total - hi * (BLOCK_KV // TILE_N)
-        else:
-            late = total - hi // (TILE_N // BLOCK_KV)
+        late = total - hi
         early = entries * 0
     elif MASKED:
         late, early = _cut_entries(list_ptr, entries, inside, hi // BLOCK_KV, lo, BLOCK_KV, WINDOW)
@@ -114,9 +111,12 @@ def _key_tiles(
     else:
         row = m0.to(tl.int64)
         entries = m0 * 0
-    base, count = key_tile_range(
-        entries, m0, m1, k_len - q_len, k_len, window_left, window_right, BLOCK_KV, TILE_N, MASKED, CAUSAL, WINDOW
-    )
+    if VARIABLE:
+        base, count = entries * 0, entries
+    else:
+        base, count = key_tile_range(
+            entries, m0, m1, k_len - q_len, k_len, window_left, window_right, BLOCK_KV, TILE_N, MASKED, CAUSAL, WINDOW
+        )
     part = tl.cdiv(count, splits)
     skip = tl.minimum(share * part, count)
     length = tl.where(m0 <= m1, tl.minimum(part, count - skip), -1)
@@ -231,13 +231,15 @@ def _starts_below(tile_ptr, count, limit):
 def piece_walks_kernel(
     walk_ptr, piece_ptr, count_ptr, tile_ptr, num_pieces, num_row_tiles, num_rows, idx_width, whole_slots, max_q, max_k,
     window_left, window_right, TOKENS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-    TILES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    TILE_N: tl.constexpr, END: tl.constexpr, TILES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program: what ``TILES`` row tiles of a mask of variable blocks (see ``Tiling``) walk.
 
     Grid (row tiles / TILES, heads of the mask, its batch). A walk is int32 [8]: first query, one past the last (not
-    above the former: nothing to do), list row, whole tiles, tiles of either kind, how many, the first ones, all queries
-    see whole, and where in a list the short tiles begin. Tiles past what the queries may see are left out.
+    above the former: nothing to do), list row, whole entries, key tiles of ``TILE_N``, how many of them, the first
+    ones, all queries see whole, and where in a list the short entries begin. What lies past the keys that the queries
+    may see is left out. With ``END`` short entries are of so many keys (see ``cut_ends``), and lie in tiles of their
+    own; else they are of ``BLOCK_KV`` keys like the others, behind which they come.
     """
     group = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     e = tl.program_id(0) * TILES + tl.arange(0, TILES)
@@ -264,9 +266,83 @@ def piece_walks_kernel(
     tl.store(walk + 1, m1, mask=inside)
     tl.store(walk + 2, row, mask=inside)
     tl.store(walk + 3, whole, mask=inside)
-    tl.store(walk + 4, whole + short, mask=inside)
-    tl.store(walk + 5, clear, mask=inside)
+    if END > 0:
+        tl.store(walk + 4, whole * (BLOCK_KV // TILE_N) + tl.cdiv(short, TILE_N // END), mask=inside)
+        tl.store(walk + 5, clear * (BLOCK_KV // TILE_N), mask=inside)
+    else:
+        tl.store(walk + 4, tl.cdiv(whole + short, TILE_N // BLOCK_KV), mask=inside)
+        tl.store(walk + 5, clear // (TILE_N // BLOCK_KV), mask=inside)
     tl.store(walk + 6, tl.zeros([TILES], tl.int32) + whole_slots, mask=inside)
+
+
+@triton.jit(do_not_specialize=["whole_slots", "slots", "end_slots"])
+def cut_ends_kernel(
+    end_count_ptr, end_tile_ptr, count_ptr, tile_ptr, whole_slots, slots, end_slots, BLOCK_KV: tl.constexpr,
+    END: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """One program: a list with its short tiles cut into ``END`` keys each, the last of which has fewer. Grid (lists,).
+
+    Takes ``count`` and ``tile`` of a ``Tiling``, whose lists have ``slots`` entries, and writes the like with
+    ``end_slots`` ones. Zeros follow the last one, as many as fill a tile.
+    """
+    row = tl.program_id(0)
+    whole = tl.load(count_ptr + 2 * row)
+    short = tl.load(count_ptr + 2 * row + 1)
+    source = tile_ptr + row.to(tl.int64) * (2 * slots)
+    target = end_tile_ptr + row.to(tl.int64) * (2 * end_slots)
+    for base in range(0, 2 * whole, 2 * ENTRIES):
+        at = base + tl.arange(0, 2 * ENTRIES)
+        tl.store(target + at, tl.load(source + at, mask=at < 2 * whole), mask=at < 2 * whole)
+    source += 2 * whole_slots
+    target += 2 * whole_slots
+    part = tl.arange(0, BLOCK_KV // END)[None, :]
+    ends = short * 0
+    for base in range(0, short, ENTRIES):
+        at = base + tl.arange(0, ENTRIES)
+        first = tl.load(source + 2 * at, mask=at < short, other=0)
+        end = tl.load(source + 2 * at + 1, mask=at < short, other=0)
+        count = tl.cdiv(end - first, END)
+        place = ends + tl.cumsum(count, 0) - count
+        begin = first[:, None] + part * END
+        to = target + 2 * (place[:, None] + part)
+        used = part < count[:, None]
+        tl.store(to, begin, mask=used)
+        tl.store(to + 1, tl.minimum(begin + END, end[:, None]), mask=used)
+        ends += tl.sum(count, 0)
+    rest = 2 * ends + tl.arange(0, 2 * BLOCK_KV // END)
+    tl.store(target + rest, rest * 0, mask=rest < 2 * (end_slots - whole_slots))
+    tl.store(end_count_ptr + 2 * row, whole)
+    tl.store(end_count_ptr + 2 * row + 1, ends)
+
+
+@of_fixed()
+def cut_ends(counts: Tensor, tiles: Tensor, keys: int, block_kv: int, end: int) -> tuple[Tensor, Tensor]:
+    """The lists of a ``Tiling`` with short tiles cut into entries of ``end`` keys, so that a key tile holds several.
+
+    What is left of a run of blocks would cost a whole key tile each; so it costs less than ``end`` keys.
+
+    Args:
+        counts: int32 [B|1, H, MB + 1, 2] of a ``Tiling``.
+        tiles: int32 [B|1, H, MB + 1, W + R, 2].
+        keys: Sk.
+        block_kv: Keys of a whole tile.
+        end: A divisor of it.
+
+    Returns:
+        The same with entries of ``end`` keys or less in the place of the short tiles; nothing but zeros up to the next
+        multiple of ``block_kv / end`` of them, and then nobody's.
+    """
+    whole, slots = keys // block_kv, tiles.shape[3]
+    parts = block_kv // end
+    short = slots - whole
+    width = whole + triton.cdiv(min(short * parts, keys // end + short), parts) * parts
+    made = scratch(tuple(counts.shape), torch.int32, counts.device)
+    lists = scratch((*tiles.shape[:3], width, 2), torch.int32, counts.device)
+    launch(
+        cut_ends_kernel, (counts.numel() // 2,), made, lists, counts, tiles, whole, slots, width,
+        BLOCK_KV=block_kv, END=end, ENTRIES=_TILES, num_warps=1, **LAUNCH,
+    )  # fmt: skip
+    return made, lists
 
 
 @of_fixed()
@@ -279,6 +355,8 @@ def piece_walks(
     *,
     tokens: int,
     block: tuple[int, int],
+    tile_n: int,
+    end: int,
     causal: bool,
 ) -> Tensor:
     """What the row tiles of a mask of variable blocks walk, for ``tile_schedule`` and the forward kernel.
@@ -291,6 +369,8 @@ def piece_walks(
         window: (left, right), -1 for unbounded.
         tokens: Query tokens of a row tile, a divisor of ``block[0]``.
         block: Most queries of a piece, keys of a whole tile.
+        tile_n: Keys of a key tile.
+        end: Keys of a short entry, if ``cut_ends`` made the lists; else 0.
         causal: Bottom-right aligned.
 
     Returns:
@@ -302,7 +382,8 @@ def piece_walks(
     launch(
         piece_walks_kernel, (triton.cdiv(row_tiles, _TILES), heads, batch),
         walks, pieces, counts, tiles, pieces.shape[1], row_tiles, rows, width, lengths[1] // block[1], *lengths,
-        *window, TOKENS=tokens, BLOCK_Q=block[0], BLOCK_KV=block[1], TILES=_TILES, CAUSAL=causal,
+        *window, TOKENS=tokens, BLOCK_Q=block[0], BLOCK_KV=block[1], TILE_N=tile_n, END=end, TILES=_TILES,
+        CAUSAL=causal,
         WINDOW=window[0] >= 0 or window[1] >= 0, num_warps=4, **LAUNCH,
     )  # fmt: skip
     return walks

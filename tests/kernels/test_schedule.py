@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from sparseattn.masks import BlockMask
+from sparseattn.masks.tilings import make_tiling
 from sparseattn.testing import random_block_mask
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from sparseattn.kernels.schedule import tile_schedule
+from sparseattn.kernels import schedule
+from sparseattn.kernels.schedule import cut_ends, tile_schedule
 
 
 def _records(mask: BlockMask | None, lengths: tuple[int, int], device: str, **options) -> torch.Tensor:
@@ -90,3 +92,32 @@ def test_rows_past_the_end_are_no_tiles(device: str) -> None:
         own = records[records[:, 2] == b]
         assert len(own) == 28
         assert ((own[:, 4] < 0) == (own[:, 0] * 32 >= end)).all()
+
+
+@pytest.mark.parametrize("end", [16, 32])
+def test_ends_are_the_keys_of_short_tiles(end: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In more steps than one; whole tiles stay as they are, and zeros fill the last tile of ends."""
+    monkeypatch.setattr(schedule, "_TILES", 4)
+    keys, size = 3000, 128
+    sizes = torch.randint(0, 200, (2, 40), dtype=torch.int32)
+    blocks = torch.rand(1, 2, 3, 40, device=device) < torch.tensor([0.2, 0.5, 1.0], device=device)[:, None]
+    rows = torch.full((2, 3), 10, dtype=torch.int32)
+    tiling = make_tiling(blocks, rows.to(device), sizes.to(device), (30, keys), (16, size))
+    counts, lists = (t.cpu() for t in cut_ends(tiling.counts, tiling.tiles, keys, size, end))
+    whole_slots, parts = keys // size, size // end
+    assert counts.shape == tiling.counts.shape
+    for head in range(2):
+        for row in range(4):
+            (whole, short), (same, ends) = (t[0, head, row].tolist() for t in (tiling.counts, counts))
+            before, after = (t[0, head, row].cpu() for t in (tiling.tiles, lists))
+            assert same == whole
+            assert torch.equal(before[:whole], after[:whole])
+            expected = [
+                (first, min(first + end, stop))
+                for start, stop in before[whole_slots : whole_slots + short].tolist()
+                for first in range(start, stop, end)
+            ]
+            assert [tuple(x) for x in after[whole_slots : whole_slots + ends].tolist()] == expected
+            filled = -(-ends // parts) * parts
+            assert after.shape[0] >= whole_slots + filled
+            assert not after[whole_slots + ends : whole_slots + filled].any()

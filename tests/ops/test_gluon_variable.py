@@ -42,6 +42,8 @@ class Case:
 CASES = [
     Case("128s", (300, 700), (2, 5)),
     Case("causal-packed-batch", (200, 330), (1, 2), (4, 1), 1, 2, 2, causal=True),
+    Case("many-ends", (140, 2000), (2, 25), density=0.5),
+    Case("causal-ends", (300, 1300), (3, 15), causal=True, sinks=True),
     Case("gathered-16s", (100, 150), (6, 9), sinks=True),
     Case("gathered-64s-window", (150, 300), (3, 6), (4, 2), 2, dims=(128, 128), window=(90, 20)),
     Case("parts-of-tiles", (70, 300), (2, 2), (2, 2), 2, dims=(192, 128), causal=True),

@@ -18,6 +18,7 @@ from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.clear import clear_rows
 from sparseattn.kernels.combine import combine_kernel
 from sparseattn.kernels.hopper import row_tiles
+from sparseattn.kernels.hopper_facts import END
 from sparseattn.kernels.hopper_forward import Facts, forward_kernel
 from sparseattn.kernels.hopper_tiles import (
     MAX_PACK,
@@ -33,7 +34,14 @@ from sparseattn.kernels.hopper_tiles import (
 )
 from sparseattn.kernels.launches import launch, scratch
 from sparseattn.kernels.offline import Offline, offline_case
-from sparseattn.kernels.schedule import piece_walks, piece_walks_kernel, schedule_kernel, tile_schedule
+from sparseattn.kernels.schedule import (
+    cut_ends,
+    cut_ends_kernel,
+    piece_walks,
+    piece_walks_kernel,
+    schedule_kernel,
+    tile_schedule,
+)
 from sparseattn.ops.block_sparse.extra import prepare_extra
 from sparseattn.ops.block_sparse.geometry import Geometry, list_arguments
 from sparseattn.ops.block_sparse.gluon_extra import finish
@@ -179,10 +187,14 @@ def _attend_blocks(
     window = (g.window_left, g.window_right)
     walks = None
     if g.row_pieces is not None:
+        ends = END if g.block_kv >= tiles.tile_n else 0
+        if ends:
+            counts, indices = cut_ends(counts, indices, g.max_k, g.block_kv, ends)
         walks = piece_walks(
-            g.row_pieces, counts, indices, (g.max_q, g.max_k), window, tokens=tokens, block=block, causal=g.causal
-        )
-        counts, strides = walks, (0 if walks.shape[0] == 1 else walks.stride(0) // 8, walks.shape[2], strides[2])
+            g.row_pieces, counts, indices, (g.max_q, g.max_k), window, tokens=tokens, block=block,
+            tile_n=tiles.tile_n, end=ends, causal=g.causal,
+        )  # fmt: skip
+        counts, strides = walks, (0 if walks.shape[0] == 1 else walks.stride(0) // 8, walks.shape[2], indices.shape[3])
     records, counter = tile_schedule(
         counts if masked else None, indices, strides, spans, (g.max_q, g.max_k), window,
         batch=g.batch, sections=heads_k, heads=heads // heads_k // pack, tokens=tokens, block=block,
@@ -202,6 +214,8 @@ def _attend_blocks(
         rows, groups = words.shape[2:4]
         given = {"bits_ptr": words, "bit_rows": 16 * rows, "bit_groups": groups, "bit_queries": queries}
     descriptors = (row_tiles(t, *box) for t, box in zip((q, k, v, o), facts.boxes(), strict=True))
+    names = ("k_box_desc", "v_box_desc")
+    given |= {name: row_tiles(t, *box) for name, t, box in zip(names, (k, v), facts.end_boxes(), strict=False)}
     launch(
         forward_kernel, (programs,),
         *descriptors, o_out, lse_out, lse if sinks is None else sinks, records, counter,
@@ -232,7 +246,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
         ("all-256x256", (256, 256), plain | everything),
     ]
     cases = [(f"gluon-forward-{name}-sm90", *offline(dims, facts)) for name, dims, facts in shapes]
-    schedules = (("schedule", schedule_kernel), ("piece-walks", piece_walks_kernel))
+    schedules = (("schedule", schedule_kernel), ("piece-walks", piece_walks_kernel), ("cut-ends", cut_ends_kernel))
     return [*cases, *((f"{name}-sm90", *_offline_schedule(kernel), 4, 1, {}) for name, kernel in schedules)]
 
 
@@ -241,6 +255,6 @@ def _offline_schedule(kernel: Any) -> Offline:
     constants = {
         "TOKENS": 32, "BLOCK_Q": 128, "BLOCK_KV": 128, "TILE_N": 128, "HEADS": 1, "MASK_GROUP": 1, "TILES": 32,
         "OTHERS": 256, "MASKED": True, "CAUSAL": True, "WINDOW": True, "RAGGED_Q": True, "RAGGED_K": True,
-        "VARIABLE": False,
+        "VARIABLE": False, "END": END, "ENTRIES": 32,
     }  # fmt: skip
     return offline_case(kernel, constants)
