@@ -20,10 +20,13 @@ _Cache = Tensor | tuple[Tensor, Tensor]
 _Dtype = torch.dtype | str | None
 
 
-def _tokens(*tensors: Tensor) -> tuple[int] | None:
+def _tokens(first: Tensor, *others: Tensor) -> tuple[int] | None:
     """The first size of all tensors."""
-    count = tensors[0].size(0)
-    return (count,) if count and all(t.size(0) == count for t in tensors) else None
+    count = first.shape[0]
+    for t in others:
+        if t.shape[0] != count:
+            return None
+    return (count,) if count else None
 
 
 _TOKENS = Lengths(_tokens, ("length",), "TOKENS")

@@ -100,7 +100,7 @@ class Quick:
         ready = direct(compiled, grid, again) or _through(compiled, grid, again)
         before = len(ready.values) - len(values)
         names = list(kernel.arg_names)
-        self._numbers = [before + names.index(name) for name in lengths.numbers]
+        self._numbers = [(n, before + names.index(name)) for n, name in enumerate(lengths.numbers)]
         self._tile = values[names.index(lengths.tile)]
         self._start, self._values = ready.start, ready.values
         self._slots: list[tuple[int, Any, int]] = list(ready.slots)
@@ -137,8 +137,8 @@ class Quick:
             values[3] = stream
             for at, which, offset in slots:
                 values[at] = addresses[which] + offset
-            for at, number in zip(self._numbers, lengths, strict=True):
-                values[at] = number
+            for n, at in self._numbers:
+                values[at] = lengths[n]
             self._start(*values)
         return (tuple(made) if self._tuple else made[0] if made else None), True
 

@@ -14,63 +14,57 @@ from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.launches import launch
 from sparseattn.ops.dispatch import triton_device_reason
 
-# Bytes of one state that a program reads, and the most states that it asks for at once.
-_TILE_BYTES, _AHEAD, _WARPS = 4096, 8, 4
+# Bytes of one state that a program reads, warps, and states on their way to shared memory: of a pair, and of others.
+_PAIR, _MANY = (4096, 8, 1), (2048, 4, 8)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @triton.jit
-def _states(o_at, lse_at, stride_o, stride_lse, first, num_states, inside, at, COUNT: tl.constexpr):
-    """``COUNT`` states from ``first`` on and their sums, none of them waited for; those past the last are empty."""
-    states = ()
-    sums = ()
-    for i in tl.static_range(COUNT):
-        step = tl.zeros(inside.shape, tl.int64) + first + i
-        there = step < num_states
-        lse = tl.load(lse_at + step * stride_lse[0], mask=inside & there, other=float("-inf"))
-        o = tl.load(o_at + (step * stride_o[0])[:, None], mask=at & there[:, None], other=0.0)
-        sums, states = sums + (lse,), states + (o,)  # type: ignore[assignment] # noqa: RUF005 (no * in Triton)
-    return states, sums
-
-
-@triton.jit
-def _fold(acc, m_i, l_i, states, sums, base2, COUNT: tl.constexpr):
-    """Add ``COUNT`` states. What a state over no keys holds counts nothing.
+def _fold(acc, m_i, l_i, o, lse, base2):
+    """Add one state. What a state over no keys holds counts nothing.
 
     Differences are scaled, not scaled logarithms subtracted: fused into one operation those would differ from their own
     maximum by its rounding, of which 2^ is infinite where logarithms are huge.
     """
-    m_new = m_i
-    for i in tl.static_range(COUNT):
-        m_new = tl.maximum(m_new, sums[i])
+    m_new = tl.maximum(m_i, lse)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.exp2((m_i - m_safe) * base2)
-    acc, l_i = acc * alpha[:, None], l_i * alpha
-    for i in tl.static_range(COUNT):
-        weight = tl.exp2((sums[i] - m_safe) * base2)
-        acc += weight[:, None] * tl.where((sums[i] == float("-inf"))[:, None], 0.0, states[i].to(tl.float32))
-        l_i += weight
-    return acc, m_new, l_i
+    weight = tl.exp2((lse - m_safe) * base2)
+    o = tl.where((lse == float("-inf"))[:, None], 0.0, o.to(tl.float32))
+    return acc * alpha[:, None] + weight[:, None] * o, m_new, l_i * alpha + weight
+
+
+@triton.jit
+def _pair(o_a, lse_a, o_b, lse_b, base2):
+    """Both states' shares of their sum added up, as ``_fold`` would; and maximum and sum of the weights."""
+    m = tl.maximum(lse_a, lse_b)
+    m_safe = tl.where(m == float("-inf"), 0.0, m)
+    a, b = tl.exp2((lse_a - m_safe) * base2), tl.exp2((lse_b - m_safe) * base2)
+    o_a = tl.where((lse_a == float("-inf"))[:, None], 0.0, o_a.to(tl.float32))
+    o_b = tl.where((lse_b == float("-inf"))[:, None], 0.0, o_b.to(tl.float32))
+    return a[:, None] * o_a + b[:, None] * o_b, m, a + b
 
 
 @triton.jit(do_not_specialize=["length", "heads", "num_states"])
 def merge_kernel(
     o_ptr, lse_ptr, other_ptr, other_lse_ptr, out_ptr, out_lse_ptr, mask_ptr,
     stride_o, stride_lse, stride_other, stride_other_lse, stride_out, stride_out_lse, stride_mask,
-    length, heads, num_states, base2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, AHEAD: tl.constexpr,
-    LOOP: tl.constexpr, OTHER: tl.constexpr, MASK: tl.constexpr,
+    length, heads, num_states, base2, log_2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr,
+    BATCHED: tl.constexpr, PAIR: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """One program: ``HEADS`` heads of ``TOKENS`` tokens. Grid (batch * ceil(length / TOKENS), ceil(heads / HEADS)).
 
     Strides: outputs (state, batch, token, head, dim), LSE (state, batch, head, token), without the state where there is
-    one; mask (batch, token). ``AHEAD`` states are asked for before the first of them has come; ``LOOP`` where there may
-    be more.
+    one; mask (batch, token). ``base2`` and ``log_2``: the base's binary logarithm, and 2's to the base. A ``PAIR`` is
+    one state and another; of more, ``STAGES`` are on their way to shared memory at a time.
     """
-    blocks = tl.cdiv(length, TOKENS)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
+    block, b = tl.program_id(0), tl.zeros((), tl.int64)
+    if BATCHED:
+        blocks = tl.cdiv(length, TOKENS)
+        block, b = block % blocks, (block // blocks).to(tl.int64)
     row = tl.arange(0, TOKENS * HEADS)
-    token = (tl.program_id(0) % blocks * TOKENS + row // HEADS).to(tl.int64)
+    token = (block * TOKENS + row // HEADS).to(tl.int64)
     head = (tl.program_id(1) * HEADS + row % HEADS).to(tl.int64)
     inside = (token < length) & (head < heads)
     if MASK:
@@ -78,32 +72,30 @@ def merge_kernel(
         inside = inside & (chosen != 0)
     offs = tl.arange(0, BLOCK_D)
     at = inside[:, None] & (offs < D)[None, :]
-    acc = tl.zeros([TOKENS * HEADS, BLOCK_D], tl.float32)
-    m_i = tl.full([TOKENS * HEADS], float("-inf"), tl.float32)
-    l_i = tl.zeros([TOKENS * HEADS], tl.float32)
     o_at = o_ptr + (b * stride_o[1] + token * stride_o[2] + head * stride_o[3])[:, None] + offs[None, :] * stride_o[4]
     lse_at = lse_ptr + b * stride_lse[1] + head * stride_lse[2] + token * stride_lse[3]
-    if OTHER:
+    if PAIR:
         other_at = (b * stride_other[0] + token * stride_other[1] + head * stride_other[2])[:, None]
         other = tl.load(other_ptr + other_at + offs[None, :] * stride_other[3], mask=at, other=0.0)
+        o = tl.load(o_at, mask=at, other=0.0)
         other_at = b * stride_other_lse[0] + head * stride_other_lse[1] + token * stride_other_lse[2]
         other_lse = tl.load(other_lse_ptr + other_at, mask=inside, other=float("-inf"))
-    if LOOP:
-        for first in range(0, num_states, AHEAD):
-            states, sums = _states(o_at, lse_at, stride_o, stride_lse, first, num_states, inside, at, AHEAD)
-            acc, m_i, l_i = _fold(acc, m_i, l_i, states, sums, base2, AHEAD)
-        if OTHER:
-            acc, m_i, l_i = _fold(acc, m_i, l_i, (other,), (other_lse,), base2, 1)
+        lse = tl.load(lse_at, mask=inside, other=float("-inf"))
+        acc, m_i, l_i = _pair(o, lse, other, other_lse, base2)
     else:
-        states, sums = _states(o_at, lse_at, stride_o, stride_lse, 0, num_states, inside, at, AHEAD)
-        if OTHER:
-            states, sums = states + (other,), sums + (other_lse,)  # noqa: RUF005
-        acc, m_i, l_i = _fold(acc, m_i, l_i, states, sums, base2, AHEAD + OTHER)
+        acc = tl.zeros([TOKENS * HEADS, BLOCK_D], tl.float32)
+        m_i = tl.full([TOKENS * HEADS], float("-inf"), tl.float32)
+        l_i = tl.zeros([TOKENS * HEADS], tl.float32)
+        for _ in tl.range(0, num_states, num_stages=STAGES):
+            lse = tl.load(lse_at, mask=inside, other=float("-inf"))
+            acc, m_i, l_i = _fold(acc, m_i, l_i, tl.load(o_at, mask=at, other=0.0), lse, base2)
+            o_at += stride_o[0]
+            lse_at += stride_lse[0]
     safe = tl.where(l_i > 0, l_i, 1.0)
     o = (acc * (1.0 / safe)[:, None]).to(out_ptr.dtype.element_ty)
-    o_at = (b * stride_out[0] + token * stride_out[1] + head * stride_out[2])[:, None] + offs[None, :] * stride_out[3]
-    tl.store(out_ptr + o_at, o, mask=at)
-    lse = tl.where(l_i > 0, m_i + tl.log2(safe) / base2, float("-inf"))
+    out_at = (b * stride_out[0] + token * stride_out[1] + head * stride_out[2])[:, None]
+    tl.store(out_ptr + out_at + offs[None, :] * stride_out[3], o, mask=at)
+    lse = tl.where(l_i > 0, m_i + tl.log2(safe) * log_2, float("-inf"))
     lse_at = b * stride_out_lse[0] + head * stride_out_lse[1] + token * stride_out_lse[2]
     tl.store(out_lse_ptr + lse_at, lse, mask=inside)
 
@@ -125,10 +117,12 @@ def merge(
     mask: Tensor | None,
     base: float,
 ) -> None:
-    """See ``reference.merge``, which this matches."""
+    """See ``reference.merge``, which this matches; with one more there is one other state."""
     states, batch, length, heads, dim = o.shape
+    assert states == 1 or o_b is None
+    tile_bytes, warps, stages = _MANY if o_b is None else _PAIR
     block_d = triton.next_power_of_2(dim)
-    rows = max(1, _TILE_BYTES // (block_d * o.element_size()))
+    rows = max(1, tile_bytes // (block_d * o.element_size()))
     head_rows = min(rows, triton.next_power_of_2(heads))
     tokens = rows // head_rows
     other, other_lse = (out, out_lse) if o_b is None or lse_b is None else (o_b, lse_b)
@@ -136,9 +130,9 @@ def merge(
         merge_kernel, (batch * triton.cdiv(length, tokens), triton.cdiv(heads, head_rows)),
         o, lse, other, other_lse, out, out_lse, out_lse if mask is None else mask,
         *(_strides(t, 2) for t in (o, lse)), *(_strides(t, 1) for t in (other, other_lse, out, out_lse)),
-        (0, 0) if mask is None else _strides(mask, 1), length, heads, states, math.log2(base),
-        D=dim, BLOCK_D=block_d, TOKENS=tokens, HEADS=head_rows, AHEAD=min(_AHEAD, triton.next_power_of_2(states)),
-        LOOP=states > _AHEAD, OTHER=o_b is not None, MASK=mask is not None, num_warps=_WARPS, **LAUNCH,
+        (0, 0) if mask is None else _strides(mask, 1), length, heads, states, math.log2(base), math.log(2, base),
+        D=dim, BLOCK_D=block_d, TOKENS=tokens, HEADS=head_rows, STAGES=stages,
+        BATCHED=batch > 1, PAIR=o_b is not None, MASK=mask is not None, num_warps=warps, **LAUNCH,
     )  # fmt: skip
 
 
@@ -152,12 +146,12 @@ def _strides(t: Tensor, leading: int) -> tuple[int, ...]:
 
 def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[Any, Any], int, int]]:
     """Kernels as (name, function, signature, constexprs, attributes, warps, stages), to compile without a GPU."""
-    tile = {"D": 128, "BLOCK_D": 128, "TOKENS": 1, "HEADS": 16}
-    cases = {
-        "merge-2": {"AHEAD": 1, "LOOP": False, "OTHER": True, "MASK": True},
-        "merge-n": {"AHEAD": 8, "LOOP": True, "OTHER": False, "MASK": False},
-    }
-    return [(name, *_offline({**tile, **flags}), _WARPS, 1) for name, flags in cases.items()]
+    cases = {"merge-2": (_PAIR, True), "merge-n": (_MANY, False)}
+    tile = {"D": 128, "BLOCK_D": 128, "TOKENS": 1, "BATCHED": True}
+    return [
+        (name, *_offline({**tile, "HEADS": size // 256, "STAGES": stages, "PAIR": flag, "MASK": flag}), warps, 1)
+        for name, ((size, warps, stages), flag) in cases.items()
+    ]
 
 
 def _offline(constants: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[Any, Any], dict[Any, Any]]:
@@ -181,5 +175,5 @@ def _offline(constants: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[Any, 
             signature[param.name] = kind
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[param.name] = "fp32" if param.name == "base2" else "i32"
+            signature[param.name] = "fp32" if param.name in ("base2", "log_2") else "i32"
     return merge_kernel, signature, constexprs, attributes
