@@ -255,8 +255,12 @@ class PagedPlan:
         out: Tensor | None = None,
         lse: Tensor | None = None,
         return_lse: bool = False,
+        natural_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attention of ``q`` ``[tokens, Hq, D]``; the output ``[tokens, Hq, Dv]``, and base-2 LSE ``[tokens, Hq]``."""
+        """Attention of ``q`` ``[tokens, Hq, D]``; the output ``[tokens, Hq, Dv]``, and base-2 LSE ``[tokens, Hq]``.
+
+        With ``natural_lse``, both are as the operator leaves them, the LSE a view of ``[Hq, tokens]``.
+        """
         if not isinstance(q, Tensor) or q.dim() == 0:
             got = "a number" if isinstance(q, Tensor) else type(q).__name__
             raise argument_error("q", "a tensor [tokens, Hq, D]", got, kind=TypeError)
@@ -275,8 +279,10 @@ class PagedPlan:
             out=out if o_dtype == queries.dtype else None,
         )  # fmt: skip
         direct = queries is q and (o.dtype == o_dtype if out is None else o is out)
-        if direct and sinks is lse is None and not (return_lse or self.follows):
+        if direct and sinks is lse is None and not (return_lse or natural_lse or self.follows):
             self._learn(q, paged_kv_cache, k, v, scales, (q_scale, k_scale, v_scale), out)
+        if natural_lse:
+            return o, natural.transpose(0, 1)
         return as_results(o, natural, o_dtype, out, lse, return_lse)
 
     def _learn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ def _tokens(first: Tensor, *others: Tensor) -> tuple[int] | None:
 
 
 _TOKENS = Lengths(_tokens, ("length",), "TOKENS")
-_two, _many, _in_place = QuickCalls(_TOKENS, 0, 2), QuickCalls(_TOKENS, 0, 1), QuickCalls(_TOKENS, 0, 2)
+_two, _many = QuickCalls(_TOKENS, 0, 2), QuickCalls(_TOKENS, 0, 1)
+_in_place, _in_place_natural = QuickCalls(_TOKENS, 0, 2), QuickCalls(_TOKENS, 0, 2)
 
 
 def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,18 +73,23 @@ def merge_state_in_place(v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor,
         s_other: As ``s``.
         mask: bool ``[tokens]``; rows where it is False stay as they are. None: all are merged.
     """
+    _merge_in_place(v, s, v_other, s_other, mask, 2)
+
+
+def _merge_in_place(v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor, mask: Tensor | None, base: float) -> None:
     tensors = (v, v_other, s, s_other) if mask is None else (v, v_other, s, s_other, mask)
-    if _in_place(*tensors)[1]:
+    quick = _in_place if base == 2 else _in_place_natural
+    if quick(*tensors)[1]:
         return
     sums = _sums("s", s, "v", v)
     _check_other("v_other", v_other, "v", v)
     others = _sums("s_other", s_other, "v_other", v_other)
 
     def call() -> None:
-        merge.merge_state_(v, sums, v_other, others, mask=mask, base=2)
+        merge.merge_state_(v, sums, v_other, others, mask=mask, base=base)
 
     if v.dim() == 3:
-        _in_place.learn(tensors, call)
+        quick.learn(tensors, call)
     else:
         call()
     if sums.dtype != s.dtype:
@@ -293,9 +300,13 @@ class MultiLevelCascadeAttentionWrapper(Wrapper):
             ``[tokens, Hq, D]``.
         """
         *shared, own = self._plan()
-        o, lse = own.run(q, paged_kv_cache, return_lse=True)
+        if not shared:
+            o: Tensor = own.run(q, paged_kv_cache)
+            return o
+        o, lse = own.run(q, paged_kv_cache, natural_lse=True)
         for plan in shared:
-            merge_state_in_place(o, lse, *plan.run(q, paged_kv_cache, return_lse=True))
+            other, other_lse = plan.run(q, paged_kv_cache, natural_lse=True)
+            _merge_in_place(o, lse, other, other_lse, None, math.e)
         return o
 
     forward = run
