@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparseattn.kernels.launches import differentiable, is_recording, recording, repeatable
+from sparseattn.kernels.launches import Store, differentiable, is_recording, recording, repeatable
 from sparseattn.kernels.starts import Again, direct, hooked
 from sparseattn.kernels.usual import row_major, same_form, untraced_empty
 
@@ -154,7 +154,7 @@ class QuickCalls:
 
     def __init__(self, lengths: Lengths, fixed: int, aligned: int) -> None:
         self._lengths, self._fixed, self._aligned = lengths, fixed, aligned
-        self._calls: dict[int, list[Quick]] = {}
+        self._calls = Store()  # by number of tensors, the last first
 
     def __call__(self, *tensors: Any) -> tuple[Any, bool]:
         """The results of a call of these tensors, if such a one was seen; and whether it was made."""
