@@ -15,7 +15,7 @@ from sparseattn.kernels.launches import launch
 from sparseattn.ops.dispatch import triton_device_reason
 
 # Bytes of one state that a program reads, warps, and states on their way to shared memory: of a pair, and of others.
-_PAIR, _MANY = (4096, 8, 1), (2048, 4, 8)
+_PAIR, _MANY = (8192, 8, 1), (4096, 4, 6)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
