@@ -65,11 +65,8 @@ def dims(**shape: Any) -> Iterator[Case]:
 
 def blocks(**shape: Any) -> Iterator[Case]:
     """Block sizes, beside 128 x 128."""
-    for op, sizes in (
-        ("forward", ((128, 128), (128, 64), (64, 64), (32, 32), (16, 16))),
-        ("backward", ((128, 128), (128, 64), (64, 64))),
-    ):
-        for block_q, block in sizes:
+    for op in ("forward", "backward"):
+        for block_q, block in ((128, 128), (128, 64), (64, 64), (32, 32), (16, 16)):
             for density in (1.0, 0.25, 0.1):
                 yield Case(Problem(op, 16384, density, block_q=block_q, block=block, **shape), (*OURS, "fa4"))
 
