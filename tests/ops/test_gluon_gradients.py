@@ -237,3 +237,18 @@ def test_heads_per_program(group: int, tiles: int, heads: int) -> None:
     from sparseattn.ops.block_sparse.gluon_gradients import heads_per_program
 
     assert heads_per_program(group, tiles, 132) == heads
+
+
+def test_auto_tries_triton_first_for_small_blocks_of_narrow_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparseattn.ops import dispatch
+    from sparseattn.ops.block_sparse import library
+
+    monkeypatch.setitem(dispatch.AUTO, DEVICE, ("gluon", "triton"))
+    for dim, block, gradients, first in (
+        (64, (64, 64), "fast", "triton"), (64, (64, 64), None, "gluon"), (64, (64, 128), "fast", "gluon"),
+        (128, (64, 64), "fast", "gluon"), (48, (128, 128), "fast", "gluon"),
+    ):  # fmt: skip
+        problem = build(_case("any", dim=(dim, dim), block=block), DEVICE)
+        g = _geometry(_case("any"), problem)
+        assert library._tried("auto", problem.q, problem.v, g, gradients)[0] == first
+        assert library._tried("gluon", problem.q, problem.v, g, gradients) == ("gluon",)
