@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -84,7 +83,8 @@ class BlockPlan:
 
     def following(self, rows: BlockRows) -> BlockPlan:
         """This plan over rows of ``follow_rows``."""
-        plan = copy.copy(self)
+        plan = object.__new__(BlockPlan)
+        plan.__dict__.update(self.__dict__)
         plan.rows, plan._attend = rows, self._attend.over(rows)
         plan._take_over(self)
         return plan

@@ -60,8 +60,8 @@ class BlockSparseAttentionWrapper(Wrapper):
     def __init__(self, float_workspace_buffer: Tensor, backend: str = "auto", kv_layout: str = "NHD") -> None:
         super().__init__(float_workspace_buffer, kv_layout)
         self._impl = implementation(backend)
-        # What the last plan of lists said besides these, and that plan.
-        self._said: tuple[tuple[Any, ...], BlockPlan | None] = ((), None)
+        # What the last plan of lists said besides these, the types of that, and the plan.
+        self._said: tuple[tuple[Any, ...], tuple[type, ...], BlockPlan | None] = ((), (), None)
 
     def plan(self, *args: Any, **kwargs: Any) -> None:
         """What ``run`` will compute, until the next plan; in one of two forms, told apart by the first argument.
@@ -169,22 +169,21 @@ class BlockSparseAttentionWrapper(Wrapper):
         self._planned = BlockPlan(
             rows, shapes, options, gathered_causal, inside is not None, self._kv_layout, dtypes, self._impl
         ).after(self._planned)
-        self._said = said, self._planned
+        types = tuple(map(type, said))
+        self._said = said, types, self._planned if _PLAIN.issuperset(types) else None
 
     def _follow(self, indptr: Tensor | None, indices: Tensor | None, said: tuple[Any, ...]) -> bool:
         """Plan what was ``said`` of the lists planned before, too, if these are like them; whether that was done."""
-        before, plan = self._said
-        if plan is None or plan is not self._planned or not _PLAIN.issuperset(map(type, said)):
+        before, types, plan = self._said
+        if plan is None or plan is not self._planned or types != tuple(map(type, said)) or before != said:
             return False
         if not isinstance(indptr, Tensor) or not isinstance(indices, Tensor):
-            return False
-        if before != said or [*map(type, before)] != [*map(type, said)]:
             return False
         rows = follow_rows(plan.rows, indptr, indices)
         if rows is None:
             return False
         self._planned = plan.following(rows)
-        self._said = said, self._planned
+        self._said = said, types, self._planned
         return True
 
     def plan_batch(
