@@ -128,14 +128,14 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 @gluon.jit
 def ring(
     dtype: gl.constexpr, STAGES: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr, FILLS: gl.constexpr,
-    READERS: gl.constexpr,
+    READERS: gl.constexpr, PANELS: gl.constexpr = 1,
 ):  # fmt: skip
-    """A ring of shared-memory tiles: (tiles, full, empty), one barrier of each kind a stage.
+    """A ring of shared-memory tiles: (tiles, full, empty), one barrier of each kind a stage of ``PANELS`` tiles.
 
     A stage is full after ``FILLS`` arrivals (and the bytes they announced) and empty again after ``READERS``. Fresh
     "empty" barriers let a wait for parity 1 pass: producers start at parity 1, consumers at 0.
     """
-    tiles = gl.allocate_shared_memory(dtype, [STAGES] + shape, layout)
+    tiles = gl.allocate_shared_memory(dtype, [STAGES * PANELS] + shape, layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -161,7 +161,7 @@ def box_coordinates(start, length, row, head, col):
 
 
 @gluon.jit
-def load_boxes(desc, start, length, list_ptr, first, last, head, full, tile, BLOCK: gl.constexpr):
+def load_boxes(desc, start, length, list_ptr, first, last, head, col, full, tile, BLOCK: gl.constexpr):
     """Fill a tile with the blocks of ``BLOCK`` rows that list entries ``first ..`` name, repeating entry ``last``.
 
     The tensor map's boxes are ``BLOCK`` rows by 64 columns: a tile's memory is one panel of all its rows after another.
@@ -174,14 +174,14 @@ def load_boxes(desc, start, length, list_ptr, first, last, head, full, tile, BLO
         row = gl.load(list_ptr + gl.minimum(first + i, last)) * BLOCK
         for panel in gl.static_range(PANELS):
             box = view(boxes.index(panel * COUNT + i), desc.dtype, desc.block_type.shape, desc.layout)
-            async_load(desc, box_coordinates(start, length, row, head, panel * 64), full, box)
+            async_load(desc, box_coordinates(start, length, row, head, col + panel * 64), full, box)
 
 
 @gluon.jit
-def load_rows(desc, start, length, row, head, full, tile):
+def load_rows(desc, start, length, row, head, full, tile, col=0):
     """Ask for the tile at ``row`` of a sequence whose rows are ``start .. start + length``; it arrives at ``full``."""
     buffer = view(tile, desc.dtype, desc.block_type.shape, desc.layout)
-    async_load(desc, box_coordinates(start, length, row, head, 0), full, buffer)
+    async_load(desc, box_coordinates(start, length, row, head, col), full, buffer)
 
 
 @gluon.jit

@@ -45,6 +45,9 @@ class Facts:
         SCALED: Scores and outputs have a factor for each KV head.
         VARIABLE: Row tiles and key tiles begin and end anywhere, as ``piece_walks_kernel`` says.
         DEPTH: Columns of queries and keys that are multiplied: BLOCK_D, or 192 of 256 where the others are zeros.
+        PANELS: Queries and keys lie in this many panels of 64 columns, a tensor map's box each, as no tile has as many
+            columns; 0: in tiles of BLOCK_D.
+        O_BARE: Outputs go to memory from registers, not through a tile of shared memory.
         MERGE: Rows of a row tile, a power of two, whose shares the program that ends last merges (``PAGE`` with one
             consumer; over a latent cache, rows that programs merge at a time); 0: shares are left as they are.
         BITS: Bits say what queries see of listed blocks (see ``hopper_bits``), which are no smaller than a key tile.
@@ -90,6 +93,8 @@ class Facts:
     BITS: bool = False
     DEPTH: int = 0
     MERGE: int = 0
+    PANELS: int = 0
+    O_BARE: bool = False
 
     PAGED: Any = field(init=False, default=False)
     BOXED: Any = field(init=False, default=False)
@@ -128,9 +133,10 @@ class Facts:
 
     def boxes(self) -> tuple[tuple[int, int, int], ...]:
         """(heads, rows, columns) of the tensor-map tiles of q, k, v and o."""
-        slots, pack, tile_n, box, d, dv = (
-            getattr(self, n).value for n in ("SLOTS", "PACK", "TILE_N", "BOX", "BLOCK_D", "BLOCK_DV")
+        slots, pack, tile_n, box, d, dv, panels = (
+            getattr(self, n).value for n in ("SLOTS", "PACK", "TILE_N", "BOX", "BLOCK_D", "BLOCK_DV", "PANELS")
         )
+        d = 64 if panels else d
         boxed = box < tile_n and not self.ENDS.value
         keys = ((1, max(box, 8), 64),) * 2 if boxed else ((1, tile_n, d), (1, tile_n, dv))
         return (pack, slots, d), *keys, (pack, slots, dv)

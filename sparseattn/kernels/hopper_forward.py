@@ -19,10 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sparseattn.kernels.hopper import (
     begin_early,
-    load_boxes,
-    load_rows,
     next_stage,
-    post,
     read_record,
     receive,
     ring,
@@ -30,7 +27,6 @@ from sparseattn.kernels.hopper import (
     tile_layout,
 )
 from sparseattn.kernels.hopper_attention import (
-    HIDDEN,
     cap_scores,
     finish_sums,
     hide,
@@ -41,18 +37,10 @@ from sparseattn.kernels.hopper_attention import (
     thread_sums,
 )
 from sparseattn.kernels.hopper_bits import bits_of, keep_bits, load_bits
-from sparseattn.kernels.hopper_boxes import (
-    box_columns,
-    found_boxes,
-    gather_rows,
-    key_boxes,
-    load_key_boxes,
-    seek_boxes,
-    seek_whole,
-)
 from sparseattn.kernels.hopper_facts import Facts as Facts
+from sparseattn.kernels.hopper_loader import producer
 from sparseattn.kernels.hopper_merge import merge_by_last
-from sparseattn.kernels.hopper_records import first_head, row_span, tile_spans, walk_of
+from sparseattn.kernels.hopper_records import first_head, row_span, tile_spans
 
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
 NUMBERS = [
@@ -64,212 +52,22 @@ NUMBERS = [
 
 
 @gluon.jit
-def seek(list_ptr, tile, entries, pages, F: gl.constexpr):
-    """What memory says of where a key tile lies, for ``key_row``: asked for a tile ahead, as the answer takes time."""
-    if F.ENDS:
-        where, found = seek_whole(list_ptr, tile, pages, F)
-    elif F.BOXED:
-        where, found = seek_boxes(list_ptr, tile, entries, pages, F)
-    else:
-        where = tile * F.TILE_N
-        found = 0
-        if F.MASKED and not F.GATHER:
-            PARTS: gl.constexpr = F.BLOCK_KV // F.TILE_N
-            where = tile % PARTS * F.TILE_N
-            found = gl.load(list_ptr + tile // PARTS)
-    return where, found
-
-
-@gluon.jit
-def key_row(where, found, pages, F: gl.constexpr):
-    """First key of a key tile: of a listed block's share, or of all keys'.
-
-    In a paged cache, and of variable blocks, the rows of its boxes and how many of each are keys; with ``ENDS`` the
-    first key of a tile in one piece, and nothing that says anything of others.
-    """
-    row = where
-    held = 0
-    if F.ENDS:
-        row = found + where
-    elif F.BOXED:
-        row, held = found_boxes(where, found, pages, F)
-    elif F.MASKED and not F.GATHER:
-        row = found * F.BLOCK_KV + where
-    return row, held
-
-
-@gluon.jit
-def load_keys(
-    desc, scattered, keys, stage, phase, start, length, list_ptr, tile, row, held, entries, head,
-    STAGES: gl.constexpr, F: gl.constexpr,
-):  # fmt: skip
-    """Bring key tile ``tile`` (or its values) into the ring's next free stage.
-
-    ``scattered`` is what ``gather_rows`` needs; with ``ENDS``, the tensor map of boxes and what ``key_boxes`` needs.
-    """
-    tiles, full, empty = keys
-    mbarrier.wait(empty.index(stage), phase)
-    buffer = tiles.index(stage)
-    if not F.SCATTERED:
-        mbarrier.expect(full.index(stage), F.TILE_N * buffer.shape[1] * 2)
-    if F.SCATTERED:
-        source, rows_s = scattered
-        gather_rows(source, head, row, start, rows_s, full.index(stage), buffer, desc.dtype, F)
-    elif F.ENDS:
-        box_desc, source = scattered
-        if tile < entries:
-            load_rows(desc, start, length, row, head, full.index(stage), buffer)
-        else:
-            rows, counts = key_boxes(list_ptr, tile, entries, source, F)
-            load_key_boxes(box_desc, start, rows, counts, head, 0, full.index(stage), buffer, F)
-    elif F.BOXED:
-        load_key_boxes(desc, start, row, held, head, 0, full.index(stage), buffer, F)
-    elif F.GATHER:
-        first = tile * (F.TILE_N // F.BLOCK_KV)
-        load_boxes(desc, start, length, list_ptr, first, entries - 1, head, full.index(stage), buffer, F.BLOCK_KV)
-    else:
-        load_rows(desc, start, length, row, head, full.index(stage), buffer)
-    return next_stage(stage, phase, STAGES)
-
-
-@gluon.jit
-def post_columns(cols_s, full, stage, list_ptr, tile, row, held, entries, nothing, pages, F: gl.constexpr):
-    """Say which key each column of a key tile is; columns without one are hidden from every row."""
-    lane: gl.constexpr = gl.BlockedLayout([F.TILE_N // 32 if F.WARPS == 1 else 1], [32], [F.WARPS], [0])
-    offs = gl.arange(0, F.TILE_N, lane)
-    if F.SCATTERED:
-        cols = held
-    elif F.ENDS:
-        cols = row + offs
-        if tile >= entries:
-            cols = box_columns(list_ptr, tile, entries, pages, offs, F)
-    elif F.BOXED:
-        cols = box_columns(list_ptr, tile, entries, pages, offs, F)
-    elif F.GATHER:
-        entry = tile * (F.TILE_N // F.BLOCK_KV) + offs // F.BLOCK_KV
-        cols = gl.load(list_ptr + gl.minimum(entry, entries - 1)) * F.BLOCK_KV + offs % F.BLOCK_KV
-        cols = gl.where(entry < entries, cols, HIDDEN)
-    else:
-        cols = row + offs
-    cols_s.index(stage).store(gl.where(nothing, HIDDEN, cols))
-    mbarrier.arrive(full.index(stage), count=1)
-
-
-@gluon.jit
-def producer(call, F: gl.constexpr):
-    """The warp that loads: per row tile its queries, its keys one tile ahead of its values."""
-    (
-        q_desc, k_desc, v_desc, queries, keys, values, info, cols_s, record_ptr, counter_ptr, count_ptr, index_ptr,
-        spans, mask_stride_b, mask_stride_h, idx_width, max_q, max_k, num_tiles, q_rows, k_rows, v_rows, cache,
-        scattered,
-    ) = call  # fmt: skip
-    table_ptr, details_ptr, num_pages = cache
-    if F.PAGED:
-        num_tiles = gl.load(counter_ptr + 1)
-    q_s, q_full, q_empty = queries
-    ks = 0
-    kp = 1
-    vs = 0
-    vp = 1
-    turn = 0
-    position = gl.program_id(0)
-    m, head, b, share, count, first, late, early = read_record(record_ptr, position)
-    while position < num_tiles:
-        claimed = gl.atomic_add(counter_ptr, 1, sem="relaxed")
-        if count >= 0:
-            post(info, turn, position, F.WARPS)
-            q_start, q_len, k_start, k_len, mapped, _place, _shares = tile_spans(
-                details_ptr, position, b, spans, max_q, max_k, F
-            )
-            q_start += b * q_rows
-            k_row0 = k_start + b * k_rows
-            v_row0 = k_start + b * v_rows
-            head_q = first_head(head, F)
-            head_k = head_q // F.GROUP
-            entries = 1
-            list_ptr = index_ptr
-            lists = (count_ptr, mask_stride_b, mask_stride_h)
-            q_first, bound, list_row = row_span(m, head_q, b, q_len, lists, F)
-            if F.VARIABLE:
-                list_ptr = index_ptr + list_row * idx_width * 2
-            elif F.MASKED:
-                list_ptr = index_ptr + list_row * idx_width
-                if F.GATHER:
-                    entries = gl.maximum(gl.load(count_ptr + list_row), 1)
-                    if F.PAGED:  # counts of page lists are anybody's
-                        entries = gl.minimum(entries, idx_width)
-            # A row tile without keys still has one key tile: no rows of it exist, so it loads zeros.
-            nothing = count == 0
-            if nothing:
-                k_len = 0
-            pages = cache
-            k_from, v_from = scattered
-            if F.PAGED:
-                k_row0 = k_rows
-                v_row0 = v_rows
-                pages = (table_ptr + k_start, gl.where(nothing, 0, mapped), num_pages)
-            if F.VARIABLE:
-                walk = walk_of(m, head_q, b, lists, F)
-                pages = (gl.load(walk + 3), gl.load(walk + 6), gl.where(nothing, 0, idx_width))
-                if F.ENDS:
-                    entries = pages[0] * (F.BLOCK_KV // F.TILE_N)
-                    k_from, v_from = (scattered[0], pages), (scattered[1], pages)
-            last = gl.maximum(count, 1) - 1
-            tile = first + last
-            where, found = seek(list_ptr, tile, entries, pages, F)
-            row, held = key_row(where, found, pages, F)
-            where, found = seek(list_ptr, gl.maximum(tile - 1, first), entries, pages, F)
-            if not F.BOXED or F.ENDS:
-                row = gl.where(nothing, 0, row)
-            stage = ks
-            ks, kp = load_keys(
-                k_desc, k_from, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, held, entries, head_k, F.K_STAGES,
-                F,
-            )  # fmt: skip
-            post_columns(cols_s, keys[1], stage, list_ptr, tile, row, held, entries, nothing, pages, F)
-            for c in gl.static_range(F.CONSUMERS):
-                mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
-                mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-                load_rows(q_desc, q_start, bound, q_first + c * F.SLOTS, head_q, q_full.index(c), q_s.index(c))
-            turn += 1
-            for i in range(0, last):
-                above = row
-                above_held = held
-                tile -= 1
-                row, held = key_row(where, found, pages, F)
-                where, found = seek(list_ptr, gl.maximum(tile - 1, first), entries, pages, F)
-                stage = ks
-                ks, kp = load_keys(
-                    k_desc, k_from, keys, ks, kp, k_row0, k_len, list_ptr, tile, row, held, entries, head_k,
-                    F.K_STAGES, F,
-                )  # fmt: skip
-                post_columns(cols_s, keys[1], stage, list_ptr, tile, row, held, entries, nothing, pages, F)
-                vs, vp = load_keys(
-                    v_desc, v_from, values, vs, vp, v_row0, k_len, list_ptr, tile + 1, above, above_held, entries,
-                    head_k, F.V_STAGES, F,
-                )  # fmt: skip
-            vs, vp = load_keys(
-                v_desc, v_from, values, vs, vp, v_row0, k_len, list_ptr, tile, row, held, entries, head_k,
-                F.V_STAGES, F,
-            )  # fmt: skip
-        if claimed == num_tiles - 1:  # as many claims as tiles: the last one leaves the counter as it was
-            gl.store(counter_ptr, 0)
-        position = claimed + gl.num_programs(0)
-        m, head, b, share, count, first, late, early = read_record(record_ptr, gl.minimum(position, num_tiles - 1))
-    post(info, turn, -1, F.WARPS)
-
-
-@gluon.jit
 def score(q, keys, stage, phase, zeros, F: gl.constexpr):
     """Start ``q k^T`` of a stage's keys."""
     tiles, full, empty = keys
     mbarrier.wait(full.index(stage), phase)
     if F.SCATTERED:
         fence_async_shared()
-    k = tiles.index(stage)
-    if F.DEPTH == F.BLOCK_D:
+    if F.PANELS > 0:
+        s = zeros
+        for panel in gl.static_range(F.PANELS):
+            k = tiles.index(stage * F.PANELS + panel).permute((1, 0))
+            s = warpgroup_mma(q[panel], k, s, use_acc=panel > 0, is_async=True)
+    elif F.DEPTH == F.BLOCK_D:
+        k = tiles.index(stage)
         s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
     else:  # the columns behind DEPTH are zeros
+        k = tiles.index(stage)
         HALF: gl.constexpr = F.BLOCK_D // 2
         REST: gl.constexpr = F.DEPTH - HALF
         near = k.slice(0, HALF, dim=1).permute((1, 0))
@@ -363,15 +161,47 @@ def attend_cut(
 
 
 @gluon.jit
-def store_output(o_desc, o_s, acc, factor, start, bound, row, head, F: gl.constexpr):
-    """Send finished rows off through shared memory."""
-    acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
-    tma.store_wait(0)
-    o_s.store(acc.to(o_desc.dtype))
-    fence_async_shared()
-    store_rows(o_desc, start, bound, row, head, o_s)
-    if F.O_IN_Q:
+def take_queries(queries, turn, CID: gl.constexpr, LAYOUT: gl.constexpr, F: gl.constexpr):
+    """A consumer's queries of its ``turn``-th row tile: in registers, or where they lie in shared memory."""
+    q_s, q_full, q_empty = queries
+    mbarrier.wait(q_full.index(CID), turn & 1)
+    if F.Q_REGISTERS:
+        q = q_s.index(CID).load(gl.DotOperandLayout(0, LAYOUT, 2))
+        fence_async_shared()
+        mbarrier.arrive(q_empty.index(CID), count=1)
+    elif F.PANELS > 0:
+        q = (q_s.index(CID * 3), q_s.index(CID * 3 + 1), q_s.index(CID * 3 + 2))
+    else:
+        q = q_s.index(CID)
+    return q
+
+
+@gluon.jit
+def finished(acc, factor, dtype: gl.constexpr):
+    """Outputs from their sums."""
+    return (acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]).to(dtype)
+
+
+@gluon.jit
+def store_output(o_desc, o_s, out, o, start, bound, row, head, CID: gl.constexpr, F: gl.constexpr):
+    """Send finished rows off, through shared memory unless ``O_BARE``."""
+    if F.O_BARE:
+        o_ptr, row_stride, head_stride = out
+        at = gl.arange(0, 64, gl.SliceLayout(1, o.type.layout))
+        tokens = row + at % F.SLOTS
+        o_at = (start + tokens).to(gl.int64) * (row_stride * 8)
+        o_at += (head + at // F.SLOTS).to(gl.int64) * (head_stride * 8)
+        cols = gl.arange(0, F.BLOCK_DV, gl.SliceLayout(0, o.type.layout))
+        o_in = (tokens < bound)[:, None] & (cols < F.DV)[None, :]
+        gl.store(o_ptr + o_at[:, None] + cols[None, :], o, mask=o_in)
+    else:
+        o_tile = o_s.index(CID)
         tma.store_wait(0)
+        o_tile.store(o)
+        fence_async_shared()
+        store_rows(o_desc, start, bound, row, head, o_tile)
+        if F.O_IN_Q:
+            tma.store_wait(0)
 
 
 @gluon.jit
@@ -411,14 +241,7 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
             head_k = head_q // F.GROUP
             qk_scale = scale * gl.load(scales_ptr + head_k)
             v_scale = gl.load(scales_ptr + F.HEADS // F.GROUP + head_k)
-
-        mbarrier.wait(q_full.index(CID), turn & 1)
-        if F.Q_REGISTERS:
-            q = q_s.index(CID).load(gl.DotOperandLayout(0, S_LAYOUT, 2))
-            fence_async_shared()
-            mbarrier.arrive(q_empty.index(CID), count=1)
-        else:
-            q = q_s.index(CID)
+        q = take_queries(queries, turn, CID, S_LAYOUT, F)
         m_i = gl.full([64], float("-inf"), gl.float32, ROWS)
         l_i = thread_sums(zeros)
         bits = 0
@@ -444,8 +267,9 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
             words = load_bits(bits, gl.maximum(top - late, 0), F)
         for i in range(late, whole):
             acc, p, m_i, l_i, words, ks, kp, vs, vp = attend(
-                acc, p, m_i, l_i, words, q, keys, values, bits, top - i, ks, kp, vs, vp, zeros, qk_scale, softcap, F
-            )
+                acc, p, m_i, l_i, words, q, keys, values, bits, top - i, ks, kp, vs, vp, zeros, qk_scale,
+                softcap, F,
+            )  # fmt: skip
         acc = weigh(p, values, vs, vp, acc, F)
         if F.WINDOW:
             acc, p = warpgroup_mma_wait(0, deps=(acc, p))
@@ -458,8 +282,8 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
                 )  # fmt: skip
         if not F.Q_REGISTERS and not F.O_IN_Q:
             mbarrier.arrive(q_empty.index(CID), count=1)
-        # The next tile's record travels under this tile's end.
         turn += 1
+        # The next tile's record travels under this tile's end.
         position = receive(info, turn)
         record = read_record(record_ptr, gl.maximum(position, 0))
 
@@ -493,13 +317,15 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
                     )  # fmt: skip
             else:
                 factor = finish_sums(lse_ptr, lse_at, sinks_ptr, heads, m_i, l_i, inside, qk_scale, F)
-                store_output(o_desc, o_s.index(CID), acc, factor, q_start, bound, row0, head_q, F)
+                o = finished(acc, factor, o_desc.dtype)
+                store_output(o_desc, o_s, out, o, q_start, bound, row0, head_q, CID, F)
         elif F.SPLIT:
             o_row = gl.convert_layout(q_start + tokens, O_ROWS).to(gl.int64) * (F.HEADS * F.DV)
             o_row += gl.convert_layout(heads, O_ROWS) * F.DV
             leave_part(o_ptr, o_row, share, o_split_stride, acc, inside, F)
         else:
-            store_output(o_desc, o_s.index(CID), acc, factor, q_start, bound, row0, head_q, F)
+            o = finished(acc, factor, o_desc.dtype)
+            store_output(o_desc, o_s, out, o, q_start, bound, row0, head_q, CID, F)
         if F.O_IN_Q:
             mbarrier.arrive(q_empty.index(CID), count=1)
         m, head, b, share, count, first, late, early = record
@@ -543,13 +369,15 @@ def forward_kernel(
     dtype: gl.constexpr = q_desc.dtype
     layout: gl.constexpr = tile_layout(2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    queries = ring(dtype, F.CONSUMERS, [64, F.BLOCK_D], layout, 1, 1)
+    PANELS: gl.constexpr = F.PANELS if F.PANELS > 0 else 1
+    WIDTH: gl.constexpr = 64 if F.PANELS > 0 else F.BLOCK_D
+    queries = ring(dtype, F.CONSUMERS, [64, WIDTH], layout, 1, 1, PANELS)
     FILLS: gl.constexpr = 128 if F.SCATTERED else 1  # threads that gather arrive one by one
-    keys = ring(dtype, F.K_STAGES, [F.TILE_N, F.BLOCK_D], layout, FILLS + 1, F.CONSUMERS)
+    keys = ring(dtype, F.K_STAGES, [F.TILE_N, WIDTH], layout, FILLS + 1, F.CONSUMERS, PANELS)
     values = ring(dtype, F.V_STAGES, [F.TILE_N, F.BLOCK_DV], layout, FILLS, F.CONSUMERS)
     info = ring(gl.int32, 2, [1], plain, 1, F.CONSUMERS)
     cols_s = gl.allocate_shared_memory(gl.int32, [F.K_STAGES, F.TILE_N], plain)
-    if F.O_IN_Q:
+    if F.O_IN_Q or F.O_BARE:
         o_s = queries[0]
     else:
         o_s = gl.allocate_shared_memory(dtype, [F.CONSUMERS, 64, F.BLOCK_DV], layout)

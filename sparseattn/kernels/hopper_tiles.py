@@ -26,6 +26,8 @@ class Tiles(NamedTuple):
         q_registers: Queries are read from registers, which frees their memory for the next tile's.
         o_in_q: Outputs leave through the queries' memory.
         programs: Programs on one multiprocessor.
+        panels: Queries and keys lie in this many panels of 64 columns; 0: in tiles of a power of two.
+        o_bare: Outputs go to memory from registers.
     """
 
     consumers: int
@@ -35,13 +37,17 @@ class Tiles(NamedTuple):
     q_registers: bool
     o_in_q: bool
     programs: int
+    panels: int = 0
+    o_bare: bool = False
 
 
 def config_for(block_d: int, block_dv: int, consumers: int) -> Tiles:
-    """Tiles by padded head dimensions. At 128 those of an experiment on an H200; the others are not timed yet."""
+    """Tiles by padded head dimensions, ``block_d`` also 192. At 128 those of an experiment on an H200."""
+    if block_d == 192 and block_dv <= 128 and consumers == 2:
+        return Tiles(2, 128, 2, 2, False, False, 1, panels=3, o_bare=True)  # 209 KB of operands leave no room for O
     wide = max(block_d, block_dv)
-    if wide == 256:  # accumulators take half of the registers, so queries stay in shared memory
-        return Tiles(consumers, 64, 2, 2, False, block_d >= block_dv == 256, 1)
+    if wide > 128:  # accumulators take half of the registers, so queries stay in shared memory
+        return Tiles(consumers, 64, 2, 2, False, block_d > 128 and block_dv == 256, 1)
     if consumers == 1:  # two programs a multiprocessor: one would leave the tensor cores idle under its softmax
         return Tiles(1, 64, 2, 2, True, False, 2)
     if wide == 64:
@@ -97,13 +103,14 @@ def batch_rows(t: Tensor) -> int:
 def offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
     """Kernel, signature, constexprs, attributes, warps, stages and options of a bfloat16 call."""
     facts = dict(facts)
-    tiles = config_for(padded(dims[0]), padded(dims[1]), facts.pop("consumers", 2))
+    wide = padded if facts.get("PAGE", 8) % 8 else depth
+    tiles = config_for(wide(dims[0]), padded(dims[1]), facts.pop("consumers", 2))
     pack = facts.pop("PACK", 1)
     block = (facts.pop("BLOCK_Q", 128), facts.pop("BLOCK_KV", 128))
     f = Facts(
         32, 4, pack, pack, 64 * tiles.consumers // pack, *block, padded(dims[0]), dims[1], padded(dims[1]),
         tiles.consumers, tiles.tile_n, tiles.k_stages, tiles.v_stages, tiles.q_registers, tiles.o_in_q,
-        DEPTH=depth(dims[0]), **facts,
+        DEPTH=depth(dims[0]), PANELS=tiles.panels, O_BARE=tiles.o_bare, **facts,
     )  # fmt: skip
     boxes = dict(zip(("q_desc", "k_desc", "v_desc", "o_desc"), f.boxes(), strict=True))
     boxes |= dict(zip(("k_box_desc", "v_box_desc"), f.end_boxes(), strict=False))
@@ -111,7 +118,7 @@ def offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
     given = {"table_ptr", "details_ptr", "num_pages", "sums_ptr"} if f.PAGED else set()
     given |= {"scales_ptr"} if f.SCALED else set()
     given |= {"k_ptr", "v_ptr", "k_stride", "v_stride", "k_head", "v_head"} if f.SCATTERED else set()
-    given |= {"out_ptr", "out_stride", "out_head"} if f.MERGE else set()
+    given |= {"out_ptr", "out_stride", "out_head"} if f.MERGE or f.O_BARE else set()
     given |= {"bits_ptr", "bit_rows", "bit_groups", "bit_queries"} if f.BITS else set()
     signature: dict[str, Any] = {}
     constexprs: dict[Any, Any] = {}

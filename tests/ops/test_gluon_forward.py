@@ -30,6 +30,8 @@ HOPPER_CASES = [
     Case("d128-64-blocks", seq=(260, 260), heads=(2, 1), dim=(128, 128), block=(64, 64), mask_heads=2, dtype=F16),
     Case("d128-gathered", seq=(200, 300), heads=(4, 1), dim=(128, 128), block=(64, 32), mask_heads=1, dtype=F16),
     Case("d192-128", seq=(140, 270), heads=(2, 2), dim=(192, 128), block=(128, 128), mask_heads=2, dtype=F16),
+    Case("d192-gathered", seq=(140, 200), heads=(2, 1), dim=(168, 72), block=(128, 32), mask_heads=1, dtype=F16),
+    Case("rows-64", seq=(300, 500), heads=(4, 2), dim=(64, 64), block=(64, 64), mask_heads=4, density=0.1, dtype=F16),
     Case("d256", seq=(140, 270), heads=(2, 1), dim=(256, 256), block=(128, 64), mask_heads=2, dtype=F16, sinks=True),
     Case("dense-split", seq=(9, 700), heads=(4, 1), dim=(64, 64), block=None, dtype=F16, sinks=True, softcap=4.0),
     Case("long-window", seq=(400, 400), dim=(64, 64), block=None, window=(150, 0), dtype=F16),

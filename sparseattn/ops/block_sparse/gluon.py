@@ -79,7 +79,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor, g: Geometry, processors: int) -> Plan:
     slots = 64 // pack
     consumers = 2 if block_q % (2 * slots) == 0 else 1
     tokens = math.gcd(block_q, consumers * slots)
-    tiles = config_for(padded(q.shape[-1]), padded(v.shape[-1]), consumers)
+    tiles = config_for(depth(q.shape[-1]), padded(v.shape[-1]), consumers)
     programs = processors * tiles.programs
     rows = triton.cdiv(g.max_q, tokens) if g.row_pieces is None else g.row_pieces.shape[1] * (g.block_q // tokens)
     row_tiles_ = g.batch * (heads // pack) * rows
@@ -206,13 +206,16 @@ def _attend_blocks(
         heads, heads // heads_k, pack, mask_group, tokens, *block, block_d, dim_v, block_dv, tiles.consumers,
         tiles.tile_n, tiles.k_stages, tiles.v_stages, tiles.q_registers, tiles.o_in_q, masked, g.causal,
         g.window_left >= 0 or g.window_right >= 0, g.softcap > 0, sinks is not None, partial, *ragged,
-        VARIABLE=walks is not None, BITS=bits is not None, DEPTH=depth(q.shape[-1]),
+        VARIABLE=walks is not None, BITS=bits is not None, DEPTH=depth(q.shape[-1]), PANELS=tiles.panels,
+        O_BARE=tiles.o_bare,
     )  # fmt: skip
     given: dict[str, Any] = {}
+    if tiles.o_bare:  # strides count 8 elements, by which they are divisible
+        given = {"out_ptr": o, "out_stride": o.stride(-3) // 8, "out_head": o.stride(-2) // 8}
     if bits is not None:
         words, queries = bits
         rows, groups = words.shape[2:4]
-        given = {"bits_ptr": words, "bit_rows": 16 * rows, "bit_groups": groups, "bit_queries": queries}
+        given |= {"bits_ptr": words, "bit_rows": 16 * rows, "bit_groups": groups, "bit_queries": queries}
     descriptors = (row_tiles(t, *box) for t, box in zip((q, k, v, o), facts.boxes(), strict=True))
     names = ("k_box_desc", "v_box_desc")
     given |= {name: row_tiles(t, *box) for name, t, box in zip(names, (k, v), facts.end_boxes(), strict=False)}

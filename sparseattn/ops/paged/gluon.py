@@ -75,7 +75,8 @@ def plan(q: Tensor, p: PagedProblem, processors: int) -> Plan:
     slots = 64 // pack
     consumers = 2 if p.max_q > slots and p.block_q % (2 * slots) == 0 else 1
     tokens = math.gcd(p.block_q, consumers * slots)  # those of a tile share a list; gcd(0, n) is n
-    tiles = config_for(padded(q.shape[-1]), padded(p.v.shape[-1]), consumers)
+    boxes = p.page_size % 8 == 0 and (p.list_indices is None or p.block_kv % 8 == 0)  # threads gather smaller ones
+    tiles = config_for((depth if boxes else padded)(q.shape[-1]), padded(p.v.shape[-1]), consumers)
     return gluon_plans.make_plan(q, p, tiles, pack, tokens, processors)
 
 
@@ -111,13 +112,13 @@ def _launch(
         padded(q.shape[-1]), dim_v, padded(dim_v), tiles.consumers, tiles.tile_n, tiles.k_stages, tiles.v_stages,
         tiles.q_registers, tiles.o_in_q, p.list_indices is not None, p.causal, windowed(p), p.softcap > 0,
         p.sinks is not None, False, True, True, p.page_size, scales is not None, DEPTH=depth(q.shape[-1]),
-        MERGE=cut.fused,
+        MERGE=cut.fused, PANELS=tiles.panels, O_BARE=tiles.o_bare,
     )  # fmt: skip
     rows: dict[str, Any] = {}
     if facts.SCATTERED:  # strides count 8 elements, by which they are divisible
         rows = {"k_ptr": p.k, "v_ptr": p.v, "k_stride": p.k.stride(1) // 8, "v_stride": p.v.stride(1) // 8}
         rows |= {"k_head": p.k.stride(2) // 8, "v_head": p.v.stride(2) // 8}
-    if cut.fused:
+    if cut.fused or tiles.o_bare:
         rows |= {"out_ptr": o, "out_stride": o.stride(0) // 8, "out_head": o.stride(1) // 8}
     descriptors = (row_tiles(t, *box) for t, box in zip((q, p.k, p.v, o), facts.boxes(), strict=True))
     launch(
@@ -156,6 +157,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
         ("decode128-128x128", (128, 128), {"PAGE": 128, **decode}),
         ("listed8-128x128", (128, 128), {"PAGE": 8, **listed}),
         ("all-64x64", (64, 64), {"PAGE": 32, **listed, **options}),
+        ("prefill8-192x128", (192, 128), {"PAGE": 8}),
         ("decode16-256x256", (256, 256), {"PAGE": 16, **decode}),
     ]
     cases = [(f"gluon-paged-{name}-sm90", *offline(dims, {**ragged, **facts})) for name, dims, facts in shapes]
