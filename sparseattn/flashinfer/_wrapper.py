@@ -233,10 +233,11 @@ class PagedPlan:
         paged_kv_cache: Tensor | tuple[Tensor, Tensor],
         scales: tuple[Any, Any, Any],
         out: Tensor | None,
-    ) -> Tensor | None:
+        natural_lse: bool = False,
+    ) -> Any:
         """What ``run`` of these returns, if it has seen such tensors, and such scales of q, k and v; else None."""
         try:
-            calls = self._usual[scales, out is None]
+            calls = self._usual[scales, out is None, natural_lse]
         except (KeyError, TypeError):  # not seen, or what cannot be a key
             return None
         if type(paged_kv_cache) is tuple:
@@ -259,7 +260,7 @@ class PagedPlan:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of ``q`` ``[tokens, Hq, D]``; the output ``[tokens, Hq, Dv]``, and base-2 LSE ``[tokens, Hq]``.
 
-        With ``natural_lse``, both are as the operator leaves them, the LSE a view of ``[Hq, tokens]``.
+        With ``natural_lse``, both are as the operator leaves them, the LSE ``[Hq, tokens]``.
         """
         if not isinstance(q, Tensor) or q.dim() == 0:
             got = "a number" if isinstance(q, Tensor) else type(q).__name__
@@ -279,10 +280,10 @@ class PagedPlan:
             out=out if o_dtype == queries.dtype else None,
         )  # fmt: skip
         direct = queries is q and (o.dtype == o_dtype if out is None else o is out)
-        if direct and sinks is lse is None and not (return_lse or natural_lse or self.follows):
-            self._learn(q, paged_kv_cache, k, v, scales, (q_scale, k_scale, v_scale), out)
+        if direct and sinks is lse is None and not (return_lse or self.follows):
+            self._learn(q, paged_kv_cache, k, v, scales, (q_scale, k_scale, v_scale), out, natural_lse)
         if natural_lse:
-            return o, natural.transpose(0, 1)
+            return o, natural
         return as_results(o, natural, o_dtype, out, lse, return_lse)
 
     def _learn(
@@ -294,6 +295,7 @@ class PagedPlan:
         folded: Scales,
         scales: tuple[Any, Any, Any],
         out: Tensor | None,
+        lse: bool,
     ) -> None:
         """Have ``again`` know a call that was made."""
         if not all(x is None or isinstance(x, numbers.Real) for x in scales):  # a tensor may change
@@ -303,9 +305,9 @@ class PagedPlan:
         given = tensors if out is None else (*tensors, out)
         if len(self._usual) > _MOST_SCALES:
             self._usual.clear()
-        calls = self._usual.setdefault((scales, out is None), UsualCalls())
+        calls = self._usual.setdefault((scales, out is None, lse), UsualCalls())
         factors = folded.scale, folded.k, folded.v
-        calls.learn(given, lambda: self._attention().usual(given, places, q, k, v, scales=factors, out=out))
+        calls.learn(given, lambda: self._attention().usual(given, places, q, k, v, scales=factors, out=out, lse=lse))
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Raise unless queries, keys and values are as planned."""

@@ -270,9 +270,11 @@ class MultiLevelCascadeAttentionWrapper(Wrapper):
         for level, (qo_indptr, *tensors) in enumerate(zip(*self._levels(arrays), strict=True)):
             last = level == self._num_levels - 1
             rows, longest, total, table = self._tables(level, qo_indptr, tensors, page_size)
-            plan = PagedPlan(table, *shape, options if last else options._replace(causal=False), self.device, dtypes)
-            plan.cu_seqlens_q, plan.max_seqlen_q, plan.total_q = rows, longest, total
-            plans.append(plan)
+            plan = PagedPlan(
+                table, *shape, options if last else options._replace(causal=False), self.device, dtypes,
+                cu_seqlens_q=rows, max_seqlen_q=longest, total_q=total, follows=self._buffers is not None,
+            )  # fmt: skip
+            plans.append(plan.after(None if self._planned is None else self._planned[level]))
         self._planned = plans
 
     def _tables(
@@ -303,13 +305,19 @@ class MultiLevelCascadeAttentionWrapper(Wrapper):
         if not shared:
             o: Tensor = own.run(q, paged_kv_cache)
             return o
-        o, lse = own.run(q, paged_kv_cache, natural_lse=True)
+        o, lse = _state(own, q, paged_kv_cache)
         for plan in shared:
-            other, other_lse = plan.run(q, paged_kv_cache, natural_lse=True)
-            _merge_in_place(o, lse, other, other_lse, None, math.e)
+            _merge_in_place(o, lse, *_state(plan, q, paged_kv_cache), None, math.e)
         return o
 
     forward = run
+
+
+def _state(plan: PagedPlan, q: Tensor, cache: _Cache) -> tuple[Tensor, Tensor]:
+    """Attention over one level, and its natural-log LSE ``[tokens, Hq]``."""
+    known = plan.again(q, cache, (None, None, None), None, natural_lse=True)
+    o, lse = plan.run(q, cache, natural_lse=True) if known is None else known
+    return o, lse.t()
 
 
 class _SharedPrefix(Wrapper):

@@ -148,6 +148,7 @@ class Usual:
         results: Names of the output and of the LSE.
         sums: Elements of the LSE, which is float32.
         into: The last of ``tensors`` is the output, and no input begins where it does.
+        lse: Shape of the LSE, where callers want that, too; None: nobody reads it.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class Usual:
         results: tuple[str, str],
         sums: int,
         into: bool = False,
+        lse: tuple[int, ...] | None = None,
     ) -> None:
         first = tensors[0]
         self._record, self._kept, self._device = recorded.launches, recorded.kept, first.device
@@ -167,6 +169,7 @@ class Usual:
         self._same = same_form(tensors)
         self._low = [t.data_ptr() & 15 for t in tensors]
         self._empty = None if into else allocator(shape, first.dtype, first.device)
+        self._lse = None if lse is None else allocator(lse, torch.float32, first.device)
         self._index = self._device.index if self._device.type == "cuda" else None
         # The current device is not asked for where there is one.
         self._several = self._index is not None and torch.cuda.device_count() > 1
@@ -182,8 +185,8 @@ class Usual:
         """Whether tensors have the form of the call."""
         return self._same(*tensors) and [t.data_ptr() & 15 for t in tensors] == self._low
 
-    def __call__(self, *tensors: Tensor) -> Tensor | None:
-        """The output; None where something is not as usual, and then nothing was done."""
+    def __call__(self, *tensors: Tensor) -> Any:
+        """The output, or both results; None where something is not as usual, and then nothing was done."""
         if not self._same(*tensors) or torch._C._len_torch_dispatch_stack():
             return None
         addresses = [t.data_ptr() for t in tensors]
@@ -205,9 +208,13 @@ class Usual:
         else:
             out = self._empty()
             addresses.append(out.data_ptr())
+        result: Any = out
+        if self._lse is not None:
+            result = out, self._lse()
+            addresses.append(result[1].data_ptr())
         ready = self._ready.get(stream)
         if ready is None:
-            return out if self._first(stream, addresses) else None
+            return result if self._first(stream, addresses) else None
         starts, moves, places, memory, lock, _held = ready
         if memory:
             parts = [self._memory(zeros, size) for zeros, size in memory]
@@ -217,7 +224,7 @@ class Usual:
                 _place(moves, places, addresses)
             for start, values in starts:
                 start(*values)
-        return out
+        return result
 
     def _memory(self, zeros: bool, size: int) -> Tensor:
         return (torch.zeros if zeros else torch.empty)(size, dtype=torch.uint8, device=self._device)
@@ -226,22 +233,24 @@ class Usual:
         """The first call on a stream, by the record itself; whether it was made."""
         record, kept = self._record, self._kept
         assert kept is not None
-        *given, out = addresses
-        sums = torch.empty(self._sums, dtype=torch.float32, device=self._device)
+        wanted = self._lse is not None
+        *given, out = addresses[:-1] if wanted else addresses
+        sums = None if wanted else torch.empty(self._sums, dtype=torch.float32, device=self._device)
+        results = dict(zip(self._results, (out, addresses[-1] if sums is None else sums.data_ptr()), strict=True))
         places = {name: given[which] + offset for name, (which, offset) in self._origins.items()}
-        places |= self._fixed | dict(zip(self._results, (out, sums.data_ptr()), strict=True))
-        if not record.repeat(self._device, places, kept):
+        if not record.repeat(self._device, places | self._fixed | results, kept):
             return False
         if any(not self._tied(tie) for tie in record.ties):
             return True
         memory, known = kept[stream]
-        standing = {"": 0, self._results[1]: sums.data_ptr(), **self._fixed, **known}
-        moving = {name: origin for name, origin in self._origins.items()} | {self._results[0]: (len(given), 0)}
+        standing = {"": 0, **results, **self._fixed, **known}
+        moving = {**self._origins, **{name: (len(given) + n, 0) for n, name in enumerate(self._results[: 1 + wanted])}}
         fresh = [(kind, size) for kind, size in record.sizes if kind not in known]
-        moving |= {kind: (len(given) + 1 + n, 0) for n, (kind, _size) in enumerate(fresh)}
-        starts, moves = _bind(record.launches, stream, standing, moving, len(given) + 1 + len(fresh))
-        wanted = [(kind == "zeros", size) for kind, size in fresh]
-        self._ready[stream] = _Ready(starts, moves, [-1] * len(moves), wanted, record.lock, (sums, memory))
+        count = len(given) + 1 + wanted
+        moving |= {kind: (count + n, 0) for n, (kind, _size) in enumerate(fresh)}
+        starts, moves = _bind(record.launches, stream, standing, moving, count + len(fresh))
+        anew = [(kind == "zeros", size) for kind, size in fresh]
+        self._ready[stream] = _Ready(starts, moves, [-1] * len(moves), anew, record.lock, (sums, memory))
         return True
 
     def _tied(self, tie: tuple[str, str, int]) -> bool:
@@ -257,8 +266,8 @@ class UsualCalls:
     def __init__(self) -> None:
         self._calls: dict[int, list[Usual]] = {}
 
-    def __call__(self, *tensors: Any) -> Tensor | None:
-        """The output of a call of these tensors, where all is as usual; else None, and then nothing was done."""
+    def __call__(self, *tensors: Any) -> Any:
+        """What a call of these tensors returns, where all is as usual; else None, and then nothing was done."""
         if torch.compiler.is_dynamo_compiling():
             return None
         for usual in self._calls.get(len(tensors), ()):

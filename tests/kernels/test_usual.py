@@ -90,6 +90,26 @@ def test_arguments(way: str, zeros: bool) -> None:
     assert [args[2] for args in kernel.launched].count("order") == 1
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+def test_both_results(way: str, zeros: bool) -> None:
+    """Callers who want the LSE get a new one each time, written by the same launches."""
+    kernel = Kernel()
+    q, cache, table = torch.zeros(4, 8), torch.zeros(2, 6, 8), torch.zeros(7)
+    known, origins = recorded(kernel, q, cache, table, zeros)
+    places = {"table": table.data_ptr()}
+    usual = Usual(known, (q, cache), origins, places, (4, 8), ("out", "lse"), 4, lse=(2, 2))
+    kept = []
+    for _ in range(3):
+        q = torch.ones(4, 8)
+        o, lse = usual(q, cache)
+        assert (o.shape, lse.shape, lse.dtype) == ((4, 8), (2, 2), torch.float32)
+        attended, merged = kernel.launched[-2:]
+        assert (attended[0], merged[1], merged[2]) == (q.data_ptr(), o.data_ptr(), lse.data_ptr())
+        assert merged[0] == attended[4]
+        kept.append((q, o, lse))
+    assert len({lse.data_ptr() for _, _, lse in kept}) == 3
+
+
 def test_forms(way: str) -> None:
     t = torch.zeros(3, 4, 8)
     fits = same_form((t, t))

@@ -198,7 +198,7 @@ for name in CHOSEN:
     options = {n: x for n, x in one.kwargs.items() if n not in names}
     rest = {n: x for n, x in two.kwargs.items() if n in names}
     plain = not any(rest.get(n) is not None for n in ("sinks", "k_scale", "v_scale"))
-    for way in ("ordinary", "again", "known", *(["usual", "usually"] if plain else [])):
+    for way in ("ordinary", "again", "known", *(["usual", "usually", "usual with LSE"] if plain else [])):
         fixed = way.startswith("usual")
         attention = RepeatedAttention(*table, layout=one.cache.layout, impl="triton", fixed=fixed, **options)
         first = {n: x for n, x in one.kwargs.items() if n in names}
@@ -211,16 +211,17 @@ for name in CHOSEN:
             every = [*tensors, *latent.values()]
             given = list({id(t): t for t in every}.values())  # keys that are the values are given once
             at = tuple(next(i for i, t in enumerate(given) if t is x) for x in every)
-            usual = attention.usual(tuple(given), at, *every, scales=(first.get("scale"), None, None))
+            both = way.endswith("LSE")
+            usual = attention.usual(tuple(given), at, *every, scales=(first.get("scale"), None, None), lse=both)
             assert usual is not None
-            if way == "usually":
+            if way != "usual":
                 assert usual(*given) is not None
         calls.clear()
         tensors, latent = parts(two)
         if way.startswith("usual"):
             o = usual(*{id(t): t for t in (*tensors, *latent.values())}.values())
             [ready] = usual._ready.values()
-            lse = ready.held[0]
+            o, lse = o if both else (o, ready.held[0])
         else:
             o, lse = attention(*tensors, **latent, **rest)
         named = {"q": two.q, "k": two.cache.k, "v": two.cache.v, "o": o, "lse": lse, **latent}

@@ -165,8 +165,9 @@ class RepeatedAttention:
         *rope: Tensor,
         scales: tuple[float | None, Any, Any],
         out: Tensor | None = None,
+        lse: bool = False,
     ) -> Usual | None:
-        """What makes again a call that was made with these tensors, where nobody wants its LSE; None if nothing can.
+        """What makes again a call that was made with these tensors; None if nothing can.
 
         Args:
             tensors: What the caller's caller gives, by which calls will be known; ``out`` last, if it is given.
@@ -177,6 +178,7 @@ class RepeatedAttention:
             rope: ``q_rope`` and ``k_rope``, or nothing.
             scales: The call's ``scale``, ``k_scale`` and ``v_scale``.
             out: As in a call.
+            lse: Return the LSE, too.
         """
         if isinstance(scales[1], Tensor) or isinstance(scales[2], Tensor):
             return None
@@ -187,7 +189,10 @@ class RepeatedAttention:
         names = zip(("q", "k", "v", "q_rope", "k_rope"), (q, k, v, *rope), places, strict=False)
         origins = {name: (at, t.data_ptr() - tensors[at].data_ptr()) for name, t, at in names}
         shape, results = (*q.shape[:2], known.dim), ("out", "lse")
-        return Usual(known, tensors, origins, self._places, shape, results, q.shape[0] * q.shape[1], out is not None)
+        return Usual(
+            known, tensors, origins, self._places, shape, results, q.shape[0] * q.shape[1], out is not None,
+            (q.shape[1], q.shape[0]) if lse else None,
+        )  # fmt: skip
 
     def _unusual(
         self, q: Tensor, k: Tensor, v: Tensor, q_rope: Tensor | None, k_rope: Tensor | None, sinks: Tensor | None
