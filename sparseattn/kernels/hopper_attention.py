@@ -30,6 +30,38 @@ def hide(s, tokens, cols, offset, k_len, window_left, window_right, CAUSAL: gl.c
 
 
 @gluon.jit
+def custom_rows(mask, tokens, q_len, k_len, FORM: gl.constexpr):
+    """Where a custom mask has the rows of queries ``tokens``: element, bit in it, and how many keys it may keep.
+
+    ``mask`` is (pointer, where the entries of a sequence begin, elements). What lies past its end is not kept.
+    """
+    _mask_ptr, first, size = mask
+    entry = tokens.to(gl.int64) * k_len
+    bit = tokens * 0
+    left = size - first - entry
+    if FORM != "bool":
+        bit = (entry % 8).to(gl.int32)
+        entry = entry // 8
+        left = (size - first - entry) * 8 - bit
+    left = gl.where((tokens < q_len) & (first + entry >= 0), left, 0)
+    return first + entry, bit, gl.minimum(gl.maximum(left, 0), k_len.to(gl.int64)).to(gl.int32)
+
+
+@gluon.jit
+def custom_kept(mask_ptr, first, bit, left, cols, FORM: gl.constexpr):
+    """Whether a custom mask, "bool" or packed "little" or "big", keeps keys ``cols`` of the rows of ``custom_rows``."""
+    at = bit + cols
+    if FORM != "bool":
+        at = at // 8
+    byte = gl.load(mask_ptr + first + at, mask=cols < left, other=0).to(gl.int32)
+    if FORM == "little":
+        byte = (byte >> (bit + cols) % 8) & 1
+    elif FORM == "big":
+        byte = (byte >> (7 - (bit + cols) % 8)) & 1
+    return byte != 0
+
+
+@gluon.jit
 def tanh(x):
     """Hyperbolic tangent in float32: the odd series near zero, where the exponential form cancels."""
     x2 = x * x
@@ -40,6 +72,25 @@ def tanh(x):
     e = gl.exp2(gl.abs(x) * (-2.0 * LOG2E))
     far = (1.0 - e) / (1.0 + e)
     return gl.where(gl.abs(x) < 0.35, x * (1.0 - x2 * series), gl.where(x < 0, -far, far))
+
+
+@gluon.jit
+def alibi_slopes(slopes_ptr, heads, qk_scale, F: gl.constexpr):
+    """What raw scores of ``heads`` gain a position."""
+    return gl.load(slopes_ptr + gl.minimum(heads, F.HEADS - 1)) * (LOG2E / qk_scale)
+
+
+@gluon.jit
+def extra_of(extras, heads, b, qk_scale, F: gl.constexpr):
+    """What biases and hides the scores of a row tile of sequence ``b``: the slopes of ``heads``, a custom mask."""
+    slopes_ptr, custom_ptr, custom_starts_ptr, custom_size = extras
+    slope = 0
+    if F.ALIBI:
+        slope = alibi_slopes(slopes_ptr, heads, qk_scale, F)
+    custom = (0, 0, 0)
+    if F.CUSTOM != "":
+        custom = (custom_ptr, gl.load(custom_starts_ptr + b), custom_size)
+    return slope, custom
 
 
 @gluon.jit

@@ -155,39 +155,43 @@ def load_key_boxes(desc, start, rows, counts, head, col, full, tile, F: gl.const
         rows = rows + start
     lanes = gl.arange(0, 32, rows.type.layout)
     COUNT: gl.constexpr = F.TILE_N // F.BOX
-    PANELS: gl.constexpr = tile.shape[1] // desc.block_type.shape[4]
-    boxes = view(tile, desc.dtype, [PANELS * COUNT, F.BOX, desc.block_type.shape[4]], tile_layout(2))
+    WIDTH: gl.constexpr = desc.block_type.shape[4]
+    PANELS: gl.constexpr = tile.shape[1] // WIDTH
+    boxes = view(tile, desc.dtype, [PANELS * COUNT, F.BOX, WIDTH], tile_layout(2, 8 * F.KEY_BYTES))
     for i in gl.static_range(COUNT):
         row = gl.sum(gl.where(lanes == i, rows, 0), 0)
         count = gl.sum(gl.where(lanes == i, counts, 0), 0)
         for panel in gl.static_range(PANELS):
             box = view(boxes.index(panel * COUNT + i), desc.dtype, desc.block_type.shape, desc.layout)
-            async_load(desc, box_coordinates(row, count, 0, head, col + panel * 64), full, box)
+            async_load(desc, box_coordinates(row, count, 0, head, col + panel * WIDTH), full, box)
 
 
 @gluon.jit
 def gather_rows(source, head, rows, page_rows, rows_s, full, tile, dtype: gl.constexpr, F: gl.constexpr):
     """Fill a tile with the ``rows`` of ``found_boxes``, zeros where there is none; threads arrive at ``full``.
 
-    ``source`` is (pointer, strides of rows and heads in 8 elements); ``page_rows`` is how many rows a page has from the
-    one before. Four warps copy 16 bytes a thread, 64 rows by 64 columns at a time.
+    ``source`` is (pointer, strides of rows and heads in 16 bytes), and of float8 rows how many columns they have;
+    ``page_rows`` is how many rows a page has from the one before. Four warps copy 16 bytes a thread, 64 rows by 128
+    bytes at a time.
     """
-    ptr, stride, head_stride = source
-    LANES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    UNIT: gl.constexpr = 16 // F.KEY_BYTES
+    WIDTH: gl.constexpr = 8 * UNIT
+    LANES: gl.constexpr = gl.BlockedLayout([1, UNIT], [4, 8], [4, 1], [1, 0])
     COUNT: gl.constexpr = F.TILE_N // 64
-    PANELS: gl.constexpr = tile.shape[1] // 64
-    boxes = view(tile, dtype, [PANELS * COUNT, 64, 64], tile_layout(2))
-    ptr += head.to(gl.int64) * (head_stride * 8)
-    cols = gl.arange(0, 64, gl.SliceLayout(0, LANES))
+    PANELS: gl.constexpr = tile.shape[1] // WIDTH
+    boxes = view(tile, dtype, [PANELS * COUNT, 64, WIDTH], tile_layout(2, 8 * F.KEY_BYTES))
+    ptr = source[0] + head.to(gl.int64) * (source[2] * UNIT)
+    cols = gl.arange(0, WIDTH, gl.SliceLayout(0, LANES))
     rows_s.store(rows)
     for i in gl.static_range(COUNT):
         row = rows_s.slice(i * 64, 64).load(gl.SliceLayout(1, LANES))
-        held = (row >= 0)[:, None] & (cols < 64)[None, :]
+        there = (row >= 0)[:, None]
         row = gl.maximum(row, 0)
         row = row // F.PAGE * page_rows + row % F.PAGE
-        ptrs = ptr + (row.to(gl.int64) * (stride * 8))[:, None] + cols[None, :]
+        ptrs = ptr + (row.to(gl.int64) * (source[1] * UNIT))[:, None] + cols[None, :]
         for panel in gl.static_range(PANELS):
-            copy_rows(boxes.index(panel * COUNT + i), ptrs + panel * 64, mask=held)
+            held = there & (cols < (source[3] - panel * WIDTH if F.KEY_BYTES == 1 else WIDTH))[None, :]
+            copy_rows(boxes.index(panel * COUNT + i), ptrs + panel * WIDTH, mask=held)
     async_copy.mbarrier_arrive(full, increment_count=False)
 
 

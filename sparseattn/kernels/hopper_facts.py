@@ -51,6 +51,11 @@ class Facts:
         MERGE: Rows of a row tile, a power of two, whose shares the program that ends last merges (``PAGE`` with one
             consumer; over a latent cache, rows that programs merge at a time); 0: shares are left as they are.
         BITS: Bits say what queries see of listed blocks (see ``hopper_bits``), which are no smaller than a key tile.
+        ALIBI: Scores have a bias of their head's slope times the distance of query and key.
+        CUSTOM: A custom mask's form, "bool", "little" or "big"; "": there is none. All key tiles must count as cut.
+        ROWS: Rows of a consumer.
+        FLOAT8: Format of a float8 cache, "e4m3" or "e5m2" (``hopper_turned`` only); "": keys are of the queries' type.
+        ROPE: Queries and keys are rotated (``hopper_turned`` only).
         PAGED: Keys lie in pages.
         BOXED: The rows of a key tile come from ``key_boxes``.
         SCATTERED: Boxes would be less than a swizzle's 8 rows, so that threads gather the rows of key tiles.
@@ -61,6 +66,8 @@ class Facts:
         LOADER: Registers of the producer's threads.
         CHUNKS: Tiles into which a group's heads are cut.
         SLOTS: Tokens of a row tile in one consumer.
+        KEY_BYTES: Of an element of the cache.
+        FETCHED: The producer brings no queries.
     """
 
     HEADS: int
@@ -95,6 +102,11 @@ class Facts:
     MERGE: int = 0
     PANELS: int = 0
     O_BARE: bool = False
+    ALIBI: bool = False
+    CUSTOM: str = ""
+    ROWS: int = 64
+    FLOAT8: str = ""
+    ROPE: bool = False
 
     PAGED: Any = field(init=False, default=False)
     BOXED: Any = field(init=False, default=False)
@@ -106,6 +118,8 @@ class Facts:
     LOADER: Any = field(init=False, default=24)
     CHUNKS: Any = field(init=False, default=0)
     SLOTS: Any = field(init=False, default=0)
+    KEY_BYTES: Any = field(init=False, default=2)
+    FETCHED: Any = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         gather = self.MASKED and self.BLOCK_KV < self.TILE_N
@@ -119,7 +133,7 @@ class Facts:
             "GATHER": gather,
             "ENDS": ends,
             "BOX": box,
-            "SLOTS": 64 // self.PACK,
+            "SLOTS": self.ROWS // self.PACK,
         }
         boxed = self.PAGE > 0 or self.VARIABLE
         scattered = self.PAGE > 0 and box < 8
@@ -127,6 +141,7 @@ class Facts:
         facts |= {"BOXED": boxed, "LOADER": 56 if scattered else 40 if boxed else 24}
         facts |= {"CHUNKS": -(-self.GROUP // self.PACK)}
         facts |= {"DEPTH": self.DEPTH or self.BLOCK_D}
+        facts |= {"KEY_BYTES": 1 if self.FLOAT8 else 2, "FETCHED": self.ROPE or self.FLOAT8 != ""}
         # Attributes of a compile-time argument must be compile-time values themselves.
         for name, value in facts.items():
             object.__setattr__(self, name, gl.constexpr(value))
@@ -138,7 +153,8 @@ class Facts:
         )
         d = 64 if panels else d
         boxed = box < tile_n and not self.ENDS.value
-        keys = ((1, max(box, 8), 64),) * 2 if boxed else ((1, tile_n, d), (1, tile_n, dv))
+        panel = 128 // self.KEY_BYTES.value
+        keys = ((1, max(box, 8), panel),) * 2 if boxed else ((1, tile_n, d), (1, tile_n, dv))
         return (pack, slots, d), *keys, (pack, slots, dv)
 
     def end_boxes(self) -> tuple[tuple[int, int, int], ...]:

@@ -28,6 +28,9 @@ from sparseattn.kernels.hopper import (
 )
 from sparseattn.kernels.hopper_attention import (
     cap_scores,
+    custom_kept,
+    custom_rows,
+    extra_of,
     finish_sums,
     hide,
     leave_part,
@@ -47,7 +50,7 @@ NUMBERS = [
     "mask_stride_b", "mask_stride_h", "idx_width", "max_q", "max_k", "num_tiles", "q_rows", "k_rows", "v_rows",
     "o_rows", "lse_stride_b", "lse_stride_h", "window_left", "window_right", "lse_split_stride", "o_split_stride",
     "num_pages", "bit_rows", "bit_groups", "k_stride", "v_stride", "k_head", "v_head", "bit_queries",
-    "out_stride", "out_head",
+    "out_stride", "out_head", "custom_size",
 ]  # fmt: skip
 
 
@@ -89,7 +92,8 @@ def weigh(p, values, stage, phase, acc, F: gl.constexpr):
 
 @gluon.jit
 def attend(
-    acc, p, m_i, l_i, words, q, keys, values, bits, tile, ks, kp, vs, vp, zeros, qk_scale, softcap, F: gl.constexpr
+    acc, p, m_i, l_i, words, q, keys, values, cols_s, bits, extra, tile, ks, kp, vs, vp, zeros, position, qk_scale,
+    softcap, F: gl.constexpr,
 ):  # fmt: skip
     """Fold in a key tile that every row sees whole, its softmax under the previous tile's product with the values.
 
@@ -101,6 +105,9 @@ def attend(
     if F.BITS:
         words = load_bits(bits, gl.maximum(tile - 1, 0), F)
     s = warpgroup_mma_wait(1, deps=(s,))
+    if F.ALIBI:
+        cols = cols_s.index(ks).load(gl.SliceLayout(0, s.type.layout))
+        s += extra[0][:, None] * (cols[None, :] - position[:, None]).to(gl.float32)
     mbarrier.arrive(keys[2].index(ks), count=1)
     ks, kp = next_stage(ks, kp, F.K_STAGES)
     if F.SOFTCAP:
@@ -121,20 +128,28 @@ def attend(
 
 @gluon.jit
 def cut_tile(
-    acc, m_i, l_i, q, keys, cols_s, bits, tile, ks, kp, zeros, tokens, offset, k_len, window, qk_scale, softcap,
+    acc, m_i, l_i, q, keys, cols_s, bits, extra, tile, ks, kp, zeros, tokens, offset, k_len, window, qk_scale, softcap,
     P: gl.constexpr, F: gl.constexpr,
 ):  # fmt: skip
     """Probabilities of a key tile that some row does not see whole; ``acc`` comes back shrunk to the new maximum."""
     s = score(q, keys, ks, kp, zeros, F)
     if F.BITS:
         words = load_bits(bits, tile, F)
+    if F.CUSTOM != "":
+        cols = cols_s.index(ks).load(gl.SliceLayout(0, zeros.type.layout))
+        first, bit, left = custom_rows(extra[1], tokens, k_len - offset, k_len, F.CUSTOM)
+        kept = custom_kept(extra[1][0], first[:, None], bit[:, None], left[:, None], cols[None, :], F.CUSTOM)
     s = warpgroup_mma_wait(0, deps=(s,))
     cols = cols_s.index(ks).load(gl.SliceLayout(0, s.type.layout))
     mbarrier.arrive(keys[2].index(ks), count=1)
     ks, kp = next_stage(ks, kp, F.K_STAGES)
+    if F.ALIBI:
+        s += extra[0][:, None] * (cols[None, :] - (tokens + offset)[:, None]).to(gl.float32)
     if F.SOFTCAP:
         s = cap_scores(s, qk_scale, softcap)
     s = hide(s, tokens, cols, offset, k_len, window[0], window[1], F.CAUSAL, F.WINDOW)
+    if F.CUSTOM != "":
+        s = gl.where(kept, s, float("-inf"))
     if F.BITS:
         s = keep_bits(s, words, F)
     probabilities, alpha, m_i, l_i = next_softmax(s, m_i, l_i, qk_scale, True)
@@ -145,13 +160,13 @@ def cut_tile(
 
 @gluon.jit
 def attend_cut(
-    acc, m_i, l_i, q, keys, values, cols_s, bits, tile, ks, kp, vs, vp, zeros, tokens, offset, k_len, window, qk_scale,
-    softcap, P: gl.constexpr, F: gl.constexpr,
+    acc, m_i, l_i, q, keys, values, cols_s, bits, extra, tile, ks, kp, vs, vp, zeros, tokens, offset, k_len, window,
+    qk_scale, softcap, P: gl.constexpr, F: gl.constexpr,
 ):  # fmt: skip
     """Fold in a key tile that some row does not see whole; nothing overlaps, as these are few."""
     acc, p, m_i, l_i, ks, kp = cut_tile(
-        acc, m_i, l_i, q, keys, cols_s, bits, tile, ks, kp, zeros, tokens, offset, k_len, window, qk_scale, softcap, P,
-        F,
+        acc, m_i, l_i, q, keys, cols_s, bits, extra, tile, ks, kp, zeros, tokens, offset, k_len, window, qk_scale,
+        softcap, P, F,
     )  # fmt: skip
     acc = weigh(p, values, vs, vp, acc, F)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
@@ -210,7 +225,7 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
     (
         o_desc, queries, keys, values, info, cols_s, o_s, o_ptr, lse_ptr, sinks_ptr, record_ptr, spans, max_q, max_k,
         o_rows, lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window, scale, softcap, sums_ptr,
-        scales_ptr, lists, listed, details_ptr, out,
+        scales_ptr, lists, listed, details_ptr, out, extras,
     ) = call  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.TILE_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_DV, 16])
@@ -250,15 +265,16 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
             bit_row = (b * lists[1] + head_q // F.MASK_GROUP * lists[2]) // gl.maximum(lists[2], 1) * bit_rows
             bit_row += gl.minimum(tokens, q_len - 1) // bit_queries
             bits = bits_of(bits_ptr, bit_groups, index_ptr + list_row * idx_width, bit_row, F)
+        extra = extra_of(extras, head_q + row // F.SLOTS, b, qk_scale, F)
         top = first + gl.maximum(count, 1) - 1  # the last key tile
         late = gl.maximum(late, 1)
         for i in range(1, late):
             acc, m_i, l_i, ks, kp, vs, vp = attend_cut(
-                acc, m_i, l_i, q, keys, values, cols_s, bits, top + 1 - i, ks, kp, vs, vp, zeros, tokens, offset, k_len,
-                window, qk_scale, softcap, P_LAYOUT, F,
+                acc, m_i, l_i, q, keys, values, cols_s, bits, extra, top + 1 - i, ks, kp, vs, vp, zeros, tokens, offset,
+                k_len, window, qk_scale, softcap, P_LAYOUT, F,
             )  # fmt: skip
         acc, p, m_i, l_i, ks, kp = cut_tile(
-            acc, m_i, l_i, q, keys, cols_s, bits, top + 1 - late, ks, kp, zeros, tokens, offset, k_len, window,
+            acc, m_i, l_i, q, keys, cols_s, bits, extra, top + 1 - late, ks, kp, zeros, tokens, offset, k_len, window,
             qk_scale, softcap, P_LAYOUT, F,
         )  # fmt: skip
         whole = gl.maximum(count - early, late)
@@ -267,8 +283,8 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
             words = load_bits(bits, gl.maximum(top - late, 0), F)
         for i in range(late, whole):
             acc, p, m_i, l_i, words, ks, kp, vs, vp = attend(
-                acc, p, m_i, l_i, words, q, keys, values, bits, top - i, ks, kp, vs, vp, zeros, qk_scale,
-                softcap, F,
+                acc, p, m_i, l_i, words, q, keys, values, cols_s, bits, extra, top - i, ks, kp, vs, vp, zeros,
+                tokens + offset, qk_scale, softcap, F,
             )  # fmt: skip
         acc = weigh(p, values, vs, vp, acc, F)
         if F.WINDOW:
@@ -277,8 +293,8 @@ def consumer(CID: gl.constexpr, call, F: gl.constexpr):
             vs, vp = next_stage(vs, vp, F.V_STAGES)
             for i in range(whole, count):
                 acc, m_i, l_i, ks, kp, vs, vp = attend_cut(
-                    acc, m_i, l_i, q, keys, values, cols_s, bits, top - i, ks, kp, vs, vp, zeros, tokens, offset, k_len,
-                    window, qk_scale, softcap, P_LAYOUT, F,
+                    acc, m_i, l_i, q, keys, values, cols_s, bits, extra, top - i, ks, kp, vs, vp, zeros, tokens, offset,
+                    k_len, window, qk_scale, softcap, P_LAYOUT, F,
                 )  # fmt: skip
         if not F.Q_REGISTERS and not F.O_IN_Q:
             mbarrier.arrive(q_empty.index(CID), count=1)
@@ -350,6 +366,7 @@ def forward_kernel(
     bits_ptr=None, bit_rows=None, bit_groups=None, bit_queries=None,
     k_ptr=None, v_ptr=None, k_stride=None, v_stride=None, k_head=None, v_head=None,
     out_ptr=None, out_stride=None, out_head=None, k_box_desc=None, v_box_desc=None,
+    slopes_ptr=None, custom_ptr=None, custom_starts_ptr=None, custom_size=None,
 ):  # fmt: skip
     """One program a multiprocessor (or half of one): row tiles as the schedule hands them out, until none is left.
 
@@ -363,8 +380,9 @@ def forward_kernel(
     merges them, to ``out_ptr``, whose strides count 8 elements. ``SCALED``: ``scales_ptr``, float32 [2, KV heads], has
     factors for scores and outputs. ``VARIABLE``: ``count_ptr`` has walks, ``index_ptr`` the tiles of a ``Tiling``, of
     which ``idx_width`` are in a list, or with ``ENDS`` what ``cut_ends`` makes of them; then there are tensor maps of
-    boxes, too. ``BITS``: ``bits_ptr`` has words of bits, a row for ``bit_queries`` queries,
-    ``bit_rows`` rows a list in groups of 16, ``bit_groups`` groups of 128 keys a row.
+    boxes, too. ``BITS``: ``bits_ptr`` has words of bits, a row for ``bit_queries`` queries, ``bit_rows`` rows a list in
+    groups of 16, ``bit_groups`` groups of 128 keys a row. ``ALIBI``: ``slopes_ptr`` has float32 [HEADS]. ``CUSTOM``:
+    ``custom_ptr`` has ``custom_size`` bytes, a sequence's from where ``custom_starts_ptr`` says, int64.
     """
     dtype: gl.constexpr = q_desc.dtype
     layout: gl.constexpr = tile_layout(2)
@@ -396,7 +414,7 @@ def forward_kernel(
         o_rows, lse_stride_b, lse_stride_h, lse_split_stride, o_split_stride, window, qk_scale, softcap, sums_ptr,
         scales_ptr, (count_ptr, mask_stride_b, mask_stride_h),
         (index_ptr, idx_width, bits_ptr, bit_rows, bit_groups, bit_queries), details_ptr,
-        (out_ptr, out_stride, out_head),
+        (out_ptr, out_stride, out_head), (slopes_ptr, custom_ptr, custom_starts_ptr, custom_size),
     )  # fmt: skip
     loads = (
         q_desc, k_desc, v_desc, queries, keys, values, info, cols_s, record_ptr, counter_ptr, count_ptr, index_ptr,

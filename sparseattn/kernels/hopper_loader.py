@@ -67,7 +67,7 @@ def load_keys(
     mbarrier.wait(empty.index(stage), phase)
     full = full.index(stage)
     if not F.SCATTERED:
-        mbarrier.expect(full, F.TILE_N * PANELS * tiles.shape[2] * 2)
+        mbarrier.expect(full, F.TILE_N * PANELS * tiles.shape[2] * F.KEY_BYTES)
     for panel in gl.static_range(PANELS):
         buffer = tiles.index(stage * PANELS + panel)
         if F.SCATTERED:
@@ -186,7 +186,7 @@ def producer(call, F: gl.constexpr):
                 F, QK_PANELS,
             )  # fmt: skip
             post_columns(cols_s, keys[1], stage, list_ptr, tile, row, held, entries, nothing, pages, F)
-            for c in gl.static_range(F.CONSUMERS):
+            for c in gl.static_range(0 if F.FETCHED else F.CONSUMERS):
                 mbarrier.wait(q_empty.index(c), (turn & 1) ^ 1)
                 mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes * QK_PANELS)
                 for panel in gl.static_range(QK_PANELS):

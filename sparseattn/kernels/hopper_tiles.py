@@ -79,10 +79,11 @@ def processors_of(device: torch.device) -> int:
 def unmappable(name: str, t: Tensor) -> str | None:
     """Why no tensor map can describe a tensor, or None."""
     *batch, seq, head, last = t.stride()
-    if last != 1 or t.data_ptr() % 16 or seq % 8 or (t.shape[-2] > 1 and head % 8):
+    unit = 16 // t.element_size()
+    if last != 1 or t.data_ptr() % 16 or seq % unit or (t.shape[-2] > 1 and head % unit):
         return (
             f"the Gluon kernels need {name} aligned to 16 bytes with rows of stride 1 and other strides in multiples "
-            f"of 8 elements, not strides {tuple(t.stride())}"
+            f"of {unit} elements, not strides {tuple(t.stride())}"
         )
     if (t.shape[-3] > 1 and seq == 0) or (t.shape[-2] > 1 and head == 0):
         return f"the Gluon kernels take no expanded {name} (strides {tuple(t.stride())})"
@@ -105,6 +106,7 @@ def offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
     facts = dict(facts)
     wide = padded if facts.get("PAGE", 8) % 8 else depth
     tiles = config_for(wide(dims[0]), padded(dims[1]), facts.pop("consumers", 2))
+    tiles = tiles._replace(tile_n=facts.pop("TILE_N", tiles.tile_n))
     pack = facts.pop("PACK", 1)
     block = (facts.pop("BLOCK_Q", 128), facts.pop("BLOCK_KV", 128))
     f = Facts(
@@ -114,11 +116,13 @@ def offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
     )  # fmt: skip
     boxes = dict(zip(("q_desc", "k_desc", "v_desc", "o_desc"), f.boxes(), strict=True))
     boxes |= dict(zip(("k_box_desc", "v_box_desc"), f.end_boxes(), strict=False))
-    floats = {"lse_ptr", "sinks_ptr", "sums_ptr", "scales_ptr"}
+    floats = {"lse_ptr", "sinks_ptr", "sums_ptr", "scales_ptr", "slopes_ptr"}
     given = {"table_ptr", "details_ptr", "num_pages", "sums_ptr"} if f.PAGED else set()
     given |= {"scales_ptr"} if f.SCALED else set()
     given |= {"k_ptr", "v_ptr", "k_stride", "v_stride", "k_head", "v_head"} if f.SCATTERED else set()
     given |= {"out_ptr", "out_stride", "out_head"} if f.MERGE or f.O_BARE else set()
+    given |= {"slopes_ptr"} if f.ALIBI else set()
+    given |= {"custom_ptr", "custom_starts_ptr", "custom_size"} if facts.get("CUSTOM") else set()
     given |= {"bits_ptr", "bit_rows", "bit_groups", "bit_queries"} if f.BITS else set()
     signature: dict[str, Any] = {}
     constexprs: dict[Any, Any] = {}
@@ -137,6 +141,7 @@ def offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
             part = param.name == "o_ptr" and (f.SPLIT or f.PAGED)
             kind = "bf16" if param.name in ("o_ptr", "k_ptr", "v_ptr", "out_ptr") else "i32"
             kind = "fp32" if part or param.name in floats else kind
+            kind = {"custom_ptr": "u8", "custom_starts_ptr": "i64"}.get(param.name, kind)
             signature[param.name] = f"*{kind}"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:

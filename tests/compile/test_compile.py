@@ -31,12 +31,12 @@ SKIPPED = {
     r"(cells-64|cells-96|-ragged|pooled-exact|pooled-bound.*fp32|landmark_score-(all|fp8)|bsr-r|paged-(decode|custom)|"
     r"query-mass-(64|.*fp32)).*/(80|100)|cells-(64|96|128-stride8).*-ragged|"
     r"^gluon-forward-(split|dense|gather|packed)|gluon-landmarks-(all|scores)|"
-    r"gluon-paged-(decode1-|prefill1-|latent-64)|"
+    r"gluon-paged-(decode1-|prefill1-|latent-64|decode128-e5m2|prefill64-e4m3|rope-prefill|alibi)|"
     r"^gradients-(queries|keys|fused).*-64",
     "oldest": r"^(forward|dkdv|dq)-(?!all-128x128|decode).*/(80|100)|-dense-|64x64|192x128|256x256|-ragged|"
     r"(-plain|-means|-variable|cells-64|cells-96).*/100|cells-(64|128-stride8).*/90|"
     r"gluon-landmarks-(all|scores|shared)|landmark.*/(80|100)|bsr-(r16|r64|everything).*/(80|100)|"
-    r"landmark_score-(all|fp8)|gluon-paged-(decode16|decode128|latent-1)|"
+    r"landmark_score-(all|fp8)|gluon-paged-(decode16|decode128|latent-1|.*e4m3|alibi)|"
     r"^gradients-(queries-(softcap|started)|keys-softcap|fused-(softcap|parts))-128|"
     r"^extra-.*/100|(last-query|row-lse|descend|row-top|block-lists).*/(80|100)|query-mass.*fp32|descend-last|"
     r"pooled-cut.*/100",

@@ -31,11 +31,11 @@ from triton.experimental.gluon.language.nvidia import hopper as hopper_module
 
 from sparseattn.kernels import hopper as ours
 from sparseattn.kernels import hopper_latent as latent
-from sparseattn.kernels import hopper_merge
+from sparseattn.kernels import hopper_merge, hopper_turned
 
 _DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int32": torch.int32, "int64": torch.int64,
-    "int1": torch.bool,
+    "int1": torch.bool, "int16": torch.int16, "uint8": torch.uint8,
 }  # fmt: skip
 
 
@@ -222,6 +222,11 @@ class Pointer:
         return self.strided(int(offset), (), ())
 
 
+def _poison(dtype: torch.dtype) -> float:
+    """What memory holds that nobody has written: NaN, of bytes that of either float8."""
+    return math.nan if dtype.is_floating_point else 255 if dtype == torch.uint8 else -(2**31)
+
+
 class Memory:
     """Shared memory: elements of one allocation, and where among them each logical element lies.
 
@@ -240,7 +245,7 @@ class Memory:
     @staticmethod
     def allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Memory:
         dtype = torch_dtype(dtype)
-        storage = torch.full((math.prod(shape),), math.nan if dtype.is_floating_point else -(2**31), dtype=dtype)
+        storage = torch.full((math.prod(shape),), _poison(dtype), dtype=dtype)
         fenced = torch.ones(storage.nbytes, dtype=torch.bool)
         return Memory(storage, fenced, {}, cells(storage, 0, shape, layout), layout)
 
@@ -519,7 +524,7 @@ def async_load(d: Descriptor, coordinates: Any, full: Memory, tile: Memory, pred
     if list(tile.shape) != d.box:
         raise EmulationError(f"a box of {d.box} loaded to memory of shape {tile.shape}")
     source, inside = d.box_at(coordinates)
-    tile.cells.fill_(math.nan)
+    tile.cells.fill_(_poison(tile.dtype))
 
     def copy() -> None:
         data = torch.zeros(d.box, dtype=d.dtype)
@@ -582,7 +587,7 @@ def copy_rows(tile: Memory, pointers: Pointer, mask: Any = None) -> None:
         raise EmulationError(f"{tuple(where.shape)} elements copied to memory of shape {tile.shape}")
     keep = torch.as_tensor(True if mask is None else _data(mask)).expand(where.shape)
     pointers.check(where[keep])
-    tile.cells.fill_(math.nan)
+    tile.cells.fill_(_poison(tile.dtype))
     tile.unfence()
 
     def copy() -> None:
@@ -751,8 +756,9 @@ def _assembly(code: str, constraints: str, arguments: Sequence[Any], **_: Any) -
         return Int(0)
     if "cp.async.bulk.prefetch.L2" in code:  # nothing that a kernel could see
         return Int(0)
-    if code == "lg2.approx.f32 $0, $1;":
-        return elementwise(_math("log2"))(*arguments)
+    for approximate, exact in (("lg2", "log2"), ("cos", "cos"), ("sin", "sin")):
+        if code == f"{approximate}.approx.f32 $0, $1;":
+            return elementwise(_math(exact))(*arguments)
     if code.startswith("{ .reg .b32 t; prmt.b32 t, $2, 0, $3; lop3.b32 $0, $1, 0xff800000, t, 0xe4; }"):
         return elementwise(_signed_byte)(*arguments)
     raise EmulationError(f"the emulator does not know this assembly: {code}")
@@ -800,13 +806,20 @@ _LANGUAGE: dict[str, Any] = {
 }  # fmt: skip
 
 
+def _widened_halves(pairs: Tile, kind: str, dtype: Any) -> tuple[Tile, Tile]:
+    """``hopper_turned.widened_halves``, whose assembly is not elementwise."""
+    low = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[kind]
+    halves = pairs.data.contiguous().view(low).reshape(*pairs.shape, 2).to(torch_dtype(dtype))
+    return Tile(halves[..., 0], pairs.layout), Tile(halves[..., 1], pairs.layout)
+
+
 class _Language:
     """Stands in for ``triton.experimental.gluon.language``: names not emulated are the real ones, layouts above all."""
 
     def __getattr__(self, name: str) -> Any:
         if name in _LANGUAGE:
             return _LANGUAGE[name]
-        if name in ("constexpr", "tensor") or name[0].isupper() or name.startswith(("int", "float", "bfloat")):
+        if name in ("constexpr", "tensor") or name[0].isupper() or name.startswith(("int", "uint", "float", "bfloat")):
             return getattr(gl, name)
         raise EmulationError(f"the emulator does not know gl.{name}")
 
@@ -817,6 +830,7 @@ _SUBSTITUTES: list[tuple[Any, Any]] = [
     (hopper_module.warpgroup_mma_wait, warpgroup_mma_wait), (ours.async_load, async_load),
     (ours.async_store, async_store), (latent.copy_rows, copy_rows), (latent.async_copy, async_copy),
     (ours.async_reduce_add, async_reduce_add), (ours.view, view),
+    (hopper_turned.widened_halves, _widened_halves),
     (hopper_merge.thread_barrier, lambda: None),  # a partition is one thread here
 ]  # fmt: skip
 _translated: dict[int, Callable[..., Any]] = {}

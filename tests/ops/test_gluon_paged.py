@@ -17,8 +17,10 @@ from sparseattn.testing import assert_close_to_oracle, random_block_mask
 gluon = pytest.importorskip("sparseattn.ops.paged.gluon", reason="needs Triton")
 KERNELS = [
     (module, name, getattr(module, name))
-    for module, name in ((gluon, "forward_kernel"), (gluon.gluon_latent, "latent_kernel"))
-]
+    for module, name in (
+        (gluon, "forward_kernel"), (gluon.gluon_latent, "latent_kernel"), (gluon.gluon_turned, "turned_kernel"),
+    )
+]  # fmt: skip
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available() and not ON_HOPPER, reason="needs a Hopper GPU, or none")
 DEVICE = "cuda" if ON_HOPPER else "cpu"
@@ -409,8 +411,8 @@ def test_latent_shares_end_together(lengths: tuple[int, ...], whole: bool) -> No
 
 def test_reasons() -> None:
     for name, words in {
-        "decode-page1-csr": "head dimensions of 64, 128 and 256 in pages of 1", "alibi": "ALiBi", "rope": "RoPE",
-        "mla": "latent", "custom-big": "custom masks", "e4m3-scales": "float8",
+        "decode-page1-csr": "head dimensions of 64, 128 and 256 in pages of 1", "rope": "RoPE", "mla": "latent",
+        "mla-joined-e4m3": "float8",
     }.items():  # fmt: skip
         problem = build(next(case for case in CASES if case.id == name), torch.float16, DEVICE)
         assert words in unsupported_reason(problem.q, problem.cache, **problem.kwargs, impl="gluon")

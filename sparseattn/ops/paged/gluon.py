@@ -31,7 +31,7 @@ from sparseattn.kernels.hopper_tiles import (
     unmappable,
 )
 from sparseattn.kernels.launches import launch
-from sparseattn.ops.paged import gluon_latent, gluon_plans
+from sparseattn.ops.paged import gluon_latent, gluon_plans, gluon_turned
 from sparseattn.ops.paged.gluon_plans import NO_LIMIT, Plan, mask_group, windowed
 from sparseattn.ops.paged.gluon_schedule import merge_shares_kernel, page_gaps_kernel, paged_schedule_kernel
 from sparseattn.ops.paged.problem import PagedProblem
@@ -48,6 +48,8 @@ def refusal(q: Tensor, q_rope: Tensor | None, p: PagedProblem) -> str | None:
     """Why these kernels could not run a call on any GPU, or None."""
     if q_rope is not None:
         return gluon_latent.refusal(q, q_rope, p)
+    if gluon_turned.wanted(p):
+        return gluon_turned.refusal(q, p)
     reason = gluon_plans.refusal(q, p, 1)
     if reason is not None:
         return reason
@@ -76,7 +78,10 @@ def plan(q: Tensor, p: PagedProblem, processors: int) -> Plan:
     consumers = 2 if p.max_q > slots and p.block_q % (2 * slots) == 0 else 1
     tokens = math.gcd(p.block_q, consumers * slots)  # those of a tile share a list; gcd(0, n) is n
     boxes = p.page_size % 8 == 0 and (p.list_indices is None or p.block_kv % 8 == 0)  # threads gather smaller ones
-    tiles = config_for((depth if boxes else padded)(q.shape[-1]), padded(p.v.shape[-1]), consumers)
+    wide = (depth if boxes and p.custom_mask is None else padded)(q.shape[-1])
+    tiles = config_for(wide, padded(p.v.shape[-1]), consumers)
+    if p.custom_mask is not None:  # whose bytes take registers
+        tiles = tiles._replace(tile_n=64)
     return gluon_plans.make_plan(q, p, tiles, pack, tokens, processors)
 
 
@@ -89,6 +94,8 @@ def attend(q: Tensor, q_rope: Tensor | None, out: Tensor, lse: Tensor, p: PagedP
         clear_rows(o, lse, cu[:-1], cu[1:], p.max_q, packed=True)
     if q_rope is not None:
         gluon_latent.attend(q, q_rope, o, lse, p, processors_of(q.device))
+    elif gluon_turned.wanted(p):
+        gluon_turned.attend(q, o, lse, p, processors_of(q.device))
     else:
         cut = plan(q, p, processors_of(q.device))
         records, counter, merges, _spans = gluon_plans.schedule(q, p, cut)
@@ -107,12 +114,13 @@ def _launch(
     counts, indices, strides = gluon_plans.lists_of(p, counter)
     sinks = lse if p.sinks is None else p.sinks
     scales = _scales(p)
+    more, arguments = gluon_plans.extras(p)
     facts = Facts(
         heads, heads // heads_k, cut.pack, mask_group(q, p), cut.tokens, p.block_q or NO_LIMIT, p.block_kv,
         padded(q.shape[-1]), dim_v, padded(dim_v), tiles.consumers, tiles.tile_n, tiles.k_stages, tiles.v_stages,
         tiles.q_registers, tiles.o_in_q, p.list_indices is not None, p.causal, windowed(p), p.softcap > 0,
         p.sinks is not None, False, True, True, p.page_size, scales is not None, DEPTH=depth(q.shape[-1]),
-        MERGE=cut.fused, PANELS=tiles.panels, O_BARE=tiles.o_bare,
+        MERGE=cut.fused, PANELS=tiles.panels, O_BARE=tiles.o_bare, **more,
     )  # fmt: skip
     rows: dict[str, Any] = {}
     if facts.SCATTERED:  # strides count 8 elements, by which they are divisible
@@ -127,8 +135,8 @@ def _launch(
         0, batch_rows(p.k), batch_rows(p.v), 0, 0, q.shape[0], cut.rows, cut.rows * dim_v,
         p.window_left, p.window_right, p.scale * math.log2(math.e), p.softcap,
         facts, consumer_registers(facts), gluon_plans.table_of(p), records[1], p.k.shape[0], sums, scales,
-        **rows, num_warps=4, maxnreg=128 if tiles.programs == 2 else None, launch_pdl=gluon_plans.begins_early(q),
-        **LAUNCH,
+        **rows, **arguments, num_warps=4, maxnreg=128 if tiles.programs == 2 else None,
+        launch_pdl=gluon_plans.begins_early(q), **LAUNCH,
     )  # fmt: skip
     gluon_plans.merge(part, sums, merges, counter, o, lse, p, cut)
 
@@ -159,6 +167,8 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
         ("all-64x64", (64, 64), {"PAGE": 32, **listed, **options}),
         ("prefill8-192x128", (192, 128), {"PAGE": 8}),
         ("decode16-256x256", (256, 256), {"PAGE": 16, **decode}),
+        ("alibi-128x128", (128, 128), {"PAGE": 16, "ALIBI": True}),
+        ("custom-128x128", (128, 128), {"PAGE": 16, "CUSTOM": "little", "TILE_N": 64}),
     ]
     cases = [(f"gluon-paged-{name}-sm90", *offline(dims, {**ragged, **facts})) for name, dims, facts in shapes]
     flags = ("MASKED", "CSR", "CAUSAL", "WINDOW", "RAGGED", "SPLIT", "MERGED", "GAPS", "SINKS")
@@ -169,7 +179,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     for name, kernel in (("schedule", paged_schedule_kernel), ("gaps", page_gaps_kernel)):
         cases.append((f"gluon-paged-{name}-sm90", *_offline(kernel, everything), 4, 1, {}))
     cases.append(("gluon-paged-merge-sm90", *_offline(merge_shares_kernel, everything), 4, 1, {}))
-    return [*cases, *gluon_latent.compile_cases()]
+    return [*cases, *gluon_turned.compile_cases(), *gluon_latent.compile_cases()]
 
 
 def _offline(function: Any, flags: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[Any, Any], dict[Any, Any]]:

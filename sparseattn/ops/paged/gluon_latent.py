@@ -31,6 +31,11 @@ def refusal(q: Tensor, q_rope: Tensor, p: PagedProblem) -> str | None:
     assert p.k_rope is not None
     if p.k.shape[2] != 1 or p.k.data_ptr() != p.v.data_ptr() or (q.shape[-1], q_rope.shape[-1]) != (_LATENT, _ROTARY):
         return f"the Gluon kernels take latent caches of {_LATENT} and {_ROTARY} columns whose values are their keys"
+    for given, what in (
+        (p.rope_theta > 0, "RoPE"), (p.slopes is not None, "ALiBi"), (p.custom_mask is not None, "custom masks"),
+    ):  # fmt: skip
+        if given:
+            return f"the Gluon kernels take no {what} over a latent cache"
     heads = q.shape[1]
     if heads % _ROWS and _ROWS % heads:
         return f"the Gluon kernels take a divisor or a multiple of {_ROWS} heads over a latent cache, not {heads}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -60,17 +60,10 @@ class Plan(NamedTuple):
     even: bool
 
 
-def refusal(q: Tensor, p: PagedProblem, box: int = 8) -> str | None:
-    """What none of the kernels take, or None; ``box`` divides the pages that they do."""
-    if q.dtype not in (torch.bfloat16, torch.float16) or p.k.dtype != q.dtype:
+def refusal(q: Tensor, p: PagedProblem, box: int = 8, cached: torch.dtype | None = None) -> str | None:
+    """What none of the kernels take, or None; ``box`` divides the pages that they do, ``cached`` is another type."""
+    if q.dtype not in (torch.bfloat16, torch.float16) or p.k.dtype not in (q.dtype, cached):
         return f"the Gluon kernels take bfloat16 and float16 queries and caches, not {q.dtype} and {p.k.dtype}"
-    for given, what in (
-        (p.rope_theta > 0, "RoPE"),
-        (p.slopes is not None, "ALiBi"),
-        (p.custom_mask is not None, "custom masks"),
-    ):
-        if given:
-            return f"the Gluon kernels take no {what}"
     # What a problem grows behind these fields means nothing to the kernels until somebody teaches them.
     for name in p._fields[p._fields.index("v_factor") + 1 :]:
         if getattr(p, name) is not None:
@@ -167,7 +160,8 @@ def schedule(q: Tensor, p: PagedProblem, cut: Plan, careful: bool = False) -> tu
     chunks = triton.cdiv(heads // heads_k, cut.pack)
     list_heads = 1 if p.list_indices is None else p.list_indices.shape[1]
     # Page lists come in any order, and few rows wait for memory anyway: all of their tiles take the careful path.
-    gaps = not careful and cut.rows > FEW_ROWS and not (p.list_indices is not None and p.block_q == 0)
+    careful = careful or p.custom_mask is not None or (p.list_indices is not None and p.block_q == 0)
+    gaps = not careful and cut.rows > FEW_ROWS
     gap = scratch((2, p.batch), torch.int32, q.device) if gaps else counter
     if gaps:
         launch(
@@ -223,6 +217,19 @@ def merge_tile(cut: Plan, dim: int) -> tuple[int, int, int]:
     shares = min(max(triton.next_power_of_2(cut.target // max(1, cut.merges)), 4), 64)
     columns = min(triton.next_power_of_2(dim), 128 if shares < 64 else 32)
     return min(triton.next_power_of_2(cut.rows), max(1, (2048 if few else 8192) // (shares * columns))), shares, columns
+
+
+def extras(p: PagedProblem) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Facts and arguments of kernels for slopes and custom masks."""
+    facts: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
+    if p.slopes is not None:
+        facts["ALIBI"], arguments["slopes_ptr"] = True, p.slopes
+    if p.custom_mask is not None:
+        bits = p.custom_mask.view(torch.uint8)
+        facts["CUSTOM"] = "bool" if p.custom_mask.dtype == torch.bool else "big" if p.big_endian else "little"
+        arguments |= {"custom_ptr": bits, "custom_starts_ptr": p.mask_offsets, "custom_size": bits.numel()}
+    return facts, arguments
 
 
 def windowed(p: PagedProblem) -> bool:
