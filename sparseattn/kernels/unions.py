@@ -2,7 +2,7 @@
 
 A kernel that keeps ``ROWS`` rows of one side takes boxes of the other: the largest power of two, up to its steps, that
 divides the other side's blocks. Where any row of a tile sees a box, the tile lists it, with one bit for each 16 of the
-rows that says whether they do.
+rows that says whether they do. Behind a list stand the bits of all its boxes: rows that see none must not be read.
 """
 
 from __future__ import annotations
@@ -38,25 +38,28 @@ def union_kernel(
     """One program: the union of the lists of a tile of ``ROWS`` rows. Grid (tiles, heads, batch).
 
     Lists have a row for each of ``blocks`` blocks of ``block`` rows, whose entries are ``parts`` boxes each. Writes
-    ``out`` int32 [batch, heads, tiles, boxes], ascending, ``MISSING`` up to a multiple of ``GATHER``, and the counts.
+    ``out`` int32 [batch, heads, tiles, boxes + 1], ascending, ``MISSING`` up to a multiple of ``GATHER``, the last the
+    bits of all entries, and the counts.
     """
     tile = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2)
     entry = (batch * heads + head) * tl.num_programs(0) + tile
-    out_ptr += entry.to(tl.int64) * boxes
+    out_ptr += entry.to(tl.int64) * (boxes + 1)
     offs = tl.arange(0, COLUMNS)
     for first in range(0, boxes, COLUMNS):
         tl.store(out_ptr + first + offs, offs * 0, mask=first + offs < boxes)
     tl.debug_barrier()
     begin = tile * ROWS // block
     end = tl.minimum(tl.cdiv((tile + 1) * ROWS, block), blocks)
+    seen = begin * 0
     for row in range(begin, end):  # one list after the other: within a list no box stands twice
         low = tl.maximum(row * block - tile * ROWS, 0) // UNIT
         high = tl.minimum((row + 1) * block - tile * ROWS, ROWS) // UNIT
         bits = (1 << high) - (1 << low)
         at = batch * stride_b + head * stride_h + row
         count = tl.load(count_ptr + at)
+        seen |= tl.where(count > 0, bits, 0)
         list_ptr = index_ptr + at.to(tl.int64) * width
         for first in range(0, count, COLUMNS):
             inside = first + offs < count
@@ -77,6 +80,7 @@ def union_kernel(
     fill = count + tl.arange(0, GATHER)
     tl.debug_barrier()
     tl.store(out_ptr + fill, fill * 0 + MISSING, mask=fill < tl.cdiv(count, GATHER) * GATHER)
+    tl.store(out_ptr + boxes, seen)
     tl.store(out_count_ptr + entry, count)
 
 
@@ -104,7 +108,7 @@ def unions(
     gather, parts = step // box, blocks[1] // box
     tiles = triton.cdiv(lengths[0], ROWS)
     boxes = triton.cdiv(triton.cdiv(lengths[1], blocks[1]) * parts, gather) * gather
-    out = torch.empty((batch, heads, tiles, boxes), dtype=torch.int32, device=counts.device)
+    out = torch.empty((batch, heads, tiles, boxes + 1), dtype=torch.int32, device=counts.device)
     out_counts = torch.empty((batch, heads, tiles), dtype=torch.int32, device=counts.device)
     launch(
         union_kernel, (tiles, heads, batch),
@@ -112,7 +116,7 @@ def unions(
         ROWS=ROWS, UNIT=_UNIT, GATHER=gather, COLUMNS=_COLUMNS, SHIFT=SHIFT.value, MISSING=MISSING.value, num_warps=4,
         **LAUNCH,
     )  # fmt: skip
-    return out_counts, out, 0 if batch == 1 else heads * tiles, tiles, boxes
+    return out_counts, out, 0 if batch == 1 else heads * tiles, tiles, boxes + 1
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict[Any, Any], int, int]]:

@@ -31,6 +31,7 @@ TILE = tl.constexpr(8)  # the sequence's first tile of 64 query rows, of each he
 SEQUENCE = tl.constexpr(9)
 X_START = tl.constexpr(10)  # first row of the sequence
 Y_START = tl.constexpr(11)
+SEEN = tl.constexpr(12)  # with lists of ``unions``, bits of the stationary rows that any walking one sees
 RECORD = tl.constexpr(16)
 
 # The largest reach of a window: none.
@@ -109,6 +110,11 @@ def _length(
         high = tl.minimum(tl.maximum(x0 + ROWS - shift + ahead, 0), y_len)
         length = tl.maximum(high - low, 0) // STEP
     return tl.where(inside & (x0 < x_len), length, -1)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
 
 
 @triton.jit
@@ -253,6 +259,9 @@ def walk_kernel(
     tl.store(record + SEQUENCE, b, mask=inside)
     tl.store(record + X_START, x_start, mask=inside)
     tl.store(record + Y_START, y_start, mask=inside)
+    if GATHER:
+        bits = tl.load(list_ptr + (idx_width - 1), mask=present, other=0)
+        tl.store(record + SEEN, tl.reduce(bits, 1, _either), mask=inside)
     ranges = ranges_ptr + (rank[:, None] * (3 * HEADS) + h[None, :]) * 2
     tl.store(ranges, n0, mask=present)
     tl.store(ranges + 1, n1, mask=present)

@@ -47,6 +47,7 @@ SKIPPED = {
 SPILLS = {
     r"^dkdv-.*/90": 1280,
     r"^gradients-fused-softcap-128": 512,  # a soft cap on top of five accumulators: a few loads a step, newest Triton
+    r"^gradients-.*-boxes": 384,  # the loading warp's scalars, of which a step of boxes has more than its 24 registers
     r"^pooled-.*-fp32-sm80": 768,  # full-precision products in three passes; Triton 3.6 keeps more of them apart
     r"^gluon-paged-latent-all": 384,  # addresses for the merge, saved once under the newest Triton
     # The scalars of a row tile, saved once a tile under the newest Triton.

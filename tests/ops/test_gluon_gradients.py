@@ -13,7 +13,7 @@ from sparseattn.ops.block_sparse import reference
 from sparseattn.ops.block_sparse.checks import make_geometry
 from sparseattn.ops.block_sparse.geometry import Geometry
 from sparseattn.ops.sequences import resolve_sequences
-from sparseattn.testing import assert_close_to_oracle, make_qkv
+from sparseattn.testing import assert_close_to_oracle, make_qkv, poison_unselected
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -142,6 +142,27 @@ def test_gradients_match_oracle(case: Case, form: str, kernels) -> None:
     for name, actual in zip(("dq", "dk", "dv", "dsinks"), gradients, strict=True):
         if actual is not None:
             assert_close_to_oracle(actual, oracle[name], eager[name], name=name)
+
+
+@pytest.mark.parametrize("form", ["fused", "deterministic"])
+@pytest.mark.parametrize("block", [(64, 64), (32, 16), (16, 192)], ids=str)
+def test_keys_that_nobody_selects_are_not_read(block: tuple[int, int], form: str, kernels) -> None:
+    case = _case("any", block=block, density=0.04, mask_heads=2, seq=(260, 400), dim=(64, 64), dtype=F16)
+    problem = build(case, DEVICE)
+    assert problem.mask is not None
+    g = _geometry(case, problem)
+    o, lse = reference.forward(problem.q, problem.k, problem.v, None, g)
+    do, _ = _upstream(o, lse)
+    poisoned = poison_unselected(problem.k, problem.v, problem.mask)
+    assert poisoned[0].isnan().any()
+    assert not poisoned[0].isnan().all()
+    clean, dirty = (
+        kernels().backward(do, None, problem.q, k, v, o, lse, None, g, deterministic=form == "deterministic")
+        for k, v in ((problem.k, problem.v), poisoned)
+    )
+    for name, a, b in zip(("dq", "dk", "dv"), clean, dirty, strict=False):
+        assert not b.isnan().any(), name
+        assert torch.allclose(a, b, atol=0, rtol=1e-3), name
 
 
 def test_deterministic_gradients_are_the_same_bits_in_any_order_of_copies(kernels) -> None:

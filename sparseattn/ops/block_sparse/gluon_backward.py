@@ -37,6 +37,7 @@ from sparseattn.kernels.walks import (
     OFFSET,
     OUT_ROW,
     RECORD,
+    SEEN,
     SEQUENCE,
     STEPS,
     TILE,
@@ -51,6 +52,7 @@ from sparseattn.ops.block_sparse.gluon_backward_boxes import (
     gathers,
     hidden_step,
     load_query_boxes,
+    load_seen_halves,
     query_fills,
     seen,
     sees_any,
@@ -167,8 +169,14 @@ def gradients_loader(
         for i in range(steps + 1):
             # Step 0 goes ahead of V and K, whose tiles are free one after the other when the walk before has ended.
             if (i == 1) | (steps == 0):
-                load_halves(v_desc, b * v_rows + k_start, k_len, x0, first_head // group, v_full, v_empty, v_s, turn)
-                load_halves(k_desc, b * k_rows + k_start, k_len, x0, first_head // group, k_full, k_empty, k_s, turn)
+                head = first_head // group
+                if BOX:
+                    bits = gl.load(record + SEEN)
+                    load_seen_halves(v_desc, b * v_rows + k_start, k_len, x0, bits, head, v_full, v_empty, v_s, turn)
+                    load_seen_halves(k_desc, b * k_rows + k_start, k_len, x0, bits, head, k_full, k_empty, k_s, turn)
+                else:
+                    load_halves(v_desc, b * v_rows + k_start, k_len, x0, head, v_full, v_empty, v_s, turn)
+                    load_halves(k_desc, b * k_rows + k_start, k_len, x0, head, k_full, k_empty, k_s, turn)
             if i < steps:
                 part, at, end = next_place(walk, part, at, end)
                 head = first_head + part % heads

@@ -83,6 +83,24 @@ def load_list_boxes(desc, start, length, list_ptr, head, full, tile, BOX: gl.con
 
 
 @gluon.jit
+def load_seen_halves(desc, start, length, row, bits, head, full, empty, tiles, turn):
+    """``load_halves`` of the keys whose bits are set; zeros for the others, whatever memory holds."""
+    BOX: gl.constexpr = desc.block_type.shape[3]
+    COUNT: gl.constexpr = 64 // BOX
+    PANELS: gl.constexpr = tiles.shape[2] // 64
+    mbarrier.wait(empty, (turn & 1) ^ 1)
+    mbarrier.expect(full, 2 * COUNT * PANELS * desc.block_type.nbytes)
+    for half in gl.static_range(2):
+        boxes = view(tiles.index(half), desc.dtype, [PANELS * COUNT, BOX, 64], tile_layout(2))
+        for i in range(COUNT):  # not unrolled, for a warp of few registers
+            first = 64 * half + BOX * i
+            at = gl.where(((bits >> (first // 16)) & 1) != 0, row + first, length)
+            for panel in gl.static_range(PANELS):
+                box = view(boxes.index(panel * COUNT + i), desc.dtype, desc.block_type.shape, desc.layout)
+                async_load(desc, box_coordinates(start, length, at, head, panel * 64), full, box)
+
+
+@gluon.jit
 def post_entries(steps_s, first, list_ptr, length, COUNT: gl.constexpr, BOX: gl.constexpr):
     """Hand over the entries of a step, ``MISSING`` where they are past the sequence's end."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])

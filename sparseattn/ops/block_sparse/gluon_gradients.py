@@ -14,7 +14,7 @@ from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.gradients import dq_from_sums_kernel, sum_parts_kernel, tile_numbers_kernel
 from sparseattn.kernels.hopper import row_tiles, tile_layout
 from sparseattn.kernels.launches import launch
-from sparseattn.kernels.unions import SHIFT
+from sparseattn.kernels.unions import SHIFT, box_rows
 from sparseattn.kernels.walks import UNBOUNDED, walk_kernel, walks
 from sparseattn.ops.block_sparse.extra import prepare_extra
 from sparseattn.ops.block_sparse.extra_backward import add_extra_gradients
@@ -239,7 +239,10 @@ def _keys_pass(
         ragged=(g.q_start is not None, g.k_start is not None), processors=processors, device=q.device,
     )  # fmt: skip
     box = steps.box if steps.box < 64 else 0
-    maps = (*walk_maps((q, do), steps.step, block_d, box), *walk_maps((k, v), 64, block_d))
+    maps = (
+        *walk_maps((q, do), steps.step, block_d, box),
+        *walk_maps((k, v), 64, block_d, box_rows(g.block_kv, 64) if steps.box else 0),
+    )
     at_once = numbers_box(steps.step)
     numbers_map = TensorDescriptor(numbers, [numbers.numel()], [1], [at_once], NVMMASharedLayout(0, 32, 1))
     sums = numbers if sums is None else sums  # a tensor map wants memory, even of a pass that adds nothing
@@ -352,9 +355,9 @@ def _offline(
     else:
         maps |= dict.fromkeys(("q_desc", "do_desc"), tile.format(constants["STEP"]))
     box = constants["BOX"]
-    if function is dq_kernel and box:
+    if box:
         maps |= dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<bf16[1, 1, 1, {box}, 64],{tile_layout()!r}>")
-    elif function is gradients_kernel and 0 < box < 64:
+    if function is gradients_kernel and 0 < box < 64:
         maps |= dict.fromkeys(("q_desc", "do_desc"), f"tensordesc<bf16[1, 1, 1, {box}, 64],{tile_layout()!r}>")
         maps["dq_desc"] = f"tensordesc<fp32[8, {box // 16}, 128],{NVMMASharedLayout(0, 32, 3)!r}>"
     if constants.get("FLOAT32"):
