@@ -27,7 +27,7 @@ def _tried(impl: str, q: Tensor, v: Tensor, g: Geometry, gradients: str | None) 
     """What a call tries, in this order.
 
     For gradients of small blocks at head dims up to 64 "auto" tries Triton first: of 64 x 64 at 16K tokens on an H200
-    it takes .72 to .80 of the time of Gluon, whose tiles hold several blocks of which a step may need one.
+    it takes .66 to .80 of the time of Gluon, whose tiles hold several blocks of which a step may need one.
     """
     names = implementations(impl, q)
     blocks = g.kv_num_blocks is not None and g.row_pieces is None and bool(g.block_q % 64 or g.block_kv % 128)

@@ -92,6 +92,8 @@ def _tiles(kernel: str, q: Tensor, v: Tensor, g: Geometry, override: Tiles | Non
     scores = block_m * block_n
     warps = max(1, scores // (128 if q.element_size() == 4 else 1024))
     warps = max(warps, tiles.num_warps * scores // (tiles.block_m * tiles.block_n))
+    if kernel != "forward" and scores >= 1024:  # 32 x 32: one warp spills its accumulators, five times as slow
+        warps = max(warps, 2)
     return Tiles(block_m, block_n, min(tiles.num_warps, warps), tiles.num_stages)
 
 
