@@ -249,8 +249,9 @@ def piece_walks_kernel(
     m0 = tl.load(piece, mask=inside, other=0) + e % PARTS * TOKENS
     m1 = tl.minimum(tl.load(piece + 1, mask=inside, other=0), m0 + TOKENS)
     row = group * num_rows + tl.load(piece + 2, mask=inside, other=0)
-    whole = tl.load(count_ptr + 2 * row, mask=inside, other=0)
-    short = tl.load(count_ptr + 2 * row + 1, mask=inside, other=0)
+    COUNTS: tl.constexpr = 3 if END > 0 else 2
+    whole = tl.load(count_ptr + COUNTS * row, mask=inside, other=0)
+    short = tl.load(count_ptr + COUNTS * row + 1, mask=inside, other=0)
     clear = whole
     if CAUSAL or WINDOW:
         list_ptr = tile_ptr + row.to(tl.int64) * (2 * idx_width)
@@ -268,7 +269,10 @@ def piece_walks_kernel(
     tl.store(walk + 3, whole, mask=inside)
     if END > 0:
         tl.store(walk + 4, whole * (BLOCK_KV // TILE_N) + tl.cdiv(short, TILE_N // END), mask=inside)
-        tl.store(walk + 5, clear * (BLOCK_KV // TILE_N), mask=inside)
+        clear = clear * (BLOCK_KV // TILE_N)
+        if not (CAUSAL or WINDOW):
+            clear += tl.load(count_ptr + COUNTS * row + 2, mask=inside, other=0) // (TILE_N // END)
+        tl.store(walk + 5, clear, mask=inside)
     else:
         tl.store(walk + 4, tl.cdiv(whole + short, TILE_N // BLOCK_KV), mask=inside)
         tl.store(walk + 5, clear // (TILE_N // BLOCK_KV), mask=inside)
@@ -278,12 +282,13 @@ def piece_walks_kernel(
 @triton.jit(do_not_specialize=["whole_slots", "slots", "end_slots"])
 def cut_ends_kernel(
     end_count_ptr, end_tile_ptr, count_ptr, tile_ptr, whole_slots, slots, end_slots, BLOCK_KV: tl.constexpr,
-    END: tl.constexpr, ENTRIES: tl.constexpr,
+    END: tl.constexpr, ENTRIES: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
     """One program: a list with its short tiles cut into ``END`` keys each, the last of which has fewer. Grid (lists,).
 
     Takes ``count`` and ``tile`` of a ``Tiling``, whose lists have ``slots`` entries, and writes the like with
-    ``end_slots`` ones. Zeros follow the last one, as many as fill a tile.
+    ``end_slots`` ones; counts are of whole tiles, ends, and those that come first and have ``END`` keys. Ends ascend if
+    ``ORDERED``. Zeros follow the last one, as many as fill a tile.
     """
     row = tl.program_id(0)
     whole = tl.load(count_ptr + 2 * row)
@@ -295,28 +300,47 @@ def cut_ends_kernel(
         tl.store(target + at, tl.load(source + at, mask=at < 2 * whole), mask=at < 2 * whole)
     source += 2 * whole_slots
     target += 2 * whole_slots
+    full = short * 0
+    if not ORDERED:
+        for base in range(0, short, ENTRIES):
+            at = base + tl.arange(0, ENTRIES)
+            first = tl.load(source + 2 * at, mask=at < short, other=0)
+            end = tl.load(source + 2 * at + 1, mask=at < short, other=0)
+            full += tl.sum((end - first) // END, 0)
     part = tl.arange(0, BLOCK_KV // END)[None, :]
     ends = short * 0
+    rests = full
     for base in range(0, short, ENTRIES):
         at = base + tl.arange(0, ENTRIES)
         first = tl.load(source + 2 * at, mask=at < short, other=0)
         end = tl.load(source + 2 * at + 1, mask=at < short, other=0)
         count = tl.cdiv(end - first, END)
-        place = ends + tl.cumsum(count, 0) - count
+        if ORDERED:
+            place = (ends + tl.cumsum(count, 0) - count)[:, None] + part
+            ends += tl.sum(count, 0)
+        else:
+            filled = (end - first) // END
+            rest = count - filled
+            place = (ends + tl.cumsum(filled, 0) - filled)[:, None] + part
+            place = tl.where(part < filled[:, None], place, (rests + tl.cumsum(rest, 0) - rest)[:, None])
+            ends += tl.sum(filled, 0)
+            rests += tl.sum(rest, 0)
         begin = first[:, None] + part * END
-        to = target + 2 * (place[:, None] + part)
         used = part < count[:, None]
-        tl.store(to, begin, mask=used)
-        tl.store(to + 1, tl.minimum(begin + END, end[:, None]), mask=used)
-        ends += tl.sum(count, 0)
+        tl.store(target + 2 * place, begin, mask=used)
+        tl.store(target + 2 * place + 1, tl.minimum(begin + END, end[:, None]), mask=used)
+    ends = tl.maximum(ends, rests)
     rest = 2 * ends + tl.arange(0, 2 * BLOCK_KV // END)
     tl.store(target + rest, rest * 0, mask=rest < 2 * (end_slots - whole_slots))
-    tl.store(end_count_ptr + 2 * row, whole)
-    tl.store(end_count_ptr + 2 * row + 1, ends)
+    tl.store(end_count_ptr + 3 * row, whole)
+    tl.store(end_count_ptr + 3 * row + 1, ends)
+    tl.store(end_count_ptr + 3 * row + 2, full)
 
 
 @of_fixed()
-def cut_ends(counts: Tensor, tiles: Tensor, keys: int, block_kv: int, end: int) -> tuple[Tensor, Tensor]:
+def cut_ends(
+    counts: Tensor, tiles: Tensor, keys: int, block_kv: int, end: int, *, ordered: bool
+) -> tuple[Tensor, Tensor]:
     """The lists of a ``Tiling`` with short tiles cut into entries of ``end`` keys, so that a key tile holds several.
 
     What is left of a run of blocks would cost a whole key tile each; so it costs less than ``end`` keys.
@@ -327,20 +351,23 @@ def cut_ends(counts: Tensor, tiles: Tensor, keys: int, block_kv: int, end: int) 
         keys: Sk.
         block_kv: Keys of a whole tile.
         end: A divisor of it.
+        ordered: Entries ascend, as causality and windows want them; else those of ``end`` keys come first, whose key
+            tiles are seen whole.
 
     Returns:
-        The same with entries of ``end`` keys or less in the place of the short tiles; nothing but zeros up to the next
+        int32 [B|1, H, MB + 1, 3]: whole tiles, entries of ``end`` keys or less, and the first ones that are known to
+        have as many; and the lists, with such entries in the place of the short tiles, nothing but zeros up to the next
         multiple of ``block_kv / end`` of them, and then nobody's.
     """
     whole, slots = keys // block_kv, tiles.shape[3]
     parts = block_kv // end
     short = slots - whole
     width = whole + triton.cdiv(min(short * parts, keys // end + short), parts) * parts
-    made = scratch(tuple(counts.shape), torch.int32, counts.device)
+    made = scratch((*counts.shape[:3], 3), torch.int32, counts.device)
     lists = scratch((*tiles.shape[:3], width, 2), torch.int32, counts.device)
     launch(
         cut_ends_kernel, (counts.numel() // 2,), made, lists, counts, tiles, whole, slots, width,
-        BLOCK_KV=block_kv, END=end, ENTRIES=_TILES, num_warps=1, **LAUNCH,
+        BLOCK_KV=block_kv, END=end, ENTRIES=_TILES, ORDERED=ordered, num_warps=1, **LAUNCH,
     )  # fmt: skip
     return made, lists
 
@@ -363,8 +390,8 @@ def piece_walks(
 
     Args:
         pieces: int32 [H, P, 3] of a ``Tiling`` for ``block``.
-        counts: int32 [B|1, H, MB + 1, 2].
-        tiles: int32 [B|1, H, MB + 1, W + R, 2].
+        counts: int32 [B|1, H, MB + 1, 2]; those of ``cut_ends``, if it made the lists.
+        tiles: int32 [B|1, H, MB + 1, W + R, 2]; likewise.
         lengths: (Sq, Sk).
         window: (left, right), -1 for unbounded.
         tokens: Query tokens of a row tile, a divisor of ``block[0]``.

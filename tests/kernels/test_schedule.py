@@ -94,8 +94,11 @@ def test_rows_past_the_end_are_no_tiles(device: str) -> None:
         assert ((own[:, 4] < 0) == (own[:, 0] * 32 >= end)).all()
 
 
+@pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("end", [16, 32])
-def test_ends_are_the_keys_of_short_tiles(end: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ends_are_the_keys_of_short_tiles(
+    end: int, ordered: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In more steps than one; whole tiles stay as they are, and zeros fill the last tile of ends."""
     monkeypatch.setattr(schedule, "_TILES", 4)
     keys, size = 3000, 128
@@ -103,12 +106,11 @@ def test_ends_are_the_keys_of_short_tiles(end: int, device: str, monkeypatch: py
     blocks = torch.rand(1, 2, 3, 40, device=device) < torch.tensor([0.2, 0.5, 1.0], device=device)[:, None]
     rows = torch.full((2, 3), 10, dtype=torch.int32)
     tiling = make_tiling(blocks, rows.to(device), sizes.to(device), (30, keys), (16, size))
-    counts, lists = (t.cpu() for t in cut_ends(tiling.counts, tiling.tiles, keys, size, end))
+    counts, lists = (t.cpu() for t in cut_ends(tiling.counts, tiling.tiles, keys, size, end, ordered=ordered))
     whole_slots, parts = keys // size, size // end
-    assert counts.shape == tiling.counts.shape
     for head in range(2):
         for row in range(4):
-            (whole, short), (same, ends) = (t[0, head, row].tolist() for t in (tiling.counts, counts))
+            (whole, short), (same, ends, full) = (t[0, head, row].tolist() for t in (tiling.counts, counts))
             before, after = (t[0, head, row].cpu() for t in (tiling.tiles, lists))
             assert same == whole
             assert torch.equal(before[:whole], after[:whole])
@@ -117,6 +119,9 @@ def test_ends_are_the_keys_of_short_tiles(end: int, device: str, monkeypatch: py
                 for start, stop in before[whole_slots : whole_slots + short].tolist()
                 for first in range(start, stop, end)
             ]
+            if not ordered:
+                expected.sort(key=lambda x: x[1] - x[0] < end)
+            assert full == (0 if ordered else sum(stop - first == end for first, stop in expected))
             assert [tuple(x) for x in after[whole_slots : whole_slots + ends].tolist()] == expected
             filled = -(-ends // parts) * parts
             assert after.shape[0] >= whole_slots + filled

@@ -189,7 +189,8 @@ def _attend_blocks(
     if g.row_pieces is not None:
         ends = END if g.block_kv >= tiles.tile_n else 0
         if ends:
-            counts, indices = cut_ends(counts, indices, g.max_k, g.block_kv, ends)
+            ordered = g.causal or window != (-1, -1)
+            counts, indices = cut_ends(counts, indices, g.max_k, g.block_kv, ends, ordered=ordered)
         walks = piece_walks(
             g.row_pieces, counts, indices, (g.max_q, g.max_k), window, tokens=tokens, block=block,
             tile_n=tiles.tile_n, end=ends, causal=g.causal,
@@ -258,6 +259,6 @@ def _offline_schedule(kernel: Any) -> Offline:
     constants = {
         "TOKENS": 32, "BLOCK_Q": 128, "BLOCK_KV": 128, "TILE_N": 128, "HEADS": 1, "MASK_GROUP": 1, "TILES": 32,
         "OTHERS": 256, "MASKED": True, "CAUSAL": True, "WINDOW": True, "RAGGED_Q": True, "RAGGED_K": True,
-        "VARIABLE": False, "END": END, "ENTRIES": 32,
+        "VARIABLE": False, "END": END, "ENTRIES": 32, "ORDERED": False,
     }  # fmt: skip
     return offline_case(kernel, constants)
