@@ -18,7 +18,7 @@ from sparseattn.kernels.offline import offline_case
 from sparseattn.kernels.usual import empty
 
 _COLUMNS = 64
-_TILES = 32
+_TILES = 8
 
 
 @triton.jit
@@ -217,7 +217,7 @@ def cut_tiles(
             tiling_kernel, (rows + 2, heads, batch),
             blocks, row_sizes, col_sizes, pieces, counts, tiles, blocks.stride(), row_sizes.stride(),
             col_sizes.stride(), rows, cols, number, slots, length_q, length_k, size_q, size_k,
-            COLUMNS=_COLUMNS, TILES=_TILES, num_warps=4, **LAUNCH,
+            COLUMNS=_COLUMNS, TILES=_TILES, num_warps=2, **LAUNCH,
         )  # fmt: skip
 
     repeatedly(
@@ -233,4 +233,4 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     types = {
         "block_ptr": "*i1", "block_stride": ("i32",) * 4, "row_stride": ("i32",) * 2, "col_stride": ("i32",) * 2
     }  # fmt: skip
-    return [("tiling", *offline_case(tiling_kernel, constants, types), 4, 1)]
+    return [("tiling", *offline_case(tiling_kernel, constants, types), 2, 1)]
