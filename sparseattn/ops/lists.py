@@ -6,18 +6,20 @@ import torch
 from torch import Tensor
 
 from sparseattn.masks.lists import compact_by_operators, transpose_by_operators
-from sparseattn.ops.dispatch import launchable, launcher
+from sparseattn.ops.dispatch import launchable, launcher, on_its_device
 
 _LIBRARY = torch.library.Library("sparseattn", "FRAGMENT")
 _MODULE = "sparseattn.kernels.lists"
 
 
+@on_its_device
 def _compact(blocks: Tensor, *numbers: int) -> tuple[Tensor, Tensor]:
     make = launcher(_MODULE, "compact") if launchable(blocks) else compact_by_operators
     made: tuple[Tensor, Tensor] = make(blocks, *numbers)
     return made
 
 
+@on_its_device
 def _transpose(counts: Tensor, indices: Tensor, cols: int) -> tuple[Tensor, Tensor]:
     if not launchable(counts, indices):
         return transpose_by_operators(counts, indices, cols)
