@@ -40,6 +40,11 @@ UNBOUNDED = 1 << 29
 _TILES = 8
 _OTHERS = 512
 _PROBES = 16
+# Sections whose short tiles wait for the end, and which share of each head's tiles is short.
+_RESERVED = 6
+_SHORT = 4
+# Tiles of a program that are few.
+_FEW = 8
 
 
 @triton.jit
@@ -128,16 +133,26 @@ def _spans(start_ptr, end_ptr, b, length, inside, RAGGED: tl.constexpr):
     return start, length
 
 
+@triton.jit
+def _group(e, tiles, section, tail, reserve, cut):
+    """First place of tiles that are ordered together with ``e``, and whether they are the last ones; see below."""
+    number = e // section
+    longer = section // tiles * cut
+    final = (e >= tail) | ((number >= reserve) & (e % tiles >= cut))
+    first = tl.minimum(number, reserve) * section + tl.maximum(number - reserve, 0) * longer
+    return tl.where(final, reserve * section + (tail // section - reserve) * longer, first), final
+
+
 @triton.jit(
     do_not_specialize=[
         "mask_stride_b", "mask_stride_h", "idx_width", "rounds", "max_q", "max_k", "out_rows", "back", "ahead",
-        "tiles", "heads", "section", "tail", "total",
+        "tiles", "heads", "section", "tail", "reserve", "cut", "total",
     ]
 )  # fmt: skip
 def walk_kernel(
     record_ptr, ranges_ptr, counter_ptr, count_ptr, index_ptr, q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr,
     mask_stride_b, mask_stride_h, idx_width, rounds, max_q, max_k, out_rows, back, ahead,
-    tiles, heads, section, tail, total,
+    tiles, heads, section, tail, reserve, cut, total,
     HEADS: tl.constexpr, HEADS_P2: tl.constexpr, MASK_GROUP: tl.constexpr, BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr, STEP: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, RAGGED_Q: tl.constexpr,
     RAGGED_K: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, OTHERS: tl.constexpr,
@@ -147,8 +162,9 @@ def walk_kernel(
 
     Grid (tiles / TILES,). Tiles are ordered [sequence, stationary head, 128 rows]; a stationary head walks past
     ``HEADS`` heads of the other side. ``section`` tiles in a row (those of one KV head) start together, longest first;
-    tiles from ``tail`` on are one section, so that the last to start are short. ``GATHER`` entries of a list make a
-    step (0: an entry makes one or more), and their blocks are shifted by ``SHIFT``.
+    tiles from ``tail`` on are one section, so that the last to start are short, and take in the tiles from number
+    ``cut`` on, of each head, of the sections from number ``reserve`` on. ``GATHER`` entries of a list make a step (0:
+    an entry makes one or more), and their blocks are shifted by ``SHIFT``.
 
     Writes ``record`` int32 [total + 1, 16] (the last says stop), ``ranges`` int32 [total, 3, HEADS, 2], the first step
     and the end of each head's walk: steps with element masks before the others, steps with them behind, the others;
@@ -165,11 +181,13 @@ def walk_kernel(
         max_q, max_k, back, ahead, tiles, heads, HEADS, HEADS_P2, MASK_GROUP, BLOCK_X, STEP, KEYS, MASKED, RAGGED_Q,
         RAGGED_K, ROWS,
     )  # fmt: skip
-    first = tl.where(e < tail, e // section * section, tail)
+    first, final = _group(e, tiles, section, tail, reserve, cut)
     rank = first
-    last = tl.minimum(tl.program_id(0) * TILES + TILES, total) - 1
-    begin = tl.minimum(tl.program_id(0) * TILES // section * section, tail)
-    end = tl.where(last < tail, tl.minimum((last // section + 1) * section, tail), total)
+    begin = tl.program_id(0) * TILES // section * section
+    end = tl.minimum((tl.program_id(0) * TILES + TILES - 1) // section * section + section, total)
+    if tl.max((final & inside).to(tl.int32), 0) > 0:
+        begin = tl.minimum(begin, reserve * section)
+        end = total
     for start in range(begin, end, OTHERS):
         f = start + tl.arange(0, OTHERS)
         other = _length(
@@ -177,7 +195,7 @@ def walk_kernel(
             max_q, max_k, back, ahead, tiles, heads, HEADS, HEADS_P2, MASK_GROUP, BLOCK_X, STEP, KEYS, MASKED,
             RAGGED_Q, RAGGED_K, ROWS,
         )  # fmt: skip
-        theirs = tl.where(f < tail, f // section * section, tail)
+        theirs, _ = _group(f, tiles, section, tail, reserve, cut)
         earlier = (other[None, :] > length[:, None]) | ((other[None, :] == length[:, None]) & (f[None, :] < e[:, None]))
         earlier = earlier & (theirs[None, :] == first[:, None]) & (f < total)[None, :]
         rank += tl.sum(earlier.to(tl.int32), 1)
@@ -323,8 +341,12 @@ def walks(
     # Whole sections at the end that give each program one tile or more, or two sections where three tiles each are no
     # more: the longer the tail, the better the balance, and the more KV heads' queries take turns in the L2 cache.
     last = min(triton.cdiv(3 * processors, section), max(2, triton.cdiv(3 * processors // 2, section)))
-    tail = max(0, total // section - last) * section
     reach_back, reach_ahead = window
+    # Where all later rows see a key, the last keys of each head are few rows' work. With few tiles a program, that of
+    # some sections waits for the last one: it fills what long tiles leave, without taking the cache from their queries.
+    few = keys and reach_ahead == 0 and reach_back == UNBOUNDED and total <= _FEW * processors
+    cut = tiles - tiles // _SHORT if few else tiles
+    sections = max(0, total // section - (1 if few else last))
     back, ahead = (-reach_ahead, reach_back) if keys else (-reach_back, reach_ahead)
     counts, indices, *strides = lists or (records, records, 0, 0, 0)
     rounds, width = 0, strides[2]
@@ -333,8 +355,8 @@ def walks(
     launch(
         walk_kernel, (triton.cdiv(total, _TILES),),
         records, ranges, counter, counts, indices, *spans, *strides, rounds,
-        *lengths, out_rows, back, ahead, tiles, heads, section, tail, total,
-        HEADS=per_head, HEADS_P2=triton.next_power_of_2(per_head), MASK_GROUP=mask_group, BLOCK_X=blocks[0],
+        *lengths, out_rows, back, ahead, tiles, heads, section, sections * section, max(0, sections - _RESERVED), cut,
+        total, HEADS=per_head, HEADS_P2=triton.next_power_of_2(per_head), MASK_GROUP=mask_group, BLOCK_X=blocks[0],
         BLOCK_Y=blocks[1], STEP=step, KEYS=keys, MASKED=lists is not None, RAGGED_Q=ragged[0], RAGGED_K=ragged[1],
         PACKED=packed, ROWS=ROWS, TILES=_TILES, OTHERS=_OTHERS, PROBES=_PROBES, GATHER=gather,
         SHIFT=SHIFT.value if gather else 0, num_warps=8, **LAUNCH,

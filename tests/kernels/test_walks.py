@@ -76,6 +76,22 @@ PLANS = [
 ]  # fmt: skip
 
 
+def test_short_tiles_of_earlier_heads_start_last(device: str):
+    unused = torch.zeros(1, dtype=torch.int32, device=device)
+    records, _, _, total = walks(
+        None, (unused,) * 4, keys=True, batch=1, lengths=(1024, 1024), window=(UNBOUNDED, 0), heads=9, per_head=1,
+        section_heads=1, mask_group=1, blocks=(128, 64), step=64, out_rows=0, packed=False, ragged=(False, False),
+        processors=9, device=torch.device(device),
+    )  # fmt: skip
+    order = [(r[HEAD.value], r[X0.value], r[STEPS.value]) for r in records[:total].tolist()]
+    # Nine sections of eight tiles: two whole, six without their two shortest, which go with the last.
+    longest_first = [(head, 128 * i) for head in range(8) for i in range(8 if head < 2 else 6)]
+    assert [o[:2] for o in order[: len(longest_first)]] == longest_first
+    steps = [o[2] for o in order[len(longest_first) :]]
+    assert len(steps) == 8 + 6 * 2
+    assert steps == sorted(steps, reverse=True)
+
+
 @pytest.mark.parametrize("keys", [True, False], ids=["keys", "queries"])
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_walks_meet_every_visible_pair_once(plan: Plan, keys: bool, device: str):
