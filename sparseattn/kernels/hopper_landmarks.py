@@ -20,14 +20,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sparseattn.kernels.hopper import async_load, load_rows, next_stage, ring, sequence_span, tile_layout
-from sparseattn.kernels.hopper_attention import HIDDEN, LOG2E, next_softmax, row_sums, thread_sums
-from sparseattn.kernels.hopper_masses import TILE, keep_masses, mass_layout, write_candidates, write_scores
+from sparseattn.kernels.hopper_attention import HIDDEN, LOG2E, row_sums, thread_sums
+from sparseattn.kernels.hopper_landmark_items import item_facts, item_of, item_tiles, tell_item
+from sparseattn.kernels.hopper_masses import TILE, fast_log2, keep_masses, mass_layout, write_candidates, write_scores
 
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
 NUMBERS = [
-    "bounds_stride_b", "max_q", "max_k", "k_rows", "num_rows", "num_columns", "landmark_rows", "strip_rows",
-    "first_row", "rows_here", "items", "batch",
+    "bounds_stride_b", "max_q", "max_k", "k_rows", "num_rows", "num_columns", "landmark_rows", "reach_blocks",
+    "strip_rows", "first_row", "rows_here", "items", "batch",
 ]  # fmt: skip
+
+# Base-2 logits by which landmarks may exceed the forced blocks: sums relative to these stay far from overflow.
+ROOM: gl.constexpr = gl.constexpr(100.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +57,7 @@ class Facts:
         CONSUMERS: Warpgroups that compute, 64 rows each.
         STAGES: Tiles in flight.
         IN_TURN: Warpgroups start their products one after another.
+        FLIP: Logits fall with products.
         HEAD_ROWS: Rows of one head in a warpgroup.
         SLOTS: Warpgroups' shares of the rows of a query block of one KV head.
         COMBINE: Several warpgroups, or heads, meet in one row of scores.
@@ -77,6 +82,7 @@ class Facts:
     CONSUMERS: int
     STAGES: int
     IN_TURN: bool
+    FLIP: bool
 
     HEAD_ROWS: Any = field(init=False, default=0)
     SLOTS: Any = field(init=False, default=0)
@@ -99,41 +105,6 @@ class Facts:
 
 
 @gluon.jit
-def share_of(turn, c, b, bounds, F: gl.constexpr):
-    """(query block, share of its rows, recent, visible) of scorer ``c``; recent is 0 where it has nothing to do."""
-    visible_ptr, recent_ptr, stride_b, first_row, rows_here = bounds
-    at = turn * F.CONSUMERS + c
-    m = first_row + rows_here - 1 - gl.minimum(at // F.SLOTS, rows_here - 1)
-    visible = gl.load(visible_ptr + b * stride_b + m)
-    recent = gl.load(recent_ptr + b * stride_b + m)
-    active = (at < rows_here * F.SLOTS) & (recent > F.FIRST)
-    return m, at % F.SLOTS, gl.where(active, recent, 0), gl.where(active, visible, 0)
-
-
-@gluon.jit
-def item_of(turn):
-    """The item of a program's turn: long items come first, and who starts a round with the longest ends the next."""
-    pid = gl.program_id(0)
-    programs = gl.num_programs(0)
-    return turn * programs + gl.where(turn % 2 == 1, programs - 1 - pid, pid)
-
-
-@gluon.jit
-def tiles_of(turn, b, k_len, bounds, F: gl.constexpr):
-    """(first key of the diagonal's tiles, tiles of keys, tiles of landmarks) of what the scorers do together."""
-    first = k_len
-    last = k_len * 0
-    most = k_len * 0
-    for c in gl.static_range(F.CONSUMERS):
-        m, slot, recent, visible = share_of(turn, c, b, bounds, F)
-        first = gl.minimum(first, gl.where(recent > 0, recent * F.BLOCK, k_len))
-        last = gl.maximum(last, gl.minimum(visible * F.BLOCK, k_len))
-        most = gl.maximum(most, recent)
-    diagonal = (gl.maximum(last - first, 0) + (TILE - 1)) // TILE
-    return first, gl.where(most > 0, diagonal + F.FIRST, 0), (most * F.CLUSTERS + (TILE - 1)) // TILE
-
-
-@gluon.jit
 def key_column(i, first, F: gl.constexpr):
     """The first key of key tile ``i``."""
     return gl.where(i < F.FIRST, 0, first + (i - F.FIRST) * TILE)
@@ -142,18 +113,22 @@ def key_column(i, first, F: gl.constexpr):
 @gluon.jit
 def loader(call, F: gl.constexpr):
     """The warp that loads."""
-    k_desc, c_desc, spreads_ptr, landmarks, spreads_s, spans, bounds, max_k, k_rows, landmark_rows, items, groups = call
+    (
+        k_desc, c_desc, spreads_ptr, landmarks, spreads_s, facts, spans, bounds, max_q, max_k, k_rows, landmark_rows,
+        items, groups,
+    ) = call  # fmt: skip
     tiles, full, empty = landmarks
     lane: gl.constexpr = gl.BlockedLayout([TILE // 32], [32], [1], [0])
     offs = gl.arange(0, TILE, lane)
     stage = 0
     phase = 1
-    for turn in range(0, (items + gl.num_programs(0) - 1) // gl.num_programs(0)):
+    # One item more than there is: scorers look at what comes next.
+    for turn in range(0, (items + gl.num_programs(0) - 1) // gl.num_programs(0) + 1):
         item = item_of(turn)
         b = item % groups // (F.HEADS // F.GROUP)
         kv_head = item % groups % (F.HEADS // F.GROUP)
         k_start, k_len = sequence_span(spans[2], spans[3], b, max_k, F.RAGGED_K)
-        first, forced, count = tiles_of(item // groups, b, k_len, bounds, F)
+        first, forced, count = tell_item(turn, facts, b, kv_head, k_len, item // groups, spans, bounds, max_q, F)
         for i in range(0, forced):
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), TILE * F.BLOCK_D * 2)
@@ -173,37 +148,31 @@ def loader(call, F: gl.constexpr):
 
 
 @gluon.jit
-def item_facts(turn, CID: gl.constexpr, spans, bounds, max_q, max_k, groups, F: gl.constexpr):
-    """Scorer ``CID``'s share of an item."""
-    item = item_of(turn)
-    b = item % groups // (F.HEADS // F.GROUP)
-    kv_head = item % groups % (F.HEADS // F.GROUP)
-    q_start, q_len = sequence_span(spans[0], spans[1], b, max_q, F.RAGGED_Q)
-    k_start, k_len = sequence_span(spans[2], spans[3], b, max_k, F.RAGGED_K)
-    m, slot, recent, visible = share_of(item // groups, CID, b, bounds, F)
-    return b, kv_head, q_start, q_len, k_len, m, slot, recent, visible
+def tokens_of(rows_ptr, b, kv_head, q_len, m, slot, recent, num_rows, F: gl.constexpr):
+    """The tokens [64] of a share's rows, -1 where there is no such row: one a thread, not yet where they are needed."""
+    at = slot * 64 + gl.arange(0, 64, gl.BlockedLayout([1], [32], [4], [0]))
+    inside = (at < F.GROUP * F.ROWS) & (recent > 0)
+    chosen = at % F.ROWS
+    if rows_ptr is not None:
+        row = ((b * F.HEADS + kv_head * F.GROUP + at // F.ROWS).to(gl.int64) * num_rows + m) * F.ROWS + chosen
+        chosen = gl.load(rows_ptr + row, mask=inside, other=-1)
+    tokens = m * F.BLOCK + chosen
+    return gl.where(inside & (chosen >= 0) & (tokens < q_len), tokens, -1)
 
 
 @gluon.jit
-def fetch_queries(q, strides, rows_ptr, b, kv_head, q_start, q_len, m, slot, recent, num_rows, F: gl.constexpr):
-    """A share's rows [64, BLOCK_D] and their tokens [64], -1 where there is no such row."""
+def fetch_queries(q, strides, tokens, b, kv_head, q_start, slot, F: gl.constexpr):
+    """A share's rows [64, BLOCK_D], zeros where there is none."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // F.BLOCK_D, F.BLOCK_D // 8], [4, 1], [1, 0])
     at = slot * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
     offs_d = gl.arange(0, F.BLOCK_D, gl.SliceLayout(0, layout))
     head = kv_head * F.GROUP + at // F.ROWS
-    inside = (at < F.GROUP * F.ROWS) & (recent > 0)
-    chosen = at % F.ROWS
-    if rows_ptr is not None:
-        row = ((b * F.HEADS + head).to(gl.int64) * num_rows + m) * F.ROWS + chosen
-        chosen = gl.load(rows_ptr + row, mask=inside, other=-1)
-    tokens = m * F.BLOCK + chosen
-    inside = inside & (chosen >= 0) & (tokens < q_len)
+    tokens = gl.convert_layout(tokens, at.type.layout)
     offs = (q_start + tokens).to(gl.int64) * strides[1] + head.to(gl.int64) * strides[2]
-    x = gl.load(
+    return gl.load(
         q + b.to(gl.int64) * strides[0] + (offs[:, None] + offs_d[None, :]),
-        mask=inside[:, None] & (offs_d < F.D)[None, :], other=0.0,
+        mask=(tokens >= 0)[:, None] & (offs_d < F.D)[None, :], other=0.0,
     )  # fmt: skip
-    return x, gl.where(inside, tokens, -1)
 
 
 @gluon.jit
@@ -220,27 +189,42 @@ def pass_turn(turns, CID: gl.constexpr, F: gl.constexpr):
 
 
 @gluon.jit
-def products(q, tile, turns, CID: gl.constexpr, beat, zeros, F: gl.constexpr):
-    """Products of the rows with a tile, in turn with the other scorers."""
+def start_products(q, tile, turns, CID: gl.constexpr, beat, zeros, F: gl.constexpr):
+    """Start the products of the rows with a tile, in turn with the other scorers."""
     if F.IN_TURN:
         beat = take_turn(turns, CID, beat)
     s = warpgroup_mma(q, tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
     if F.IN_TURN:
         pass_turn(turns, CID, F)
+    return s, beat
+
+
+@gluon.jit
+def products(q, tile, turns, CID: gl.constexpr, beat, zeros, F: gl.constexpr):
+    """Products of the rows with a tile, in turn with the other scorers."""
+    s, beat = start_products(q, tile, turns, CID, beat, zeros, F)
     return warpgroup_mma_wait(0, deps=(s,)), beat
 
 
 @gluon.jit
-def hide_keys(s, cols, last, i, recent, F: gl.constexpr):
-    """Products [64, 128] with -inf where key ``cols`` comes after a row's ``last`` or is not of its forced blocks."""
+def hide_keys(s, cols, first_key, last, i, recent, F: gl.constexpr):
+    """Products [64, 128] with -inf where key ``first_key + cols`` is after a row's ``last`` or of no forced block."""
     if F.BLOCK < TILE:
-        own = gl.where(i < F.FIRST, cols < F.BLOCK, cols >= recent * F.BLOCK)
+        own = gl.where(i < F.FIRST, cols < F.BLOCK, cols >= recent * F.BLOCK - first_key)
         cols = gl.where(own, cols, HIDDEN)
-    return gl.where(cols[None, :] <= last[:, None], s, float("-inf"))
+    return gl.where(cols[None, :] <= (last - first_key)[:, None], s, float("-inf"))
 
 
 @gluon.jit
-def weigh(s, spread, m_i, l_i, length, factor, limit, CUT: gl.constexpr, F: gl.constexpr):
+def hide_blocks(spread, limit, F: gl.constexpr):
+    """Spreads [128] of a tile's landmarks, -inf past its first ``limit`` blocks."""
+    offs = gl.arange(0, TILE, spread.type.layout)
+    block = (offs % 8 // 2 * 32 + offs // 8 * 2 + offs % 2) // F.CLUSTERS
+    return gl.where(block < limit, spread, float("-inf"))
+
+
+@gluon.jit
+def weigh(s, spread, m_i, l_i, length, factor, limit, F: gl.constexpr):
     """One step of the running softmax over landmarks.
 
     Args:
@@ -250,27 +234,71 @@ def weigh(s, spread, m_i, l_i, length, factor, limit, CUT: gl.constexpr, F: gl.c
         l_i: [64, 4] thread sums.
         length: [64] positive lengths of the rows.
         factor: Positive factor to base-2 logits.
-        limit: Blocks of the tile that count (only if ``CUT``).
+        limit: Blocks of the tile that count.
 
     Returns:
         Masses [64, blocks] relative to ``top``, the logits [64] that they are relative to, and the new m_i and l_i.
     """
-    G: gl.constexpr = 32 // F.CLUSTERS
-    x = s + length[:, None] * spread[None, :]
-    if CUT:
-        offs = gl.arange(0, TILE, gl.SliceLayout(0, s.type.layout))
-        block = (offs % 8 // 2 * 32 + offs // 8 * 2 + offs % 2) // F.CLUSTERS
-        x = gl.where((block < limit)[None, :], x, float("-inf"))
+    x = s + length[:, None] * hide_blocks(spread, limit, F)[None, :]
     m_new = gl.maximum(m_i, gl.max(x, 1))
     top = gl.where(m_new == float("-inf"), 0.0, m_new) * factor
     alpha = gl.exp2(m_i * factor - top)
     p = gl.exp2(x * factor - top[:, None])
+    mass = block_masses(p, F)
+    shrink = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout), assert_trivial=True)
+    return mass, top, m_new, l_i * shrink[:, None] + gl.sum(mass, 2)
+
+
+@gluon.constexpr_function
+def exponentials(count):
+    """Assembly, and its constraints, of ``count`` exponentials and of something that nothing is moved across.
+
+    Left to itself, the assembler adds up every two exponentials as soon as it has asked for them and waits for them
+    each time. It moves no arithmetic across loops, so one that is never gone through comes before the sums.
+    """
+    lines = ["{ .reg .pred p;"]
+    lines += [f"ex2.approx.ftz.f32 ${i}, ${count + i};" for i in range(count)]
+    lines += [f"setp.ge.s32 p, ${2 * count}, -1000000000;", "again_${:uid}:", "@p bra on_${:uid};", "nanosleep.u32 1;"]
+    lines += ["bra again_${:uid};", "on_${:uid}: }"]
+    return "\n".join(lines), ",".join(["=f"] * count + ["f"] * count + ["r"] * count)
+
+
+@gluon.jit
+def powers(x, number):
+    """2 ^ x [64, 128]. ``number`` is any that is not below -1e9, but that the compiler does not know."""
+    return gl.inline_asm_elementwise(
+        exponentials(64)[0], exponentials(64)[1], [x, number], dtype=gl.float32, is_pure=False, pack=64
+    )
+
+
+@gluon.jit
+def block_masses(p, F: gl.constexpr):
+    """Masses [64, 4, blocks of a thread] of a tile's landmarks [64, 128]."""
+    G: gl.constexpr = 32 // F.CLUSTERS
     # [row, cluster pair, thread of four, 2]: threads hold whole blocks.
     mass = gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3)
     mass = gl.sum(gl.reshape(mass, [64, G, F.CLUSTERS // 2, 4]), 2)
-    mass = gl.convert_layout(gl.permute(mass, (0, 2, 1)), mass_layout(G), assert_trivial=True)
-    shrink = gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout), assert_trivial=True)
-    return mass, top, m_new, l_i * shrink[:, None] + gl.sum(mass, 2)
+    return gl.convert_layout(gl.permute(mass, (0, 2, 1)), mass_layout(G), assert_trivial=True)
+
+
+@gluon.jit
+def meet_bounded(
+    q, landmarks, spreads_s, turns, CID: gl.constexpr, stage, phase, beat, zeros, factor, grown, top, limit,
+    F: gl.constexpr,
+):  # fmt: skip
+    """Likewise, of a tile whose logits cannot exceed ``top`` [64], the forced blocks' largest, by so much as overflows.
+
+    Without a maximum to wait for, a logit is ready for its exponential as it comes from the tensor cores.
+    """
+    tiles, full, empty = landmarks
+    mbarrier.wait(full.index(stage), phase)
+    s, beat = start_products(q, tiles.index(stage), turns, CID, beat, zeros, F)
+    spread = spreads_s.index(stage).load(gl.SliceLayout(0, zeros.type.layout))
+    offset = grown[:, None] * hide_blocks(spread, limit, F)[None, :] - top[:, None]
+    s = warpgroup_mma_wait(0, deps=(s,))
+    mbarrier.arrive(empty.index(stage), count=1)
+    stage, phase = next_stage(stage, phase, F.STAGES)
+    return block_masses(powers(s * factor + offset, limit), F), stage, phase, beat
 
 
 @gluon.jit
@@ -290,7 +318,7 @@ def skip_tiles(landmarks, turns, CID: gl.constexpr, count, stage, phase, beat, F
 @gluon.jit
 def meet(
     q, landmarks, spreads_s, turns, CID: gl.constexpr, stage, phase, beat, zeros, m_i, l_i, length, factor, limit,
-    CUT: gl.constexpr, F: gl.constexpr,
+    F: gl.constexpr,
 ):  # fmt: skip
     """A tile of landmarks from its arrival to its masses."""
     tiles, full, empty = landmarks
@@ -299,7 +327,7 @@ def meet(
     s, beat = products(q, tiles.index(stage), turns, CID, beat, zeros, F)
     mbarrier.arrive(empty.index(stage), count=1)
     stage, phase = next_stage(stage, phase, F.STAGES)
-    mass, top, m_i, l_i = weigh(s, spread, m_i, l_i, length, factor, limit, CUT, F)
+    mass, top, m_i, l_i = weigh(s, spread, m_i, l_i, length, factor, limit, F)
     return mass, top, m_i, l_i, stage, phase, beat
 
 
@@ -321,9 +349,13 @@ def forced_keys(
             s, beat = products(q, landmarks[0].index(stage), turns, CID, beat, zeros, F)
             mbarrier.arrive(landmarks[2].index(stage), count=1)
             if (i >= F.FIRST) | (F.BLOCK < TILE):
-                s = hide_keys(s, first_key + offs_n, last, i, recent, F)
-            p, alpha, m_i, sums = next_softmax(s, m_i, l_i, factor, True)
-            l_i = gl.convert_layout(sums, SUMS, assert_trivial=True)
+                s = hide_keys(s, offs_n, first_key, last, i, recent, F)
+            m_new = gl.maximum(m_i, gl.max(s, 1))
+            top = gl.where(m_new == float("-inf"), 0.0, m_new) * factor
+            shrink = gl.convert_layout(gl.exp2(m_i * factor - top), gl.SliceLayout(1, SUMS), assert_trivial=True)
+            sums = gl.convert_layout(thread_sums(powers(s * factor - top[:, None], i)), SUMS, assert_trivial=True)
+            l_i = l_i * shrink[:, None] + sums
+            m_i = m_new
             stage, phase = next_stage(stage, phase, F.STAGES)
         else:
             stage, phase, beat = skip_tiles(landmarks, turns, CID, 1, stage, phase, beat, F)
@@ -334,15 +366,14 @@ def forced_keys(
 def scorer(CID: gl.constexpr, call, F: gl.constexpr):
     """A warpgroup that computes: share ``CID`` of the rows that a program scores together."""
     (
-        q_ptr, q_strides, rows_ptr, q_s, landmarks, spreads_s, turns, norm_s, strip_ptr, scores_ptr, taus_ptr, spans,
-        bounds, max_q, max_k, num_rows, num_columns, strip_rows, items, groups, scale,
+        q_ptr, q_strides, rows_ptr, q_s, landmarks, spreads_s, facts, turns, norm_s, strip_ptr, scores_ptr, taus_ptr,
+        reach_ptr, reach_blocks, first_row, rows_here, num_rows, num_columns, strip_rows, items, scale,
     ) = call  # fmt: skip
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     MASSES: gl.constexpr = mass_layout(32 // F.CLUSTERS)
     zeros = gl.zeros([64, TILE], gl.float32, S_LAYOUT)
     factor = gl.maximum(gl.abs(scale) * LOG2E, 1e-30)
-    sign = gl.where(scale < 0, -1.0, 1.0)
     q_own = q_s.index(CID)
     norm_own = norm_s.index(CID)
     strip = strip_ptr + (gl.program_id(0) * F.CONSUMERS + CID).to(gl.int64) * (strip_rows * (64 * 8))
@@ -352,24 +383,29 @@ def scorer(CID: gl.constexpr, call, F: gl.constexpr):
     beat = 0
     if CID == 0:
         beat = 1
-    b, kv_head, q_start, q_len, k_len, m, slot, recent, visible = item_facts(
-        0, CID, spans, bounds, max_q, max_k, groups, F
-    )
-    x, tokens = fetch_queries(q_ptr, q_strides, rows_ptr, b, kv_head, q_start, q_len, m, slot, recent, num_rows, F)
+    b, kv_head, q_start, q_len, k_len, m, slot, recent, visible = item_facts(0, CID, facts, F)
+    tokens = tokens_of(rows_ptr, b, kv_head, q_len, m, slot, recent, num_rows, F)
+    x = fetch_queries(q_ptr, q_strides, tokens, b, kv_head, q_start, slot, F)
     for turn in range(0, (items + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        # Not carried from turn to turn: Triton 3.6 (LoopAwareCSE) would take the first item's numbers for every item's.
-        first, forced, count = tiles_of(item_of(turn) // groups, b, k_len, bounds, F)
+        # Asked for anew, not carried from turn to turn: Triton 3.6 (LoopAwareCSE) might take the first for every one.
+        b, kv_head, q_start, q_len, k_len, m, slot, recent, visible = item_facts(turn, CID, facts, F)
+        first, forced, count = item_tiles(turn, facts, F)
         counts = gl.zeros([64, 4], gl.int32, gl.SliceLayout(2, MASSES))
         norm = gl.full([64], float("inf"), gl.float32, ROWS)
+        token = gl.convert_layout(tokens, ROWS)
         if recent > 0:
-            wide = x.to(gl.float32)
-            q_own.store((wide * sign).to(x.dtype))
+            if F.FLIP:
+                x = (0.0 - x.to(gl.float32)).to(x.dtype)
+            q_own.store(x)
             fence_async_shared()
+            # Where a row lies in four threads its length takes few words between them.
+            wide = q_own.load(gl.DotOperandLayout(0, S_LAYOUT, 2)).to(gl.float32)
             length = gl.maximum(gl.convert_layout(gl.sqrt(gl.sum(wide * wide, 1)), ROWS), 1e-30)
-            token = gl.convert_layout(tokens, ROWS)
             last = gl.where(token >= 0, k_len - 1, -1)
             if F.CAUSAL:
                 last = gl.where(token >= 0, gl.minimum(last, token + (k_len - q_len)), -1)
+            group = b * (F.HEADS // F.GROUP) + kv_head
+            reach = gl.load(reach_ptr + (group * reach_blocks + recent - 1))
             m_i, l_i, stage, phase, beat = forced_keys(
                 q_own, landmarks, turns, CID, stage, phase, beat, zeros, last, recent, visible, first, forced, factor,
                 MASSES, F,
@@ -380,49 +416,52 @@ def scorer(CID: gl.constexpr, call, F: gl.constexpr):
                 head = kv_head * F.GROUP + gl.minimum(at // F.ROWS, F.GROUP - 1)
                 # A little less: sums are rounded.
                 tau = gl.exp2(gl.load(taus_ptr + head * F.HEAD_TAUS) * LOG2E) * 0.999
-            whole = recent * F.CLUSTERS // TILE
-            for i in range(0, whole):
-                mass, top, m_i, l_i, stage, phase, beat = meet(
-                    q_own, landmarks, spreads_s, turns, CID, stage, phase, beat, zeros, m_i, l_i, length, factor, 0,
-                    False, F,
-                )  # fmt: skip
-                counts = keep_masses(strip, capacity, counts, i, mass, top, l_i, tau, F)
+            grown = gl.maximum(length * factor, 1e-37)
+            room = gl.where(last >= 0, (m_i * factor + ROOM) / grown, float("inf"))
             mine = (recent * F.CLUSTERS + (TILE - 1)) // TILE
-            for i in range(whole, mine):
-                limit = recent - i * (TILE // F.CLUSTERS)
-                mass, top, m_i, l_i, stage, phase, beat = meet(
-                    q_own, landmarks, spreads_s, turns, CID, stage, phase, beat, zeros, m_i, l_i, length, factor, limit,
-                    True, F,
-                )  # fmt: skip
-                counts = keep_masses(strip, capacity, counts, i, mass, top, l_i, tau, F)
+            if reach <= -gl.max(-room, 0):
+                top = gl.where(last >= 0, m_i, 0.0) * factor
+                for i in range(0, mine):
+                    mass, stage, phase, beat = meet_bounded(
+                        q_own, landmarks, spreads_s, turns, CID, stage, phase, beat, zeros, factor, grown, top,
+                        recent - i * (TILE // F.CLUSTERS), F,
+                    )  # fmt: skip
+                    # A mass must be a share of what came before this tile, too, and that is known earlier.
+                    counts = keep_masses(strip, capacity, counts, i, mass, top, l_i, tau, F)
+                    l_i += gl.sum(mass, 2)
+            else:
+                for i in range(0, mine):
+                    mass, top, m_i, l_i, stage, phase, beat = meet(
+                        q_own, landmarks, spreads_s, turns, CID, stage, phase, beat, zeros, m_i, l_i, length, factor,
+                        recent - i * (TILE // F.CLUSTERS), F,
+                    )  # fmt: skip
+                    counts = keep_masses(strip, capacity, counts, i, mass, top, l_i, tau, F)
             stage, phase, beat = skip_tiles(landmarks, turns, CID, count - mine, stage, phase, beat, F)
             total = row_sums(l_i, ROWS)
-            norm = gl.where(total > 0, m_i * factor + gl.log2(gl.where(total > 0, total, 1.0)), 0.0)
+            norm = gl.where(total > 0, m_i * factor + fast_log2(gl.where(total > 0, total, 1.0)), 0.0)
             norm = gl.where(last >= 0, norm, float("inf"))
         else:
             stage, phase, beat = skip_tiles(landmarks, turns, CID, forced + count, stage, phase, beat, F)
 
         # The next item's rows travel while this one's scores are written.
-        coming = item_facts(turn + 1, CID, spans, bounds, max_q, max_k, groups, F)
-        x, tokens = fetch_queries(
-            q_ptr, q_strides, rows_ptr, coming[0], coming[1], coming[2], coming[3], coming[5], coming[6], coming[7],
-            num_rows, F,
-        )  # fmt: skip
+        mbarrier.arrive(facts[2].index(turn & 1), count=1)
+        coming = item_facts(turn + 1, CID, facts, F)
+        tokens = tokens_of(rows_ptr, coming[0], coming[1], coming[3], coming[5], coming[6], coming[7], num_rows, F)
+        x = fetch_queries(q_ptr, q_strides, tokens, coming[0], coming[1], coming[2], coming[6], F)
         if recent > 0:
-            place = (b, kv_head, m, slot, recent, num_columns, bounds[3], bounds[4])
+            place = (b, kv_head, m, slot, recent, num_columns, first_row, rows_here)
             if F.CANDIDATES:
                 write_candidates(strip, capacity, counts, norm, scores_ptr, taus_ptr, place, F)
             else:
                 norm_own.store(norm)  # also the barrier between the strip's writers and its readers
                 write_scores(strip, norm_own, scores_ptr, taus_ptr, place, F)
-        b, kv_head, q_start, q_len, k_len, m, slot, recent, visible = coming
 
 
 @gluon.jit(do_not_specialize=NUMBERS)
 def landmark_scores_kernel(
-    q_ptr, k_desc, c_desc, spreads_ptr, rows_ptr, visible_ptr, recent_ptr, taus_ptr, strip_ptr, scores_ptr,
+    q_ptr, k_desc, c_desc, spreads_ptr, reach_ptr, rows_ptr, visible_ptr, recent_ptr, taus_ptr, strip_ptr, scores_ptr,
     q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr, q_stride_b, q_stride_s, q_stride_h, bounds_stride_b, max_q, max_k,
-    k_rows, num_rows, num_columns, landmark_rows, strip_rows, first_row, rows_here, items, batch, scale,
+    k_rows, num_rows, num_columns, landmark_rows, reach_blocks, strip_rows, first_row, rows_here, items, batch, scale,
     F: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Scores of query blocks ``first_row ..``, ``rows_here`` of them, the last ones first. Grid (programs,).
@@ -441,16 +480,25 @@ def landmark_scores_kernel(
     turns = gl.allocate_shared_memory(gl.int64, [F.CONSUMERS, 1], mbarrier.MBarrierLayout())
     for c in gl.static_range(F.CONSUMERS):
         mbarrier.init(turns.index(c), count=1)
+    cells = gl.allocate_shared_memory(gl.int32, [2 * (8 + 4 * F.CONSUMERS), 1], plain)
+    told_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    told_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for c in gl.static_range(2):
+        mbarrier.init(told_full.index(c), count=1)
+        mbarrier.init(told_empty.index(c), count=F.CONSUMERS)
+    facts = (cells, told_full, told_empty)
     fence_async_shared()
     spans = (q_start_ptr, q_end_ptr, k_start_ptr, k_end_ptr)
     bounds = (visible_ptr, recent_ptr, bounds_stride_b, first_row, rows_here)
     groups = batch * (F.HEADS // F.GROUP)
     work = (
-        q_ptr, (q_stride_b, q_stride_s, q_stride_h), rows_ptr, q_s, landmarks, spreads_s, turns, norm_s, strip_ptr,
-        scores_ptr, taus_ptr, spans, bounds, max_q, max_k, num_rows, num_columns, strip_rows, items, groups, scale,
+        q_ptr, (q_stride_b, q_stride_s, q_stride_h), rows_ptr, q_s, landmarks, spreads_s, facts, turns, norm_s,
+        strip_ptr, scores_ptr, taus_ptr, reach_ptr, reach_blocks, first_row, rows_here, num_rows, num_columns,
+        strip_rows, items, scale,
     )  # fmt: skip
     loads = (
-        k_desc, c_desc, spreads_ptr, landmarks, spreads_s, spans, bounds, max_k, k_rows, landmark_rows, items, groups,
+        k_desc, c_desc, spreads_ptr, landmarks, spreads_s, facts, spans, bounds, max_q, max_k, k_rows, landmark_rows,
+        items, groups,
     )  # fmt: skip
     if F.CONSUMERS == 2:
         gl.warp_specialize(

@@ -8,7 +8,7 @@ may still reach a threshold.
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
-from sparseattn.kernels.hopper_attention import LN2
+from sparseattn.kernels.hopper_attention import LN2, LOG2E
 
 TILE: gl.constexpr = gl.constexpr(128)  # landmarks, or keys, of a tile
 
@@ -82,17 +82,47 @@ def load_candidate(strip, entry, counts, capacity, rows, blocks, F: gl.constexpr
     each = held_at + PART + (rows[:, None] * 4 + threads[None, :])
     top = gl.load(each, mask=inside, other=0.0)
     tile = gl.load(each + 256, mask=inside, other=0.0).to(gl.int32)
-    return inside, mass, top, tile * (TILE // F.CLUSTERS)
+    return inside, mass, top, tile * (TILE // F.CLUSTERS) + threads[None, :] * (32 // F.CLUSTERS)
+
+
+@gluon.constexpr_function
+def raising(groups):
+    """Assembly, and its constraints, that raises the scores of a thread's ``groups`` neighbouring blocks.
+
+    Few masses are enough, so what follows the comparison is jumped over by most. Scores that are not negative are
+    ordered as their bits are, and -inf is a negative number.
+    """
+    at, mass, enough, least = (groups * i for i in range(1, 5))
+    lines = ["{ .reg .pred p; .reg .f32 t; .reg .b32 b;", f"mov.f32 t, ${mass};"]
+    lines += [f"max.f32 t, t, ${mass + i};" for i in range(1, groups)]
+    lines += [f"setp.ge.f32 p, t, ${enough};", "@!p bra nothing_${:uid};"]
+    for i in range(groups):
+        lines += [
+            f"setp.ge.f32 p, ${mass + i}, ${enough};",
+            f"lg2.approx.f32 t, ${mass + i};",
+            f"sub.f32 t, t, ${least};",
+            "mul.f32 t, t, 0f3F317218;",
+            "max.f32 t, t, 0f00000000;",
+            "mov.b32 b, t;",
+            f"@p red.relaxed.gpu.global.max.s32 [${at}+{4 * i}], b;",
+        ]
+    lines += ["nothing_${:uid}:"] + [f"mov.u32 ${i}, 0;" for i in range(groups)] + ["}"]
+    return "\n".join(lines), ",".join(["=r"] * groups + ["l"] * groups + ["f"] * (3 * groups))
 
 
 @gluon.jit
-def raise_scores(scores_ptr, row, candidate, norm, shift, blocks, recent, F: gl.constexpr):
-    """Raise the scores that a candidate's blocks have so far."""
+def raise_scores(scores_ptr, row, candidate, norm, F: gl.constexpr):
+    """Raise the scores that a candidate's blocks have so far, if they reach the threshold. ``norm`` has it in it."""
     inside, mass, top, first = candidate
-    score = (fast_log2(mass) + (top - norm[:, None])[:, :, None]) * LN2 - shift[:, None, None]
-    block = first[:, :, None] + blocks
-    chosen = inside[:, :, None] & (score >= 0) & (block < recent) & (block >= F.FIRST)
-    gl.atomic_max(scores_ptr + (row[:, None, None] + block), score, mask=chosen, sem="relaxed")
+    least = norm[:, None] - top
+    enough = gl.where(inside, gl.exp2(least), float("inf"))
+    groups = gl.arange(0, mass.shape[2], gl.SliceLayout(0, gl.SliceLayout(1, mass_layout(mass.shape[2]))))
+    at = scores_ptr + ((row[:, None] + first)[:, :, None] + groups[None, None, :])
+    gl.inline_asm_elementwise(
+        raising(mass.shape[2])[0], raising(mass.shape[2])[1],
+        [at.to(gl.int64), mass, enough[:, :, None], least[:, :, None]], dtype=gl.int32, is_pure=False,
+        pack=mass.shape[2],
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -102,17 +132,17 @@ def write_candidates(strip, capacity, counts, norm, scores_ptr, taus_ptr, place,
     rows, blocks = places(mass_layout(32 // F.CLUSTERS))
     at = slot * 64 + rows
     head = kv_head * F.GROUP + gl.minimum(at // F.ROWS, F.GROUP - 1)
-    shift = gl.load(taus_ptr + head * F.HEAD_TAUS)
     row = (b * (F.HEADS // F.SHARED) + head // F.SHARED).to(gl.int64) * rows_here + m - first_row
     row = row * num_columns
     norm = gl.convert_layout(norm, rows.type.layout, assert_trivial=True)
+    norm += gl.load(taus_ptr + head * F.HEAD_TAUS) * LOG2E
     most = gl.max(gl.max(gl.minimum(counts, capacity), 1), 0)
     for entry in range(0, most, 2):
         # Both are asked for before either is looked at.
         one = load_candidate(strip, entry, counts, capacity, rows, blocks, F)
         two = load_candidate(strip, entry + 1, counts, capacity, rows, blocks, F)
-        raise_scores(scores_ptr, row, one, norm, shift, blocks, recent, F)
-        raise_scores(scores_ptr, row, two, norm, shift, blocks, recent, F)
+        raise_scores(scores_ptr, row, one, norm, F)
+        raise_scores(scores_ptr, row, two, norm, F)
 
 
 @gluon.jit

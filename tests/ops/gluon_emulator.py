@@ -198,6 +198,10 @@ class Pointer:
 
     __radd__ = __add__
 
+    def to(self, dtype: Any) -> Pointer:
+        """Its address, which only assembly gets."""
+        return self
+
     @property
     def dtype(self) -> Any:
         return types.SimpleNamespace(element_ty=self.memory.dtype)
@@ -751,6 +755,12 @@ def _signed_byte(x: Tensor, words: Tensor, selector: Tensor) -> Tensor:
     return torch.where((words >> (8 * byte + 7)) & 1 == 1, x, -math.inf)
 
 
+def _raise(at: Pointer, mass: Tile, enough: Tile, least: Tile) -> None:
+    """Raise what lies at the pointers to log(mass) - least ln 2, but not below 0, where a mass is enough."""
+    score = ((torch.log2(mass.data) - least.data) * math.log(2.0)).clamp(min=0.0)
+    _atomic_max(at, Tile(score), Tile(mass.data >= enough.data))
+
+
 def _assembly(code: str, constraints: str, arguments: Sequence[Any], **_: Any) -> Any:
     if code.strip() == "mov.u32 $0, 0;" or code.startswith("griddepcontrol."):
         return Int(0)
@@ -761,6 +771,11 @@ def _assembly(code: str, constraints: str, arguments: Sequence[Any], **_: Any) -
             return elementwise(_math(exact))(*arguments)
     if code.startswith("{ .reg .b32 t; prmt.b32 t, $2, 0, $3; lop3.b32 $0, $1, 0xff800000, t, 0xe4; }"):
         return elementwise(_signed_byte)(*arguments)
+    if code.startswith("{ .reg .pred p;\nex2.approx.ftz.f32 $0,"):
+        return elementwise(_math("exp2"))(arguments[0])
+    if "@p red.relaxed.gpu.global.max.s32 [" in code:
+        _raise(*arguments)
+        return Int(0)
     raise EmulationError(f"the emulator does not know this assembly: {code}")
 
 

@@ -126,6 +126,34 @@ def test_candidates_that_come_late_or_fall_behind() -> None:
         assert 0 < len(got[0][0][0]) < 8
 
 
+@pytest.mark.parametrize("steep", [20.0, 60.0, 300.0])
+def test_landmarks_that_outweigh_the_forced_blocks(steep: float) -> None:
+    """By so much that sums relative to the forced blocks would overflow, in some blocks only, or by less."""
+    q, k = make(256, 900, 2, 1, 64)
+    k[:, 400:700] = 0.0
+    q[:, 1::2, :, 0], k[:, 400:500, :, 0], k[:, 600:620, :, 0] = 8.0, steep / 8, steep / 16
+    expected, got = both(q, k, block_size=64, rows=64, scale=1.0)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    f = landmark_features(k, block_size=64)
+    for tau in (0.05, 0.3):
+        options = {"block_size": 64, "rows": 64, "scale": 1.0, "features": f}
+        wanted, found = (lists(*landmark_blocks(q, k, tau, impl=impl, **options)) for impl in ("reference", "gluon"))
+        assert found == wanted
+
+
+def test_reach_bounds_all_logits() -> None:
+    """Of a block's landmarks and those before: no row's logit is more than its length times the reach."""
+    k = make(1, 700, 1, 2, 40, batch=2)[1]
+    k[:, 300:400] *= 4
+    f = landmark_features(k, block_size=64, clusters=4)
+    reach = torch.empty(f.centroids.shape[:3], device=DEVICE)
+    gluon.ordered_landmarks(f, 1, reach=reach)
+    expected = (f.centroids.double().norm(dim=-1) + f.spreads.double()).masked_fill(f.sizes == 0, 0.0).amax(-1)
+    expected[:, :, 0] = 0.0  # forced
+    assert (reach >= expected).all()
+    torch.testing.assert_close(reach.double(), expected, rtol=2e-3, atol=0)
+
+
 def test_a_ring_is_long_enough() -> None:
     for tau in (1.0, 0.5, 0.3, 0.1, 0.01):
         assert (1 + tau * 0.99) ** -gluon.ring_entries(tau) < tau
@@ -153,7 +181,7 @@ def test_what_is_refused() -> None:
 
 
 def test_given_features_of_complete_blocks() -> None:
-    q, k = make(100, 330, 2, 1, 64)
+    q, k = make(100, 330, 4, 2, 64)
     whole = landmark_features(k, block_size=64)
     f = LandmarkFeatures(*(t[:, :, :5] for t in whole))  # contiguous or not
     expected = landmark_scores(q, k, block_size=64, rows=64, features=whole, impl="gluon")
@@ -175,6 +203,13 @@ def check_chunks(q: Tensor, k: Tensor, chunks: tuple[tuple[int, int], ...], **op
 def test_chunks_select_what_the_prompt_does(options: dict) -> None:
     q, k = make(400, 400, 2, 1, 64)
     check_chunks(q, k, ((192, 400), (128, 320)), block_size=64, tau=0.2, **options)
+
+
+def test_chunks_select_what_the_prompt_does_before_a_steep_block() -> None:
+    """What comes after a chunk must not even choose the way by which its sums are made."""
+    q, k = make(400, 400, 2, 1, 64)
+    k[:, 290:300] *= 40
+    check_chunks(q, k, ((192, 256), (192, 320)), block_size=64, tau=0.2, rows=64)
 
 
 @pytest.mark.gpu

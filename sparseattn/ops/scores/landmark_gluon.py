@@ -101,7 +101,10 @@ class _Scoring:
         self.tiles = config_for()
         self.visible, self.recent = bounds.visible.contiguous(), bounds.recent.contiguous()
         self.rows = None if p.rows == p.block_size else chosen_rows(q, f, p, bounds)
-        self.landmarks, self.spreads = ordered_landmarks(f, p.first_free)
+        reach = torch.empty(f.centroids.shape[:3], dtype=torch.float32, device=q.device)
+        self.landmarks, self.spreads = ordered_landmarks(f, p.first_free, TILE, reach)
+        # Of a block and of those before it, so that a row's numbers do not depend on what comes after it.
+        self.reach = torch.cummax(reach, -1).values
         self.taus = None if taus is None else log_taus_on(q.device, taus)
         self.strip_rows = triton.cdiv(p.num_kv_blocks, 128) * 16
         self.candidates = False
@@ -126,7 +129,7 @@ class _Scoring:
             heads, heads // self.k.shape[-2], heads // p.mask_heads(self.q, self.k), dim, padded(dim), p.block_size,
             p.clusters, p.rows, p.first_free, p.causal, p.sequences.q_start is not None,
             p.sequences.k_start is not None, self.taus is not None, self.taus is not None and self.taus.numel() > 1,
-            self.candidates, self.tiles.consumers, self.tiles.stages, self.tiles.in_turn,
+            self.candidates, self.tiles.consumers, self.tiles.stages, self.tiles.in_turn, p.scale < 0,
         )  # fmt: skip
 
     def scores(self, out: Tensor, first: int) -> None:
@@ -145,10 +148,11 @@ class _Scoring:
         )
         launch(
             landmark_scores_kernel, (min(items, self.programs),),
-            q, row_tiles(k, 1, TILE, dim), c_desc, self.spreads, self.rows, self.visible, self.recent, self.taus,
-            self.strip, out, s.q_start, s.q_end, s.k_start, s.k_end, 0 if s.packed else q.stride(0), q.stride(-3),
-            q.stride(-2), batch_stride(self.visible), s.max_q, s.max_k, batch_rows(k), p.num_q_blocks, p.num_kv_blocks,
-            self.landmarks.shape[0] // (s.batch * k.shape[-2]), self.strip_rows, first, rows, items, s.batch, p.scale,
+            q, row_tiles(k, 1, TILE, dim), c_desc, self.spreads, self.reach, self.rows, self.visible, self.recent,
+            self.taus, self.strip, out, s.q_start, s.q_end, s.k_start, s.k_end, 0 if s.packed else q.stride(0),
+            q.stride(-3), q.stride(-2), batch_stride(self.visible), s.max_q, s.max_k, batch_rows(k), p.num_q_blocks,
+            p.num_kv_blocks, self.landmarks.shape[0] // (s.batch * k.shape[-2]), self.reach.shape[-1], self.strip_rows,
+            first, rows, items, s.batch, p.scale,
             facts, tiles.registers, num_warps=4, **LAUNCH,
         )  # fmt: skip
 
@@ -203,13 +207,14 @@ def _offline(facts: dict[str, Any]) -> tuple[Any, ...]:
         CONSUMERS=tiles.consumers,
         STAGES=tiles.stages,
         IN_TURN=tiles.in_turn,
+        FLIP=False,
         **facts,
     )
     absent = set() if ragged else {"q_start_ptr", "q_end_ptr", "k_start_ptr", "k_end_ptr"}
     absent |= set() if facts["LISTS"] else {"taus_ptr"}
     absent |= {"rows_ptr"} if facts["ROWS"] == facts["BLOCK"] else set()
     boxes = {"k_desc": (f"1, 1, 1, {TILE}, {dim}", 5), "c_desc": (f"{TILE}, {dim}", 2)}
-    floats = ("spreads_ptr", "taus_ptr", "strip_ptr", "scores_ptr")
+    floats = ("spreads_ptr", "reach_ptr", "taus_ptr", "strip_ptr", "scores_ptr")
     signature: dict[str, Any] = {}
     constexprs: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}

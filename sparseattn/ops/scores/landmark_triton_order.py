@@ -18,10 +18,13 @@ TILE = 128
 
 @triton.jit(do_not_specialize=["blocks", "rows"])
 def order_kernel(
-    centroids_ptr, spreads_ptr, sizes_ptr, ordered_ptr, ordered_spreads_ptr, blocks, rows,
+    centroids_ptr, spreads_ptr, sizes_ptr, ordered_ptr, ordered_spreads_ptr, reach_ptr, blocks, rows,
     D: tl.constexpr, CLUSTERS: tl.constexpr, FIRST: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ``ordered_landmarks``. Grid (tiles, B * Hkv)."""
+    """One tile of ``ordered_landmarks``; with ``reach``, float32 ``[B * Hkv, blocks]``, the reach of each block.
+
+    Grid (tiles, B * Hkv).
+    """
     group = tl.program_id(1).to(tl.int64)
     offs = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
@@ -35,10 +38,20 @@ def order_kernel(
     size = tl.load(sizes_ptr + at, mask=inside, other=0)
     spread = tl.load(spreads_ptr + at, mask=inside, other=0.0)
     counts = (size > 0) & (landmark >= FIRST * CLUSTERS)
-    tl.store(ordered_spreads_ptr + to, tl.where(counts, spread, float("-inf")))
+    spread = tl.where(counts, spread, float("-inf"))
+    tl.store(ordered_spreads_ptr + to, spread)
+    if reach_ptr is not None:
+        length = tl.sqrt(tl.sum(x.to(tl.float32) * x.to(tl.float32), 1))
+        reach = tl.maximum(length + spread, 0.0) * 1.001  # rounded up
+        reach = tl.permute(tl.reshape(reach, [TILE // 8, 4, 2]), (1, 0, 2))
+        reach = tl.max(tl.reshape(reach, [TILE // CLUSTERS, CLUSTERS]), 1)
+        block = tl.program_id(0) * (TILE // CLUSTERS) + tl.arange(0, TILE // CLUSTERS)
+        tl.store(reach_ptr + group * blocks + block, reach, mask=block < blocks)
 
 
-def ordered_landmarks(f: LandmarkFeatures, first: int, tile: int = TILE) -> tuple[Tensor, Tensor]:
+def ordered_landmarks(
+    f: LandmarkFeatures, first: int, tile: int = TILE, reach: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Landmarks and their spreads in the order of products' accumulators, padded to whole tiles.
 
     Of a tile of N products of a row, thread l of four holds columns ``8 j + 2 l + {0, 1}``: there come landmarks
@@ -48,6 +61,8 @@ def ordered_landmarks(f: LandmarkFeatures, first: int, tile: int = TILE) -> tupl
         f: Features; any strides.
         first: Blocks before it do not count.
         tile: N, a power of two.
+        reach: float32 ``[B, Hkv, NB]`` or None; gets the most that a landmark of a block adds to the unscaled logit of
+            a row of length 1: its own length and its spread, rounded up.
 
     Returns:
         ``[B * Hkv * rows, D]`` in the dtype of the features and float32 ``[B * Hkv * rows]``, -inf for what is no
@@ -60,7 +75,7 @@ def ordered_landmarks(f: LandmarkFeatures, first: int, tile: int = TILE) -> tupl
     if ordered.numel():
         launch(
             order_kernel, (rows // tile, batch * heads),
-            *(t.contiguous() for t in f), ordered, spreads, blocks, rows, D=dim, CLUSTERS=clusters, FIRST=first,
+            *(t.contiguous() for t in f), ordered, spreads, reach, blocks, rows, D=dim, CLUSTERS=clusters, FIRST=first,
             BLOCK_D=triton.next_power_of_2(dim), TILE=tile, num_warps=4, **LAUNCH,
         )  # fmt: skip
     return ordered, spreads
