@@ -120,8 +120,8 @@ def make_plan(
     places = records if merged else min(2 * target, records)
     merges = row_tiles_ if merged else min(target, row_tiles_)
     fused = 0
-    if merges and even:  # as many row tiles as this are hardly ever cut, and fewer are merged sooner by small programs
-        fused = MERGED_ROWS if row_tiles_ >= 0.94 * programs else 0
+    if merges and even:  # of many row tiles few are cut; more of them are merged sooner by small programs
+        fused = MERGED_ROWS if row_tiles_ >= 6 * programs else 0
     elif merges and rows <= FEW_ROWS:  # the sums of a few rows are read in less time than a launch takes
         merges, fused = 0, triton.next_power_of_2(rows)
     programs = min(programs, records)
@@ -214,7 +214,8 @@ def begins_early(t: Tensor) -> bool:
 def merge_tile(cut: Plan, dim: int) -> tuple[int, int, int]:
     """Rows, shares and columns that a program of ``merge_shares_kernel`` holds at once: long rows of shares are few."""
     few = cut.rows <= FEW_ROWS
-    shares = min(max(triton.next_power_of_2(cut.target // max(1, cut.merges)), 4), 64)
+    expected = cut.target // max(1, cut.merges) // (2 if cut.even else 1)
+    shares = min(max(triton.next_power_of_2(expected), 4), 64)
     columns = min(triton.next_power_of_2(dim), 128 if shares < 64 else 32)
     return min(triton.next_power_of_2(cut.rows), max(1, (2048 if few else 8192) // (shares * columns))), shares, columns
 
