@@ -104,7 +104,7 @@ def batch_rows(t: Tensor) -> int:
 def offline(dims: tuple[int, int], facts: dict[str, Any]) -> tuple[Any, ...]:
     """Kernel, signature, constexprs, attributes, warps, stages and options of a bfloat16 call."""
     facts = dict(facts)
-    wide = padded if facts.get("PAGE", 8) % 8 else depth
+    wide = padded if facts.get("PAGE") else depth
     tiles = config_for(wide(dims[0]), padded(dims[1]), facts.pop("consumers", 2))
     tiles = tiles._replace(tile_n=facts.pop("TILE_N", tiles.tile_n))
     pack = facts.pop("PACK", 1)
