@@ -62,7 +62,7 @@ def make_problem(
         None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
         None if sinks is None else sinks.contiguous(),
         check_slopes(positions, heads, main),
-        *_custom_mask(custom_mask, cache, cu_seqlens_q, main),
+        *_custom_mask(custom_mask, cache, main),
         k_tensor,
         v_tensor,
         counts,
@@ -189,9 +189,9 @@ def check_slopes(positions: RoPE | ALiBi | None, heads: int, q: Tensor) -> Tenso
 
 
 def _custom_mask(
-    custom_mask: Tensor | CustomMask | None, cache: PagedCache, cu_seqlens_q: Tensor | None, q: Tensor
+    custom_mask: Tensor | CustomMask | None, cache: PagedCache, q: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The mask's entries and int64 [B + 1], where each sequence's begin."""
+    """The mask's entries and, if the caller says, int64 [B + 1], where each sequence's begin."""
     if custom_mask is None:
         return None, None
     if isinstance(custom_mask, Tensor):
@@ -202,12 +202,8 @@ def _custom_mask(
     if bits.device != q.device:
         raise argument_error("custom_mask", f"device {q.device} like q", bits.device)
     if offsets is None:
-        rows = 1 if cu_seqlens_q is None else cu_seqlens_q.diff()
-        sizes = cache.seq_lens.long() * rows
-        if bits.dtype == torch.uint8:
-            sizes = (sizes + 7) // 8
-        offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-    elif tuple(offsets.shape) != (cache.batch + 1,) or offsets.device != q.device:
+        return bits.contiguous(), None
+    if tuple(offsets.shape) != (cache.batch + 1,) or offsets.device != q.device:
         expected = f"offsets of shape ({cache.batch + 1},) on {q.device}"
         raise argument_error("custom_mask", expected, f"shape {tuple(offsets.shape)} on {offsets.device}")
     return bits.contiguous(), offsets.long().contiguous()

@@ -12,6 +12,7 @@ from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.hopper_tiles import Tiles
 from sparseattn.kernels.launches import launch, of_fixed, scratch
 from sparseattn.ops.paged.gluon_schedule import merge_shares_kernel, page_gaps_kernel, paged_schedule_kernel
+from sparseattn.ops.paged.pages_triton import mask_starts
 from sparseattn.ops.paged.problem import PagedProblem
 
 NO_LIMIT = 2**30
@@ -229,7 +230,7 @@ def extras(p: PagedProblem) -> tuple[dict[str, Any], dict[str, Any]]:
     if p.custom_mask is not None:
         bits = p.custom_mask.view(torch.uint8)
         facts["CUSTOM"] = "bool" if p.custom_mask.dtype == torch.bool else "big" if p.big_endian else "little"
-        arguments |= {"custom_ptr": bits, "custom_starts_ptr": p.mask_offsets, "custom_size": bits.numel()}
+        arguments |= {"custom_ptr": bits, "custom_starts_ptr": mask_starts(p), "custom_size": bits.numel()}
     return facts, arguments
 
 

@@ -22,7 +22,8 @@ class PagedProblem(NamedTuple):
         sinks: float [Hq] or None.
         slopes: float32 [Hq] or None.
         custom_mask: bool or uint8 [n] or None.
-        mask_offsets: int64 [B + 1], with it.
+        mask_offsets: int64 [B + 1], where sequences begin in it; None: right behind the one before, packed ones in a
+            byte of their own.
         k_scale: float32 [1 or Hkv] on the device, or None.
         v_scale: Likewise.
         list_counts: int32 [B|1, H, M], entries of every row's list of blocks, or None.

@@ -121,11 +121,20 @@ def _visible(rows: Tensor, tokens: Tensor, length: int, length_q: int, b: int, h
         seen &= tokens >= diagonal - p.window_left
     if p.window_right >= 0:
         seen &= tokens <= diagonal + p.window_right
-    if p.custom_mask is not None and p.mask_offsets is not None:
-        seen &= _custom(p.custom_mask, p.mask_offsets[b], rows[:, None] * length + tokens, p.big_endian)
+    if p.custom_mask is not None:
+        seen &= _custom(p.custom_mask, _mask_start(b, p), rows[:, None] * length + tokens, p.big_endian)
     if p.list_indices is None:
         return seen
     return seen & _listed(p, b, rows, tokens).repeat_interleave(heads // p.list_indices.shape[1], 0)
+
+
+def _mask_start(b: int, p: PagedProblem) -> Tensor:
+    """Where the entries of sequence ``b`` begin in a custom mask."""
+    if p.mask_offsets is not None:
+        return p.mask_offsets[b]
+    assert p.custom_mask is not None
+    sizes = p.seq_lens[:b].long() * (1 if p.cu_seqlens_q is None else p.cu_seqlens_q.diff()[:b])
+    return (sizes if p.custom_mask.dtype == torch.bool else (sizes + 7) // 8).sum()
 
 
 def _custom(bits: Tensor, offset: Tensor, entry: Tensor, big: bool) -> Tensor:

@@ -18,7 +18,7 @@ from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.clear import clear_rows, clear_rows_kernel
 from sparseattn.kernels.launches import launch, scratch
 from sparseattn.ops.dispatch import triton_device_reason
-from sparseattn.ops.paged.pages_triton import copies_kernel, lengths_kernel
+from sparseattn.ops.paged.pages_triton import copies_kernel, lengths_kernel, mask_starts, mask_starts_kernel
 from sparseattn.ops.paged.problem import PagedProblem
 from sparseattn.ops.paged.triton_forward import paged_combine_kernel, paged_kernel
 
@@ -157,7 +157,7 @@ def _launch(
         paged_kernel, shape[::-1] if split else shape,
         q, q_rope, k, v, k_rope, out, lse, part, sums,
         cu, p.seq_lens, table, lse if p.indptr is None else p.indptr, counts, lists, custom,
-        lse if p.mask_offsets is None else p.mask_offsets,
+        lse if p.custom_mask is None else mask_starts(p),
         sinks, lse if p.slopes is None else p.slopes,
         lse if p.k_scale is None else p.k_scale, lse if p.v_scale is None else p.v_scale,
         q.stride(), q_rope.stride(), k.stride(), v.stride(), k_rope.stride(), out.stride(),
@@ -342,6 +342,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
     cases.append(("paged-combine", *_offline(paged_combine_kernel, (128, 0, 128), constants, "bf16"), 1, 1))
     cases.append(("clear-rows", *_offline(clear_rows_kernel, (128, 0, 128), {"ROWS": 32, "CHUNK": 128}, "bf16"), 4, 1))
     cases.append(("paged-lengths", *_offline(lengths_kernel, (128, 0, 128), {"BLOCK": 256}, "bf16"), 4, 1))
+    cases.append(("paged-mask-starts", *_offline(mask_starts_kernel, (128, 0, 128), {"PACKED": True}, "bf16"), 4, 1))
     copied = {p.name: "i32" if p.name.startswith("count") else "*i32" for p in copies_kernel.params}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(copied.values()) if kind == "*i32"}
     block = len(copied) - 1
@@ -382,7 +383,7 @@ def _offline(
             attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(size - 1)}
         elif name.endswith("_ptr"):
             kind = "i32" if name in _INTEGERS else "fp32" if name in _FLOATS else cached if name in caches else "bf16"
-            signature[name] = "*" + {"mask_ptr": "u8", "mask_offset_ptr": "i64"}.get(name, kind)
+            signature[name] = "*" + {"mask_ptr": "u8", "mask_offset_ptr": "i64", "starts_ptr": "i64"}.get(name, kind)
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in _REALS else "i32"
