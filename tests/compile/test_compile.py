@@ -31,7 +31,7 @@ SKIPPED = {
     r"(cells-64|cells-96|-ragged|pooled-exact|pooled-bound.*fp32|landmark_score-(all|fp8)|bsr-r|paged-(decode|custom)|"
     r"query-mass-(64|.*fp32)).*/(80|100)|cells-(64|96|128-stride8).*-ragged|"
     r"^gluon-forward-(split|dense|gather|packed)|gluon-landmarks-(all|scores)|"
-    r"gluon-paged-(decode1-|prefill1-|latent-64|decode128-e5m2|prefill64-e4m3|rope-prefill|alibi)|"
+    r"gluon-paged-(decode1-|prefill1-|latent-64|decode128-e5m2|prefill64-e4m3|prefill16-rope|alibi)|"
     r"^gradients-(queries|keys|fused).*-64",
     "oldest": r"^(forward|dkdv|dq)-(?!all-128x128|decode).*/(80|100)|-dense-|64x64|192x128|256x256|-ragged|"
     r"(-plain|-means|-variable|cells-64|cells-96).*/100|cells-(64|128-stride8).*/90|"

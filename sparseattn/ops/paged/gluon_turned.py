@@ -137,7 +137,7 @@ def compile_cases() -> list[tuple[str, Any, dict[str, Any], dict[Any, Any], dict
         ("decode128-e5m2-256", 256, 16, {"PAGE": 128, "MERGE": 16, "FLOAT8": "e5m2"}),
         ("rope-128", 128, 16, {"PAGE": 16, "MERGE": 4, "ROPE": True}),
         ("rope-e4m3-128", 128, 16, {"PAGE": 16, "MERGE": 4, "ROPE": True, "FLOAT8": "e4m3"}),
-        ("rope-prefill-64", 64, 64, {"PAGE": 16, "ROPE": True}),
+        ("prefill16-rope-64", 64, 64, {"PAGE": 16, "ROPE": True}),
         ("decode1-e4m3-128", 128, 16, {"PAGE": 1, "MERGE": 4, "FLOAT8": "e4m3"}),
         ("prefill64-e4m3-256", 256, 32, {"PAGE": 64, "FLOAT8": "e4m3"}),
     ]

@@ -53,7 +53,7 @@ class RepeatedAttention:
     The first call of a form (shapes, strides, dtypes, devices and alignments of all tensors, and options) is checked in
     full. What it came to, down to the compiled kernels, serves those like it, over other page tables, too, which cost
     the host a fraction of such a call. Contents of the tensors given here may change between calls, in place: where
-    something had to be computed from them (offsets of a custom mask, say), and under ``torch.compile``, every call is
+    something had to be computed from them (a table made contiguous, say), and under ``torch.compile``, every call is
     an ordinary one.
 
     Args:
