@@ -11,8 +11,8 @@ from torch import Tensor
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.hopper_tiles import Tiles
 from sparseattn.kernels.launches import launch, of_fixed, scratch
+from sparseattn.kernels.mask_starts import mask_starts
 from sparseattn.ops.paged.gluon_schedule import merge_shares_kernel, page_gaps_kernel, paged_schedule_kernel
-from sparseattn.ops.paged.pages_triton import mask_starts
 from sparseattn.ops.paged.problem import PagedProblem
 
 NO_LIMIT = 2**30
@@ -229,8 +229,11 @@ def extras(p: PagedProblem) -> tuple[dict[str, Any], dict[str, Any]]:
         facts["ALIBI"], arguments["slopes_ptr"] = True, p.slopes
     if p.custom_mask is not None:
         bits = p.custom_mask.view(torch.uint8)
+        starts = p.mask_offsets
+        if starts is None:
+            starts = mask_starts(p.seq_lens, p.cu_seqlens_q, p.custom_mask.dtype == torch.uint8)
         facts["CUSTOM"] = "bool" if p.custom_mask.dtype == torch.bool else "big" if p.big_endian else "little"
-        arguments |= {"custom_ptr": bits, "custom_starts_ptr": mask_starts(p), "custom_size": bits.numel()}
+        arguments |= {"custom_ptr": bits, "custom_starts_ptr": starts, "custom_size": bits.numel()}
     return facts, arguments
 
 

@@ -1,4 +1,4 @@
-"""Tokens written into pages by Triton, a copy of rows, whatever the dtype; and what is computed from lengths."""
+"""Tokens written into pages by Triton: a copy of rows, whatever the dtype."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseattn.kernels import LAUNCH
-from sparseattn.kernels.launches import launch, repeatedly, scratch
+from sparseattn.kernels.launches import launch, repeatedly
 from sparseattn.kernels.usual import empty
 from sparseattn.ops.dispatch import triton_device_reason
-from sparseattn.ops.paged.problem import PagedProblem
 
 # Bytes of one cache that a program writes of a token, and of all of its tokens: what 128 threads hold in one register
 # vector each, of 16 bytes.
@@ -40,35 +39,6 @@ def lengths(indptr: Tensor, last_page_len: Tensor, page_size: int) -> Tensor:
 
     repeatedly(call, ("lengths", page_size), indptr=indptr, last=last_page_len, out=out)
     return out
-
-
-@triton.jit(do_not_specialize=["batch"])
-def mask_starts_kernel(starts_ptr, lens_ptr, cu_ptr, batch, PACKED: tl.constexpr, RAGGED: tl.constexpr):
-    """One program: where each sequence's entries begin in a custom mask, one right behind the other. Grid (1,)."""
-    end = tl.zeros([], tl.int64)
-    tl.store(starts_ptr, end)
-    for c in range(0, batch, 128):
-        b = c + tl.arange(0, 128)
-        inside = b < batch
-        size = tl.load(lens_ptr + b, mask=inside, other=0).to(tl.int64)
-        if RAGGED:
-            size *= tl.load(cu_ptr + b + 1, mask=inside, other=0) - tl.load(cu_ptr + b, mask=inside, other=0)
-        if PACKED:
-            size = (size + 7) // 8
-        tl.store(starts_ptr + 1 + b, end + tl.cumsum(size, 0), mask=inside)
-        end += tl.sum(size, 0)
-
-
-def mask_starts(p: PagedProblem) -> Tensor:
-    """int64 [B + 1], where each sequence's entries begin in a problem's custom mask."""
-    if p.mask_offsets is not None:
-        return p.mask_offsets
-    assert p.custom_mask is not None
-    starts = scratch((p.batch + 1,), torch.int64, p.seq_lens.device)
-    cu = p.seq_lens if p.cu_seqlens_q is None else p.cu_seqlens_q
-    packed, ragged = p.custom_mask.dtype == torch.uint8, p.cu_seqlens_q is not None
-    launch(mask_starts_kernel, (1,), starts, p.seq_lens, cu, p.batch, PACKED=packed, RAGGED=ragged, **LAUNCH)
-    return starts
 
 
 @triton.jit

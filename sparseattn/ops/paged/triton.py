@@ -17,8 +17,9 @@ from torch import Tensor
 from sparseattn.kernels import LAUNCH
 from sparseattn.kernels.clear import clear_rows, clear_rows_kernel
 from sparseattn.kernels.launches import launch, scratch
+from sparseattn.kernels.mask_starts import mask_starts, mask_starts_kernel
 from sparseattn.ops.dispatch import triton_device_reason
-from sparseattn.ops.paged.pages_triton import copies_kernel, lengths_kernel, mask_starts, mask_starts_kernel
+from sparseattn.ops.paged.pages_triton import copies_kernel, lengths_kernel
 from sparseattn.ops.paged.problem import PagedProblem
 from sparseattn.ops.paged.triton_forward import paged_combine_kernel, paged_kernel
 
@@ -149,6 +150,9 @@ def _launch(
     k_rope = k if k_rope is None else as_bytes(k_rope)
     q_rope = q if q_rope is None else q_rope
     custom = lse if p.custom_mask is None else p.custom_mask.view(torch.uint8)
+    starts = lse if p.mask_offsets is None else p.mask_offsets
+    if p.custom_mask is not None and p.mask_offsets is None:
+        starts = mask_starts(p.seq_lens, p.cu_seqlens_q, p.custom_mask.dtype == torch.uint8)
     sinks = lse if p.sinks is None else p.sinks
     cu = lse if p.cu_seqlens_q is None else p.cu_seqlens_q
     least = _LEAST_TILES * plan.block_n
@@ -157,7 +161,7 @@ def _launch(
         paged_kernel, shape[::-1] if split else shape,
         q, q_rope, k, v, k_rope, out, lse, part, sums,
         cu, p.seq_lens, table, lse if p.indptr is None else p.indptr, counts, lists, custom,
-        lse if p.custom_mask is None else mask_starts(p),
+        starts,
         sinks, lse if p.slopes is None else p.slopes,
         lse if p.k_scale is None else p.k_scale, lse if p.v_scale is None else p.v_scale,
         q.stride(), q_rope.stride(), k.stride(), v.stride(), k_rope.stride(), out.stride(),
