@@ -30,7 +30,7 @@ NAMES = {
     "sparseattn_gluon_deterministic": "**sparseattn** (Gluon), deterministic",
     "sparseattn_triton": "**sparseattn** (Triton)",
     "sparseattn": "**sparseattn** (Triton)",
-    "sparseattn_xattention": "**sparseattn_xattention**",
+    "sparseattn_xattention": "**sparseattn**, xattention",
     "fa4": "FlashAttention-4",
     "flashinfer_variable": "FlashInfer, variable blocks",
     "flashinfer_bsr": "FlashInfer, equal blocks",
@@ -271,11 +271,12 @@ def ttft(rows: list[Row]) -> str:
     }
     lines = []
     for row in rows:
-        setting = f", threshold {row['threshold']:g}" if "threshold" in row else ""
+        name = f"**sparseattn**, {row['method']}" if "method" in row else NAMES[row["impl"]]
+        name += f", threshold {row['threshold']:g}" if "threshold" in row else ""
         rival = dense.get((row["n"], row["layers"]))
         cells = [f"{row['ms'] / 1e3:.2f}", f"{rival / row['ms']:.2f}x" if rival else ""]
         density = f"{row['density']:.1%}" if "density" in row else "100.0%"
-        lines.append([thousand(row["n"]), row["layers"], NAMES[row["impl"]] + setting, density, *cells])
+        lines.append([thousand(row["n"]), row["layers"], name, density, *cells])
     return (
         f"Time to first token of a {rows[0]['shape']}-shaped model with random weights (whose attention is nearly "
         "even: read the density, not the threshold); speed-up over the faster dense sdpa.\n\n"

@@ -1,11 +1,11 @@
-"""Time to first token of a Llama-shaped model with random weights: dense attention against XAttention.
+"""Time to first token of a Llama-shaped model with random weights: dense attention against sparse.
 
     python -m benchmarks.ttft --layers 8 --out results.jsonl
 
-One prefill with a cache, the logits of the last token alone. Random weights attend nearly evenly, so the blocks that a
-threshold keeps are not a trained model's: read a row by its measured ``density``, which the thresholds are there to
-vary, and judge answers elsewhere. The gate holds a two-layer model of the same shape, on a short prompt and with a
-threshold of 1 (everything selected), against the same model in float64.
+One prefill with a cache, the logits of the last token alone. Random weights attend nearly evenly, so a threshold would
+keep what it never keeps of a trained model: methods are given the density instead, and answers are judged elsewhere.
+The gate holds a two-layer model of the same shape, on a short prompt and at density 1 (everything selected), against
+the same model in float64.
 """
 
 from __future__ import annotations
@@ -42,6 +42,13 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 2,
     },
 }
+# How a method is told the share of the blocks to keep, besides ``density``.
+METHODS: dict[str, dict[str, Any]] = {
+    "landmark": {},
+    "flashprefill": {"rule": "topk"},
+    "flexprefill": {},
+    "xattention": {"rule": "topk", "stride": 16},
+}
 
 
 def build(shape: str, layers: int, dtype: torch.dtype, device: torch.device, **changes: int) -> Any:
@@ -74,8 +81,8 @@ def gate(shape: str, dtype: torch.dtype, device: torch.device, n: int) -> Row:
     model.set_attn_implementation("eager")
     eager = prefill(model, ids)
     exact = prefill(copy.deepcopy(model).double(), ids)
-    model.set_attn_implementation("sparseattn_xattention")
-    with sparseattn.options(threshold=1.0, min_seq_len=1):
+    model.set_attn_implementation("sparseattn_landmark")
+    with sparseattn.options(density=1.0, min_seq_len=1):
         got = prefill(model, ids)
     return sampled.gate(("logits",), (got,), (exact,), (eager,))
 
@@ -111,12 +118,12 @@ def measure(model: Any, ids: Tensor, impl: str, options: dict[str, Any], gated: 
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    parser = arguments("Time to first token, dense and with XAttention.", "ttft")
+    parser = arguments("Time to first token, dense and sparse.", "ttft")
     parser.add_argument("--n", type=int, nargs="+", default=[131072])
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, default=8, help="8 of 32 by default, to fit a short run")
-    parser.add_argument("--threshold", type=float, nargs="+", default=[0.9, 0.25, 0.1])
-    parser.add_argument("--stride", type=int, default=16)
+    parser.add_argument("--method", choices=list(METHODS), nargs="+", default=list(METHODS))
+    parser.add_argument("--density", type=float, nargs="+", default=[0.25, 0.1])
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--gate-n", type=int, default=2048, help="prompt length of the gate")
     arguments_ = parser.parse_args(argv)
@@ -124,8 +131,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
     device, dtype = torch.device(arguments_.device), DTYPES[arguments_.dtype]
     budget = 500.0 if arguments_.quick else 6000.0
     settings: list[tuple[str, dict[str, Any]]] = [("sdpa", {}), ("sdpa_cudnn", {}), ("sparseattn_dense", {})]
-    for threshold in arguments_.threshold:
-        settings.append(("sparseattn_xattention", {"threshold": threshold, "stride": arguments_.stride}))
+    for method in arguments_.method:
+        for density in arguments_.density:
+            settings.append(("sparseattn", {"method": method, **METHODS[method], "density": density}))
     with Writer(arguments_.out, "ttft", arguments_.commit) as writer, ExitStack() as stack:
         quietly(stack)
         gated = gate(arguments_.shape, dtype, device, arguments_.gate_n)
@@ -136,8 +144,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
             ids = torch.randint(0, model.config.vocab_size, (1, n), generator=generator).to(device)
             for impl, options in settings:
                 row = {"shape": arguments_.shape, "layers": layers, "n": n, "dtype": arguments_.dtype, "impl": impl}
-                row |= {"device": arguments_.device, **options}
-                if impl == "sparseattn_xattention":
+                row |= {"device": arguments_.device}
+                if options:
+                    row |= {"method": options["method"], "target": options["density"]}
                     options = {**options, "min_seq_len": min(n, 1024)}
                 writer.measure(row, partial(measure, model, ids, impl, options, gated, budget))
     return writer.rows

@@ -150,8 +150,10 @@ def test_ttft_rows(tmp_path: Path) -> None:
     from benchmarks import ttft
 
     small = ["--quick", "--device", "cpu", "--dtype", "fp32", "--shape", "tiny", "--n", "256", "--gate-n", "128"]
-    rows = ttft.main([*small, "--threshold", "0.5", "--out", str(tmp_path / "rows.jsonl")])
+    rows = ttft.main([*small, "--density", "0.5", "--out", str(tmp_path / "rows.jsonl")])
     assert not [row for row in rows if "error" in row]
-    sparse = next(row for row in rows if row["impl"] == "sparseattn_xattention")
-    assert sparse["gate"]["logits"]
-    assert 0 < sparse["density"] <= 1
+    sparse = {row["method"]: row for row in rows if row["impl"] == "sparseattn"}
+    assert set(sparse) == set(ttft.METHODS)
+    for row in sparse.values():
+        assert row["gate"]["logits"]
+        assert 0 < row["density"] <= 1
