@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sparseattn.kernels.hopper import begin_early, next_stage, read_record, receive, ring, tile_layout, view
 from sparseattn.kernels.hopper_attention import cap_scores, custom_kept, custom_rows, extra_of, finish_sums, leave_sums
 from sparseattn.kernels.hopper_loader import producer
-from sparseattn.kernels.hopper_merge import merge_by_last
+from sparseattn.kernels.hopper_merge import merge_by_last, thread_barrier
 from sparseattn.kernels.hopper_records import first_head, row_span, tile_spans
 
 # Arguments that change with the prompt: specialising on them would compile a kernel per length.
@@ -64,6 +64,17 @@ def widened_halves(pairs, KIND: gl.constexpr, dtype: gl.constexpr):
             halves_code(KIND, False), "=&r,=&r,r", [pairs], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
         )
     return even, odd
+
+
+@gluon.jit
+def give_back(empty):
+    """Frees a stage that threads have read into registers: a copy may follow only once their loads have ended.
+
+    An arrival alone does not wait for them, nor does a barrier, as copies are not ordered with what threads load.
+    """
+    fence_async_shared()
+    thread_barrier()
+    mbarrier.arrive(empty, count=1)
 
 
 @gluon.jit
@@ -263,7 +274,7 @@ def consumer(call, F: gl.constexpr):
             mbarrier.wait(keys[1].index(ks), kp)
             loaded = load_halves(keys[0], ks, False, F)
             cols = cols_s.index(ks).load(gl.SliceLayout(1, S))
-            mbarrier.arrive(keys[2].index(ks), count=1)
+            give_back(keys[2].index(ks))
             if F.CUSTOM != "":
                 at, bit, left = custom_rows(extra[1], tokens, q_len, k_len, F.CUSTOM)
                 kept = custom_kept(extra[1][0], at[None, :], bit[None, :], left[None, :], cols[:, None], F.CUSTOM)
@@ -274,7 +285,7 @@ def consumer(call, F: gl.constexpr):
             s = warpgroup_mma(two, halves.index(1).permute((1, 0)), s, is_async=True)
             mbarrier.wait(values[1].index(vs), vp)
             loaded = load_halves(values[0], vs, True, F)
-            mbarrier.arrive(values[2].index(vs), count=1)
+            give_back(values[2].index(vs))
             s, one, two = warpgroup_mma_wait(0, deps=(s, one, two))
             if F.ALIBI:
                 s += extra[0][None, :] * (cols[:, None] - (tokens + offset)[None, :]).to(gl.float32)
