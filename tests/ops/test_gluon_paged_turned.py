@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
-from paged_cases import Case, Problem, build, by_the_book, visible
+from paged_cases import Case, build, visible
 
-from sparseattn.ops.paged import PageLists, paged_attention, unsupported_reason
-from sparseattn.testing import assert_close_to_oracle, random_block_mask
+from sparseattn.ops.paged import PageLists, unsupported_reason
+from sparseattn.testing import random_block_mask
 
-gluon = pytest.importorskip("sparseattn.ops.paged.gluon", reason="needs Triton")
-KERNEL = gluon.gluon_turned.turned_kernel
-ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-pytestmark = pytest.mark.skipif(torch.cuda.is_available() and not ON_HOPPER, reason="needs a Hopper GPU, or none")
-DEVICE = "cuda" if ON_HOPPER else "cpu"
+pytest.importorskip("sparseattn.ops.paged.gluon", reason="needs Triton")
+from test_gluon_paged import (
+    DEVICE,
+    LONG,
+    MIXED,
+    ON_HOPPER,
+    _emulated,  # noqa: F401 (a fixture)
+    attend,
+    check,
+    emulate,
+    pytestmark,  # noqa: F401 (marks this file, too)
+)
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
-LONG = ((1, 50), (1, 0), (1, 1), (1, 700))
-MIXED = ((3, 50), (0, 9), (1, 0), (40, 237), (1, 330))
 CASES = [
     Case("decode-shares", LONG, (8, 2), (128, 128), form="csr", cached=E4M3, scales="numbers"),
     Case("decode-group7-sinks", LONG, (14, 2), (64, 64), 32, "HND", sinks=True, cached=E5M2, scales="heads"),
@@ -40,34 +45,6 @@ CASES = [
     Case("custom-bool", ((1, 50), (20, 200)), (4, 2), (64, 64), custom="bool", causal=False, cached=E4M3),
     Case("custom-big-sinks", ((3, 50), (1, 9), (1, 200)), (4, 2), (64, 64), custom="big", sinks=True, cached=E4M3),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _emulated(monkeypatch: pytest.MonkeyPatch):
-    """The kernel under the emulator where there is no GPU, and shares of one tile: short sequences are cut, too."""
-    monkeypatch.setattr(gluon.gluon_plans, "LEAST_TILES", 1)
-    if not ON_HOPPER:
-        emulate(monkeypatch, 0)
-        monkeypatch.setattr(gluon, "unsupported_reason", gluon.refusal)
-
-
-def emulate(monkeypatch: pytest.MonkeyPatch, order: int) -> None:
-    from gluon_emulator import Emulated
-
-    monkeypatch.setattr(gluon.gluon_turned, "turned_kernel", Emulated(KERNEL, order=order))
-
-
-def attend(problem: Problem, **more: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return paged_attention(problem.q, problem.cache, **problem.kwargs, **more, return_lse=True, impl="gluon")
-
-
-def check(problem: Problem, seen: list[torch.Tensor] | None = None, **more: object) -> None:
-    o, lse = attend(problem, **more)
-    dtype = problem.q.dtype
-    oracle, eager = (by_the_book(problem, d, seen) for d in (torch.float64, dtype))
-    assert_close_to_oracle(o, oracle[0], eager[0], "o")
-    assert_close_to_oracle(lse, oracle[1], eager[1], "lse", eps=torch.finfo(dtype).eps)
-    assert (o[(oracle[1] == -math.inf).T.to(o.device)] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
